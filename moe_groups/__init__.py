@@ -1,0 +1,57 @@
+"""Optimizer param groups for Mixture-of-Experts models on DeepSpeed."""
+
+from typing import TYPE_CHECKING, Any
+
+from moe_groups.describe import describe
+from moe_groups.errors import (
+    InvalidArgumentError,
+    MoEGroupsError,
+    OverrideError,
+    ParameterInputError,
+    TagError,
+    UnsupportedDeepSpeedError,
+    VerificationError,
+)
+from moe_groups.expert_layers import tag_experts
+from moe_groups.param_groups import (
+    create_moe_param_groups,
+    split_params_into_different_moe_groups_for_optimizer,
+)
+from moe_groups.rules import is_norm_or_bias
+from moe_groups.tags import ExpertTag, copy_expert_tag, get_expert_tag, set_expert_tag
+from moe_groups.verify import verify
+
+if TYPE_CHECKING:
+    from moe_groups.layer import MoE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpertTag",
+    "InvalidArgumentError",
+    "MoE",
+    "MoEGroupsError",
+    "OverrideError",
+    "ParameterInputError",
+    "TagError",
+    "UnsupportedDeepSpeedError",
+    "VerificationError",
+    "copy_expert_tag",
+    "create_moe_param_groups",
+    "describe",
+    "get_expert_tag",
+    "is_norm_or_bias",
+    "set_expert_tag",
+    "split_params_into_different_moe_groups_for_optimizer",
+    "tag_experts",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the layer, and with it DeepSpeed, when it is first asked for."""
+    if name == "MoE":
+        from moe_groups.layer import MoE
+
+        return MoE
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

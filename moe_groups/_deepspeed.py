@@ -1,0 +1,256 @@
+"""The one file that touches DeepSpeed's private parts.
+
+Tested against the version in ``constraints.txt``; ``tests/distributed/test_contract.py``
+holds one test for each fact relied on here. DeepSpeed is imported when a function needs
+it, never when this module is imported.
+
+What :func:`support_unique_names` changes in DeepSpeed (groups that DeepSpeed made itself
+train as before, bit for bit):
+
+* the ZeRO-1/2 and BF16 wrappers look up a group's ``name`` as a process-group key, so
+  unique names get aliases of the key ``ep_size_<N>`` (the same handle, no communicator),
+  registered by the engine after it created the process groups;
+* ``BF16_Optimizer`` and ``FP16_Optimizer`` run one all-reduce of the norm for each name
+  that has a gradient on this rank, which hangs when ranks disagree: names are merged to
+  one per parallel group, present on every rank, before the norm and the reduction see
+  them. Sums are then those of DeepSpeed's own names, bit for bit;
+* ``BF16_Optimizer`` collects garbage and prints the memory twice for each group while it
+  is set up, 0.3 s a group: not for more groups than a handful.
+"""
+
+import functools
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_groups.errors import UnsupportedDeepSpeedError
+
+_NAME = re.compile(r"(ep_size_\d+)_.+", re.DOTALL)
+_DICTS = (
+    "_EXPERT_PARALLEL_GROUP",
+    "_EXPERT_PARALLEL_GROUP_RANKS",
+    "_EXPERT_DATA_PARALLEL_GROUP",
+    "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
+)
+_PATCHED = "_moe_groups_original"
+_MANY_GROUPS = 8
+
+
+# ---- layers ---------------------------------------------------------------------------
+
+
+def is_moe_layer(module: nn.Module) -> bool:
+    """Is ``module`` a ``deepspeed.moe.layer.MoE``? Imports nothing: without it, it is not."""
+    layer = sys.modules.get("deepspeed.moe.layer")
+    return layer is not None and isinstance(module, layer.MoE)
+
+
+def layer_experts(module: Any) -> list[nn.Module]:
+    """This rank's experts of a DeepSpeed ``MoE`` layer, in the order of their numbers."""
+    return list(module.deepspeed_moe.experts.deepspeed_experts)
+
+
+def layer_parallel_group(module: Any) -> str:
+    """Process-group key of a DeepSpeed ``MoE``, which calls it ``expert_group_name``."""
+    return str(module.expert_group_name)
+
+
+# ---- process groups -------------------------------------------------------------------
+
+
+def parallel_group_of(name: str) -> str:
+    """``ep_size_<N>`` out of the name of a MoE param group."""
+    match = _NAME.fullmatch(name)
+    return match[1] if match else name
+
+
+def resolves(name: str) -> bool:
+    """Does ``name`` lead to the process groups of its parallel group?"""
+    from deepspeed.utils import groups
+
+    base = parallel_group_of(name)
+    return all(
+        name in (known := getattr(groups, d)) and known[name] is known.get(base) for d in _DICTS
+    )
+
+
+def expert_data_parallel_size(parallel_group: str) -> int | None:
+    """Ranks that share an expert parameter, or None while the group does not exist."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    ranks = groups and groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.get(parallel_group)
+    return len(ranks) if ranks else None
+
+
+def expert_parallel_rank(parallel_group: str) -> int | None:
+    """This rank's place in the expert-parallel group, or None while it does not exist."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    ranks = groups and groups._EXPERT_PARALLEL_GROUP_RANKS.get(parallel_group)
+    return list(ranks).index(torch.distributed.get_rank()) if ranks else None
+
+
+def register_names(names: Iterable[str]) -> None:
+    """Make each name a key of the process groups that it starts with.
+
+    Call it on all ranks with the same names in the same order. A name whose process
+    groups do not exist is left alone: DeepSpeed's own lookup then says so.
+    """
+    from deepspeed.utils import groups
+
+    for name in names:
+        base = parallel_group_of(name)
+        for known in (getattr(groups, d) for d in _DICTS):
+            if base in known:
+                known[name] = known[base]
+
+
+# ---- the engine -----------------------------------------------------------------------
+
+
+def stepped_groups(engine: Any) -> list[tuple[dict[str, Any], list[torch.Tensor]]]:
+    """``(param group, model parameters it steps)`` of an initialized engine, in order.
+
+    The wrappers put flat partitions into ``param_groups`` and keep the model's parameters
+    in a list of their own: ``bit16_groups`` (ZeRO-1/2), ``bf16_groups`` (BF16_Optimizer),
+    ``fp16_groups`` (FP16 optimizers, ZeRO-3).
+    """
+    optimizer = engine.optimizer
+    for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
+        if hasattr(optimizer, attribute):
+            members = getattr(optimizer, attribute)
+            return list(zip(optimizer.param_groups, map(list, members), strict=True))
+    return [(group, list(group["params"])) for group in optimizer.param_groups]
+
+
+def engine_data_parallel_group(engine: Any) -> Any:
+    """The process group over which all optimizer groups of this engine line up."""
+    return engine.seq_data_parallel_group
+
+
+def is_engine(value: object) -> bool:
+    """Is ``value`` a DeepSpeed engine (its pipeline engine included)?"""
+    module = sys.modules.get("deepspeed.runtime.engine")
+    return module is not None and isinstance(value, module.DeepSpeedEngine)
+
+
+# ---- unique names in DeepSpeed's wrappers ----------------------------------------------
+
+
+def support_unique_names() -> None:
+    """Teach DeepSpeed's optimizer wrappers our group names; see the module's docstring.
+
+    Does nothing when called again, or where DeepSpeed is not installed (grouping a model
+    to look at the result needs no DeepSpeed).
+
+    Raises:
+        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on.
+            Nothing has been changed then.
+    """
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        if error.name == "deepspeed":
+            return
+        raise
+    places = [(owner, name, wrap, _find(owner, name)) for owner, name, wrap in _CHANGES]
+    for owner, name, wrap, (holder, original) in places:
+        if not callable(original):
+            raise UnsupportedDeepSpeedError(
+                f"deepspeed {deepspeed.__version__} has no {owner}.{name}, which unique group "
+                "names need. Use the deepspeed version of constraints.txt."
+            )
+        if not hasattr(original, _PATCHED):
+            changed = functools.wraps(original)(wrap(original))
+            setattr(changed, _PATCHED, original)
+            setattr(holder, name, changed)
+
+
+def _find(owner: str, name: str) -> tuple[Any, Any]:
+    module, _, cls = owner.partition(":")
+    try:
+        holder: Any = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return None, None
+    holder = getattr(holder, cls, None) if cls else holder
+    return holder, getattr(holder, name, None)
+
+
+def _merged(tensors: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """One list per parallel group instead of one per name, in the order of appearance."""
+    merged: dict[str, list[Any]] = {}
+    for name, values in tensors.items():
+        merged.setdefault(parallel_group_of(name), []).extend(values)
+    return merged
+
+
+def _wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The engine's last step before it wraps the optimizer: process groups exist, names not."""
+
+    def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
+        moe = (g["name"] for g in basic_optimizer.param_groups if g.get("moe"))
+        register_names(name for name in moe if _NAME.fullmatch(name))
+        return original(self, basic_optimizer)
+
+    return _do_optimizer_sanity_check
+
+
+def _wrap_grads_for_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_grads_for_norm(self: Any, for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return original(self, for_clipping)
+        dense, experts = original(self)
+        nothing = [self.fp32_groups_flat_partition[0].new_zeros(1)]
+        merged: dict[str, list[Any]] = {
+            parallel_group_of(g["name"]): [] for g in self.optimizer.param_groups if g.get("moe")
+        }
+        merged.update(_merged(experts))
+        # An empty list would crash (dense) or leave this rank out of the all-reduce.
+        return dense or nothing, {name: grads or nothing for name, grads in merged.items()}
+
+    return get_grads_for_norm
+
+
+def _wrap_grads_for_reduction(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_grads_for_reduction(self: Any) -> Any:
+        dense, experts = original(self)
+        return dense, _merged(experts)
+
+    return get_grads_for_reduction
+
+
+def _wrap_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_norm_with_moe_layers(non_expert_norm: Any, *args: Any, **kwargs: Any) -> Any:
+        if "expert_tensors" in kwargs:
+            kwargs["expert_tensors"] = _merged(kwargs["expert_tensors"])
+        return original(non_expert_norm, *args, **kwargs)
+
+    return get_norm_with_moe_layers
+
+
+def _wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
+    def _setup_for_real_optimizer(self: Any) -> None:
+        module = sys.modules[type(self).__module__]
+        if len(self.optimizer.param_groups) <= _MANY_GROUPS:
+            return original(self)
+        report = module.see_memory_usage
+        module.see_memory_usage = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+        try:
+            original(self)
+        finally:
+            module.see_memory_usage = report  # type: ignore[attr-defined]
+
+    return _setup_for_real_optimizer
+
+
+_BF16 = "deepspeed.runtime.bf16_optimizer"
+_CHANGES: tuple[tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]]], ...] = (
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "_do_optimizer_sanity_check", _wrap_sanity_check),
+    (f"{_BF16}:BF16_Optimizer", "_setup_for_real_optimizer", _wrap_setup),
+    (f"{_BF16}:BF16_Optimizer", "get_grads_for_norm", _wrap_grads_for_norm),
+    (f"{_BF16}:BF16_Optimizer", "get_grads_for_reduction", _wrap_grads_for_reduction),
+    ("deepspeed.runtime.fp16.fused_optimizer", "get_norm_with_moe_layers", _wrap_norm),
+)

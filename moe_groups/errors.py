@@ -1,0 +1,48 @@
+"""The errors of this library.
+
+Every message names the parameter, layer or group it is about and says what to do.
+All kinds derive from :class:`MoEGroupsError`; those that stand for a bad argument are
+``ValueError`` too, so that code which expects the built-in keeps working.
+"""
+
+
+class MoEGroupsError(Exception):
+    """Base of all errors raised by moe_groups."""
+
+
+class InvalidArgumentError(MoEGroupsError, ValueError):
+    """An argument is out of its range or of a type that cannot be used."""
+
+
+class ParameterInputError(MoEGroupsError, ValueError):
+    """The parameters or group dicts cannot be grouped as they are given."""
+
+
+class TagError(MoEGroupsError, ValueError):
+    """An expert parameter's tag is missing, malformed or contradicts another one."""
+
+
+class OverrideError(MoEGroupsError, ValueError):
+    """An override pattern matches nothing, or two of them set different values."""
+
+
+class VerificationError(MoEGroupsError):
+    """What an initialized engine steps is not what was asked for.
+
+    Attributes:
+        problems: one line for each thing that is wrong.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        shown = problems[:20]
+        if len(problems) > len(shown):
+            shown = [*shown, f"... and {len(problems) - len(shown)} more (see .problems)"]
+        super().__init__(f"verify found {len(problems)} problem(s):\n  " + "\n  ".join(shown))
+
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.problems,)
+
+
+class UnsupportedDeepSpeedError(MoEGroupsError):
+    """The installed DeepSpeed lacks something that this library relies on."""

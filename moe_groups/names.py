@@ -1,0 +1,82 @@
+"""Unique, readable names of groups; for experts valid process-group keys."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_groups.tags import label_from_path
+
+if TYPE_CHECKING:
+    from moe_groups.plan import Key
+
+
+class GroupNames:
+    """Makes the names of one plan.
+
+    ``dense`` or the caller's name, for experts ``ep_size_<N>``, followed by what tells the
+    group from its neighbours: layer, expert, the caller's group, decay, overrides, dtype
+    (where a neighbour has another one) and tile, as in
+    ``ep_size_2_blocks.1.moe.expert.3.no_decay.tile.0``.
+
+    Args:
+        given: names of the caller's groups, None where there is none.
+        keys: keys of all groups before they are cut into tiles.
+    """
+
+    def __init__(self, given: Sequence[object], keys: Iterable["Key"]) -> None:
+        self.given = [
+            label_from_path(str(name)) if name and given.count(name) == 1 else None
+            for name in given
+        ]
+        keys = list(keys)
+        self.one_dtype = len({key.dtype for key in keys}) < 2
+        self.dtypes: dict[Any, set[torch.dtype]] = {}
+        if not self.one_dtype:
+            for key in keys:
+                self.dtypes.setdefault(key[:4], set()).add(key.dtype)
+        self.last: tuple[Any, ...] = ()
+        self.prefix = self.suffix = ""
+        self.used: set[str] = set()
+
+    def of(self, key: "Key", tile: int | None = None) -> str:
+        """The name of the group, or of one of its tiles."""
+        parallel_group, layer, expert_number, variant, dtype = key
+        several = not self.one_dtype and len(self.dtypes[key[:4]]) > 1
+        around = parallel_group, layer, variant, several and dtype
+        if around != self.last:  # neighbours differ in the expert only
+            self.last = around
+            self.prefix, self.suffix = self._prefix(key), self._suffix(key, several)
+        expert = "" if expert_number is None else f".expert.{expert_number}"
+        part = "" if tile is None else f".tile.{tile}"
+        name = f"{self.prefix}{expert}{self.suffix}{part}"
+        if layer is None and parallel_group is not None and name == self.prefix:
+            name = parallel_group  # DeepSpeed's own name
+        if name in self.used:
+            name = self._unused(name)
+        self.used.add(name)
+        return name
+
+    def _prefix(self, key: "Key") -> str:
+        """Where the parameters live: the process groups and the layer."""
+        if key.parallel_group is None:
+            return self.given[key.variant.source] or "dense"
+        return f"{key.parallel_group}_{key.layer or 'experts'}"
+
+    def _suffix(self, key: "Key", several_dtypes: bool) -> str:
+        """What tells the group from others in the same place."""
+        variant = key.variant
+        own = self.given[variant.source]
+        parts = [] if len(self.given) < 2 else [own or f"group.{variant.source}"]
+        if own and key.parallel_group is None:
+            parts = []  # the name begins with it
+        parts += ["no_decay"] * variant.no_decay
+        parts += [f"override.{index}" for index in variant.overrides]
+        parts += [str(key.dtype).removeprefix("torch.")] * several_dtypes
+        return "".join(f".{part}" for part in parts)
+
+    def _unused(self, name: str) -> str:
+        count = 2
+        while f"{name}.{count}" in self.used:
+            count += 1
+        return f"{name}.{count}"

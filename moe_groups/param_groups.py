@@ -1,0 +1,269 @@
+"""Optimizer param groups that know their layer and their expert."""
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from moe_groups import _deepspeed
+from moe_groups.caps import Caps
+from moe_groups.errors import InvalidArgumentError, ParameterInputError, TagError
+from moe_groups.given import CHECKED, remember
+from moe_groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
+from moe_groups.plan import LEVELS, Place, PlannedGroup, Run, SplitBy, Table, make_plan
+from moe_groups.rules import NoDecay, Overrides, Rules, Variant
+from moe_groups.tags import check_label, get_expert_tag, is_expert_parameter, shape_of
+
+DEEPSPEED_MAX_GROUP_SIZE = 178956971
+"""Default cap of DeepSpeed's split, in elements (``deepspeed/moe/utils.py``)."""
+
+
+def create_moe_param_groups(
+    params: ParamsInput,
+    *,
+    split_by: SplitBy = "module",
+    max_group_size: int | float | None = None,
+    max_group_bytes: int | float | None = None,
+    data_parallel_size: int | None = None,
+    weight_decay: float | None = None,
+    no_decay: NoDecay | None = None,
+    overrides: Overrides = (),
+) -> list[ParamGroup]:
+    """Group parameters for an optimizer that DeepSpeed wraps (ZeRO-1, ZeRO-2, BF16_Optimizer).
+
+    Call it before ``deepspeed.initialize`` and build the optimizer from the result. Each
+    trainable parameter is in exactly one group. No group mixes dense and expert
+    parameters, parallel groups, the caller's groups, dtypes, layers (from "module" on) or
+    experts ("expert"). Order and names depend on the input alone; names are unique.
+
+    Args:
+        params: a module, parameters, ``(name, parameter)`` pairs, or group dicts with
+            hyperparameters of their own. A module is tagged on the way (:func:`tag_experts`).
+            Frozen and zero-element parameters are left out, as DeepSpeed does.
+        split_by: "parallel_group" (all experts of one expert-parallel size together, as
+            DeepSpeed does), "module" (a group for each MoE layer) or "expert".
+        max_group_size: most elements of a group, dense groups included. Larger groups are
+            cut in as few tiles as possible, and those as even as the order allows; a
+            single parameter over the cap is a group of its own. None: no cap.
+        max_group_bytes: the same cap as bytes of one rank's partition in the parameters'
+            dtype (before DeepSpeed casts them). The smaller cap holds where both are given.
+        data_parallel_size: ranks of the data-parallel world, for ``max_group_bytes``.
+            None: the world size of ``torch.distributed``.
+        weight_decay: for groups that do not have their own.
+        no_decay: ``(name, parameter) -> bool``; weight decay is 0 where it says True and
+            the caller's group has none of its own. :func:`is_norm_or_bias` is a ready one.
+        overrides: ``(pattern, options)`` pairs. A glob pattern selects parameters by
+            qualified name, by a module above them, or as ``<layer>.expert.<number>`` with
+            the number on this rank. Options win over everything else.
+
+    Returns:
+        Group dicts in the order dense, then experts by layer, expert and tile. Expert
+        groups have ``moe=True``, ``expert_group_name`` and ``expert_number`` (None where
+        not split so far).
+
+    Raises:
+        InvalidArgumentError: an argument is out of range.
+        ParameterInputError: the input cannot be grouped: a group without "params", a
+            parameter in two groups, nothing trainable, or all experts frozen.
+        TagError: an expert parameter has no layer name, or two layers have the same.
+        OverrideError: a pattern matches nothing, or two set different values.
+
+    Example:
+        >>> groups = create_moe_param_groups(model, split_by="expert", weight_decay=0.1,
+        ...                                  no_decay=is_norm_or_bias)    # doctest: +SKIP
+        >>> optimizer = torch.optim.AdamW(groups, lr=3e-4)                # doctest: +SKIP
+    """
+    if split_by not in LEVELS:
+        raise InvalidArgumentError(
+            f"split_by={split_by!r} is unknown: use one of {', '.join(map(repr, LEVELS))}."
+        )
+    caps = Caps(max_group_size, max_group_bytes, data_parallel_size)
+    rules = Rules(weight_decay, no_decay, overrides)
+    with _no_garbage_collection():
+        given = read_input(params)
+        table = _tabulate(given, rules, split_by)
+        plan = make_plan(table, split_by, caps.of, given.groups)
+        if any(key.parallel_group is not None for _, key, _ in plan):
+            _deepspeed.support_unique_names()
+        if given.model is not None:
+            given.model.write()
+        return _group_dicts(plan, given, rules)
+
+
+def split_params_into_different_moe_groups_for_optimizer(
+    param_groups: Mapping[str, Any] | tuple[Mapping[str, Any], ...] | list[Mapping[str, Any]],
+    max_group_size: int | float | None = DEEPSPEED_MAX_GROUP_SIZE,
+    *,
+    split_by: SplitBy = "parallel_group",
+) -> list[ParamGroup]:
+    """DeepSpeed's split under its own name: change the import, keep the call.
+
+    Differs from ``deepspeed.moe.utils`` in what it promises, as
+    :func:`create_moe_param_groups` does: the input stays as it is (use the result), group
+    names are unique and need not be given, the order is the same on every rank and in
+    every run, dense groups are capped too, and no group is empty.
+
+    Args:
+        param_groups: one group dict, or several.
+        max_group_size: most elements of a group; None for no cap.
+        split_by: a finer level, for experts with an ``expert_group_name``.
+
+    Raises:
+        MoEGroupsError: as :func:`create_moe_param_groups`.
+    """
+    if not isinstance(param_groups, Mapping | tuple | list):
+        raise ParameterInputError(
+            f"param_groups is a {type(param_groups).__name__}: expected a group dict, or a list "
+            "or tuple of them. For a module or parameters call create_moe_param_groups."
+        )
+    return create_moe_param_groups(param_groups, split_by=split_by, max_group_size=max_group_size)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Hold the cyclic collector back: it would walk a large model over and over.
+
+    Grouping makes a few small objects for each parameter and no cycles.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _tabulate(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
+    """Size, dtype, place and variant of each parameter."""
+    sizes, runs = _read_runs(given, split_by)
+    _check_trainable(given, runs)
+    if given.model is None:
+        _check_tags(given, runs, split_by)
+    variants, kinds = given.sources, [Variant(index) for index in range(len(given.groups))]
+    if rules.active:
+        variants, kinds = _apply(rules, given, runs)
+    return Table(sizes, runs, variants, kinds)
+
+
+def _read_runs(given: GroupInput, split_by: SplitBy) -> tuple[list[int], list[Run]]:
+    """Size of each parameter, and runs of trainable ones with the same place and dtype.
+
+    Looks at each parameter once: with tens of thousands of them, reading attributes of
+    tensors is what grouping costs.
+    """
+    tags = None if given.model is None else given.model.tags
+    by_expert = split_by == "expert"
+    sizes: list[int] = []
+    runs: list[Run] = []
+    start, here, here_dtype = 0, None, None
+    place: Place | None
+    for row, param in enumerate(given.params):
+        attributes = param.__dict__
+        size = attributes["ds_numel"] if "ds_numel" in attributes else param.numel()
+        sizes.append(size)
+        dtype = param.dtype if size and param.requires_grad else None
+        if tags is not None:
+            tag = tags.get(id(param))
+            place = tag.place if tag else None
+        elif attributes.get("allreduce", True):
+            place = None
+        else:
+            get = attributes.get
+            number = get("expert_number") if by_expert else None
+            place = get("group_name", ""), get("expert_group_name"), number
+        if place != here or dtype is not here_dtype:
+            if here_dtype is not None:
+                runs.append((start, row, here, here_dtype))
+            start, here, here_dtype = row, place, dtype
+    if here_dtype is not None:
+        runs.append((start, len(sizes), here, here_dtype))
+    return sizes, runs
+
+
+def _check_tags(given: GroupInput, runs: list[Run], split_by: SplitBy) -> None:
+    """Check each distinct tag once, and that no two layers of ours have one label."""
+    first: dict[tuple[str, str | None], int] = {}
+    for start, _, place, _ in runs:
+        if place is None:
+            continue
+        row = first.setdefault(place[:2], start)
+        layer_id, other = (vars(given.params[r]).get("expert_layer_id") for r in (start, row))
+        if place[1] is not None and layer_id != other:
+            raise TagError(
+                f"two MoE layers are called {place[1]!r}: that of {_row_name(given, row)} and that "
+                f"of {_row_name(given, start)}. Give each layer an expert_group_name of its own."
+            )
+    for row in first.values():
+        param, name = given.params[row], _row_name(given, row)
+        tag = get_expert_tag(param, name)
+        assert tag is not None
+        if tag.layer is not None:
+            check_label(tag.layer)
+        elif split_by != "parallel_group":
+            raise TagError(
+                f"expert parameter {name}, shape {tuple(shape_of(param))}, does not know its "
+                "layer: pass the module instead of its parameters, call tag_experts(module) "
+                "before, or give the layer an expert_group_name."
+            )
+
+
+def _row_name(given: GroupInput, row: int) -> str:
+    return given.names[row] or f"parameter {row} of the input"
+
+
+def _check_trainable(given: GroupInput, runs: list[Run]) -> None:
+    if not runs:
+        raise ParameterInputError(
+            f"none of the {len(given.params)} parameters is trainable: set requires_grad on those "
+            "that the optimizer shall step."
+        )
+    if any(place is not None for _, _, place, _ in runs):
+        return
+    tags = None if given.model is None else given.model.tags
+    for row, param in enumerate(given.params):
+        if is_expert_parameter(param) if tags is None else id(param) in tags:
+            raise ParameterInputError(
+                f"all expert parameters are frozen (the first is {_row_name(given, row)}), and "
+                "DeepSpeed's ZeRO-1/2 and BF16_Optimizer refuse a model with MoE layers but no "
+                "MoE group. Leave one expert parameter trainable; lr=0 and weight_decay=0 in "
+                "overrides keep its value."
+            )
+
+
+def _apply(rules: Rules, given: GroupInput, runs: list[Run]) -> tuple[list[int], list[Variant]]:
+    """The variant of each parameter, as an index into the sorted variants."""
+    found = [Variant(source) for source in given.sources]
+    for row in chain.from_iterable(range(start, stop) for start, stop, _, _ in runs):
+        param, name, source = given.params[row], given.names[row], given.sources[row]
+        if given.model is None:
+            tag, inner = get_expert_tag(param, name), ""
+        else:
+            tag, inner = given.model.tags.get(id(param)), given.model.inner.get(id(param), "")
+        found[row] = rules.variant(source, given.groups[source], name, param, tag, inner)
+    rules.check_all_matched([name for name in given.names if name][:3])
+    kinds = sorted(set(found))
+    index = {variant: number for number, variant in enumerate(kinds)}
+    return [index[variant] for variant in found], kinds
+
+
+def _group_dicts(plan: list[PlannedGroup], given: GroupInput, rules: Rules) -> list[ParamGroup]:
+    param_of = given.params.__getitem__
+    options: dict[Variant, ParamGroup] = {}
+    groups: list[ParamGroup] = []
+    for name, (parallel_group, layer, expert_number, variant, _), members in plan:
+        if variant not in options:
+            options[variant] = rules.options(variant, given.groups[variant.source])
+        group = options[variant].copy()
+        group["params"] = list(map(param_of, members))
+        group["name"] = name
+        if parallel_group is not None:
+            group["moe"] = True
+            group["expert_group_name"] = layer
+            group["expert_number"] = expert_number
+        groups.append(group)
+    checked = {v: {k: o[k] for k in CHECKED if k in o} for v, o in options.items()}
+    remember(groups, [checked[key.variant] for _, key, _ in plan] if any(checked.values()) else [])
+    return groups

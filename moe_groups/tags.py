@@ -1,0 +1,154 @@
+"""What an expert parameter knows about itself: set, get and copy its tag.
+
+A tag is kept as plain attributes of the parameter. ``allreduce`` and ``group_name`` are
+DeepSpeed's own (``deepspeed/moe/experts.py``); ``expert_group_name`` and
+``expert_number`` are ours. Pickling keeps the attributes of a parameter,
+``copy.deepcopy`` loses them, hence :func:`copy_expert_tag`.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from moe_groups.errors import TagError
+
+PARALLEL_GROUP = re.compile(r"ep_size_[1-9]\d*")
+_BAD_IN_LABEL = re.compile(r"[\s\x00-\x1f\x7f]")
+_ATTRIBUTES = (
+    "allreduce",
+    "group_name",
+    "expert_group_name",
+    "expert_number",
+    "num_local_experts",
+    "fused_experts",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTag:
+    """Where an expert parameter belongs.
+
+    Attributes:
+        parallel_group: the process groups it lives in, ``ep_size_<N>``.
+        layer: ``expert_group_name`` of its MoE layer; None while the layer has no name.
+        expert_number: index among this rank's experts of the layer, or None where one
+            tensor holds all of them.
+        num_local_experts: this rank's experts of the layer, or None if not known.
+        fused: the tensor's first dimension counts experts.
+    """
+
+    parallel_group: str
+    layer: str | None = None
+    expert_number: int | None = None
+    num_local_experts: int | None = None
+    fused: bool = False
+
+    @property
+    def place(self) -> tuple[str, str | None, int | None]:
+        """Parallel group, layer and expert number."""
+        return self.parallel_group, self.layer, self.expert_number
+
+    def global_number(self, ep_rank: int) -> int | None:
+        """The expert's number in its layer over all ranks, or None if it has no number."""
+        if self.expert_number is None or self.num_local_experts is None:
+            return None
+        return ep_rank * self.num_local_experts + self.expert_number
+
+
+def is_expert_parameter(param: torch.Tensor) -> bool:
+    """DeepSpeed's own test, ``is_moe_param`` in ``deepspeed/moe/utils.py``."""
+    return not getattr(param, "allreduce", True)
+
+
+def shape_of(param: torch.Tensor) -> torch.Size:
+    """The parameter's shape, also where ZeRO-3 left an empty placeholder (``ds_shape``)."""
+    shape: torch.Size = param.__dict__.get("ds_shape", param.shape)
+    return shape
+
+
+def numel_of(param: torch.Tensor) -> int:
+    """Number of elements, also where ZeRO-3 left an empty placeholder (``ds_numel``)."""
+    numel: int | None = param.__dict__.get("ds_numel")
+    return param.numel() if numel is None else numel
+
+
+def set_expert_tag(param: torch.Tensor, tag: ExpertTag) -> None:
+    """Mark ``param`` as an expert parameter, for DeepSpeed and for grouping.
+
+    Raises:
+        TagError: the parallel group or the label cannot be used.
+    """
+    check_parallel_group(tag.parallel_group, "the tag")
+    if tag.layer is not None:
+        check_label(tag.layer)
+    param.allreduce = False  # type: ignore[attr-defined]
+    param.group_name = tag.parallel_group  # type: ignore[attr-defined]
+    param.expert_group_name = tag.layer  # type: ignore[attr-defined]
+    param.expert_number = tag.expert_number  # type: ignore[attr-defined]
+    param.num_local_experts = tag.num_local_experts  # type: ignore[attr-defined]
+    param.fused_experts = tag.fused  # type: ignore[attr-defined]
+
+
+def get_expert_tag(param: torch.Tensor, name: str = "") -> ExpertTag | None:
+    """The tag of ``param``, or None if it is a dense parameter.
+
+    Args:
+        name: the parameter's name, for error messages.
+
+    Raises:
+        TagError: the parameter says ``allreduce = False`` but has no usable ``group_name``.
+    """
+    if getattr(param, "allreduce", True):
+        return None
+    attributes = param.__dict__
+    parallel_group = attributes.get("group_name")
+    check_parallel_group(parallel_group, f"expert parameter {name or tuple(param.shape)}")
+    assert isinstance(parallel_group, str)
+    return ExpertTag(
+        parallel_group,
+        attributes.get("expert_group_name"),
+        attributes.get("expert_number"),
+        attributes.get("num_local_experts"),
+        attributes.get("fused_experts", False),
+    )
+
+
+def copy_expert_tag(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Give ``target`` the tag of ``source``; nothing happens where there is none."""
+    for attribute in _ATTRIBUTES:
+        if attribute in source.__dict__:
+            setattr(target, attribute, source.__dict__[attribute])
+
+
+def check_parallel_group(value: object, owner: str) -> None:
+    """Refuse what DeepSpeed could not use as the key of a process group.
+
+    ``_get_max_expert_size`` (``deepspeed/utils/groups.py``) reads the expert-parallel
+    size out of the key when a checkpoint is saved, so any other form fails there.
+    """
+    if not isinstance(value, str) or not PARALLEL_GROUP.fullmatch(value):
+        raise TagError(
+            f"{owner} has allreduce=False and group_name={value!r}; DeepSpeed's expert process "
+            "groups are called 'ep_size_<N>'. Set param.group_name = f'ep_size_{N}' with the "
+            "expert-parallel size N of its layer."
+        )
+
+
+def check_label(label: object) -> None:
+    """Refuse an ``expert_group_name`` that cannot be part of a process-group key.
+
+    Raises:
+        TagError: not a string, empty, or with white space or control characters.
+    """
+    if not isinstance(label, str) or not label or _BAD_IN_LABEL.search(label):
+        raise TagError(
+            f"expert_group_name={label!r} cannot be part of a process-group key: use a "
+            "non-empty string without white space or control characters, as in "
+            "'layers.3.moe'."
+        )
+
+
+def label_from_path(path: str) -> str:
+    """A usable label out of a qualified module name (``ModuleDict`` keys may hold spaces)."""
+    return _BAD_IN_LABEL.sub("_", path)
