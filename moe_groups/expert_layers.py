@@ -5,8 +5,9 @@ with ``allreduce = False`` and a ``group_name``), and fused experts (one tensor 
 experts of a layer, as in AutoEP and in Hugging Face's ``*Experts`` modules).
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -90,14 +91,12 @@ def find_experts(model: nn.Module) -> TaggedModel:
 
 
 class _Finder:
-    """One search; keeps what is known about containers so that it stays linear."""
+    """One search. Containers are judged once, from the top, so that it stays linear."""
 
     def __init__(self, nodes: list[ModuleNode]) -> None:
         self.nodes = nodes
         self.found = TaggedModel(list(named_parameters(nodes)), {}, {})
         self.layer_paths: dict[str, str] = {}
-        self.numbers: dict[int, dict[str, int]] = {}
-        self.answers: dict[tuple[int, Callable[[nn.Module], bool]], bool] = {}
 
     def tag_deepspeed_layers(self) -> None:
         index = 0
@@ -131,13 +130,35 @@ class _Finder:
             self._claim(label, layer.path)
 
     def tag_hand_made_experts(self) -> None:
+        places = self._places()
         for index, node in enumerate(self.nodes):
             for name, param in node.params:
                 if id(param) in self.found.tags:
                     continue
                 flagged = param if is_expert_parameter(param) else self._adapted(index)
                 if flagged is not None:
-                    self._tag_hand_made(index, name, param, flagged)
+                    place = places.get(id(param)) or _Place(_layer_path(node.path), node.path)
+                    self._tag_hand_made(node, name, param, flagged, place)
+
+    def _tag_hand_made(
+        self,
+        owner: ModuleNode,
+        name: str,
+        param: torch.Tensor,
+        flagged: torch.Tensor,
+        place: "_Place",
+    ) -> None:
+        tag = get_expert_tag(flagged, name)
+        assert tag is not None
+        number, count = tag.expert_number, tag.num_local_experts
+        if number is None:
+            number, count = place.number, place.count
+        label = tag.layer or label_from_path(place.layer) or "experts"
+        if self.layer_paths.get(label) != place.layer:
+            self._claim(label, place.layer)
+        fused = tag.fused or (number is None and _is_fused(owner, param))
+        self.found.tags[id(param)] = ExpertTag(tag.parallel_group, label, number, count, fused)
+        self.found.inner[id(param)] = name[len(place.inside) :].lstrip(".")
 
     def _adapted(self, index: int) -> torch.Tensor | None:
         """An expert parameter that the PEFT adapter around ``nodes[index]`` adapts, if any."""
@@ -150,33 +171,6 @@ class _Finder:
             index, slot = node.parent, node.slot
         return None
 
-    def _tag_hand_made(
-        self, index: int, name: str, param: torch.Tensor, flagged: torch.Tensor
-    ) -> None:
-        tag = get_expert_tag(flagged, name)
-        assert tag is not None
-        owner = self.nodes[index]
-        place = self._expert_in_container(index)
-        number, count = tag.expert_number, tag.num_local_experts
-        if place is None:
-            path, inside = _layer_path(owner.path), owner.path
-        else:
-            container, expert = place
-            path, inside = _layer_path(container.path), expert.path
-            if number is None:
-                numbers = self._numbers(container.module)
-                number, count = numbers[expert.slot], len(numbers)
-        label = tag.layer or label_from_path(path) or "experts"
-        self._claim(label, path)
-        self.found.inner[id(param)] = name[len(inside) :].lstrip(".")
-        self.found.tags[id(param)] = ExpertTag(
-            tag.parallel_group,
-            label,
-            number,
-            count,
-            tag.fused or (number is None and _is_fused(owner, param)),
-        )
-
     def _claim(self, label: str, path: str) -> None:
         check_label(label)
         other = self.layer_paths.setdefault(label, path)
@@ -187,52 +181,70 @@ class _Finder:
                 "or none to use its module name."
             )
 
-    def _expert_in_container(self, index: int) -> tuple[ModuleNode, ModuleNode] | None:
-        """The list above ``nodes[index]`` that holds one module per expert, and the expert.
+    def _places(self) -> dict[int, "_Place"]:
+        """Which expert of which list each parameter below a list of experts belongs to.
 
         An expert may itself be made of lists, and lists of layers hold lists of experts.
         The innermost list whose name speaks of experts wins, then the innermost ModuleList
         or ModuleDict whose children are all experts with the same tensors.
         """
-        unnamed = None
-        child = self.nodes[index]
-        while child.parent >= 0:
-            node = self.nodes[child.parent]
-            if isinstance(node.module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-                if "expert" in node.slot and self._ask(_all_experts, node):
-                    return node, child
-                plain = not isinstance(node.module, nn.Sequential)
-                if unnamed is None and plain and self._ask(_same_experts, node):
-                    unnamed = node, child
-            child = node
-        return unnamed
+        named, unnamed = [], []
+        for index, node in enumerate(self.nodes):
+            if not isinstance(node.module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+                continue
+            if "expert" in node.slot:
+                if self._all_experts(index):
+                    named.append(index)
+            elif not isinstance(node.module, nn.Sequential) and self._same_experts(index):
+                unnamed.append(index)
+        places: dict[int, _Place] = {}
+        for index in [*unnamed, *named]:  # later ones, which are further inside, win
+            children = self._children(index)
+            layer = _layer_path(self.nodes[index].path)
+            for number, child in enumerate(children):
+                place = _Place(layer, self.nodes[child].path, number, len(children))
+                for _, param in self._params(child):
+                    places[id(param)] = place
+        return places
 
-    def _numbers(self, container: nn.Module) -> dict[str, int]:
-        """Slot of each child to its number; made once per container."""
-        if id(container) not in self.numbers:
-            self.numbers[id(container)] = {slot: n for n, slot in enumerate(container._modules)}
-        return self.numbers[id(container)]
+    def _children(self, index: int) -> list[int]:
+        children, child = [], index + 1
+        while child < self.nodes[index].stop:
+            children.append(child)
+            child = self.nodes[child].stop
+        return children
 
-    def _ask(self, question: Callable[[nn.Module], bool], node: ModuleNode) -> bool:
-        """Answer a question about a container once, however many parameters it holds."""
-        key = id(node.module), question
-        if key not in self.answers:
-            self.answers[key] = question(node.module)
-        return self.answers[key]
+    def _params(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+        return named_parameters(self.nodes[index : self.nodes[index].stop])
+
+    def _all_experts(self, index: int) -> bool:
+        """Does each child hold an expert parameter?"""
+        return all(
+            any(is_expert_parameter(param) for _, param in self._params(child))
+            for child in self._children(index)
+        )
+
+    def _same_experts(self, index: int) -> bool:
+        """Do all children hold nothing but expert parameters, in the same shapes?"""
+        signatures = set()
+        for child in self._children(index):
+            params = list(self._params(child))
+            if not params or not all(is_expert_parameter(param) for _, param in params):
+                return False
+            skip = len(self.nodes[child].path)
+            signatures.add(tuple((name[skip:], shape_of(param)) for name, param in params))
+            if len(signatures) > 1:
+                return False
+        return bool(signatures)
 
 
-def _all_experts(container: nn.Module) -> bool:
-    return all(any(map(is_expert_parameter, m.parameters())) for m in container.children())
+class _Place(NamedTuple):
+    """The layer's path, the path that an expert's parameters start with, and its number."""
 
-
-def _same_experts(container: nn.Module) -> bool:
-    """Do all children hold nothing but expert parameters, in the same shapes?"""
-    signatures = set()
-    for child in container.children():
-        if not all(map(is_expert_parameter, child.parameters())):
-            return False
-        signatures.add(tuple((name, shape_of(p)) for name, p in child.named_parameters()))
-    return len(signatures) == 1 and signatures != {()}
+    layer: str
+    inside: str
+    number: int | None = None
+    count: int | None = None
 
 
 def _layer_path(path: str) -> str:

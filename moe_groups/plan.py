@@ -118,7 +118,11 @@ def _split(table: Table, split_by: SplitBy) -> list[tuple[Key, list[int]]]:
                 expert = place[2]
         dtype_rank = dtypes.setdefault(dtype, len(dtypes))
         if one_variant:
-            buckets.setdefault((group, layer, expert, 0, dtype_rank), []).extend(range(start, stop))
+            bucket = group, layer, expert, 0, dtype_rank
+            if bucket in buckets:
+                buckets[bucket].extend(range(start, stop))
+            else:
+                buckets[bucket] = list(range(start, stop))
             continue
         for row in range(start, stop):
             bucket = group, layer, expert, table.variants[row], dtype_rank

@@ -1,0 +1,60 @@
+# make demo   train a small MoE language model and look at its param groups
+# make test   the tests (make test-long: the long matrices)
+# make lint   ruff and mypy;  make docs: the site, into site/;  make bench: benchmarks
+#
+# Each sets up what it needs in .venv. PYTHON chooses the interpreter, ARGS goes to the demo.
+
+PYTHON ?= python3
+VENV ?= .venv
+RANKS ?= 2
+ARGS ?=
+BIN := $(VENV)/bin
+EXTENSIONS := $(CURDIR)/.cache/torch_extensions
+# Ranks that do not have a GPU each run on the CPU, all of them.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+CPU_ONLY := $(shell [ $(GPUS) -ge $(RANKS) ] || echo DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=)
+# The profiler, DeepSpeed and torch announce themselves on every rank.
+QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::FutureWarning
+
+.PHONY: demo test test-long lint docs bench clean
+
+demo: $(VENV)/.demo unlock
+	$(CPU_ONLY) $(QUIET) OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$(EXTENSIONS) \
+	  $(BIN)/torchrun --nproc-per-node $(RANKS) docs/examples/train_moe_lm.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest -m long
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.test
+	set -e; for name in grouping_time group_cost; do $(BIN)/python -m benchmarks.$$name; done
+
+# A killed process leaves a lock behind on which the next compilation would wait forever.
+.PHONY: unlock
+unlock:
+	@rm -f $(EXTENSIONS)/*/lock $(EXTENSIONS)/*/*/lock
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# One stamp per set of packages: demo, test, lint, docs.
+$(VENV)/.%: $(VENV)/.python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# Types and imports of the tests and benchmarks are checked too.
+$(VENV)/.lint: $(VENV)/.test
+
+clean:
+	rm -rf $(VENV) .cache site build dist *.egg-info
