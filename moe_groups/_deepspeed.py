@@ -44,10 +44,10 @@ _MANY_GROUPS = 8
 # ---- layers ---------------------------------------------------------------------------
 
 
-def is_moe_layer(module: nn.Module) -> bool:
-    """Is ``module`` a ``deepspeed.moe.layer.MoE``? Imports nothing: without it, it is not."""
+def moe_layer_types() -> tuple[type, ...]:
+    """``(deepspeed.moe.layer.MoE,)``, or nothing where it was never imported: no module is one."""
     layer = sys.modules.get("deepspeed.moe.layer")
-    return layer is not None and isinstance(module, layer.MoE)
+    return () if layer is None else (layer.MoE,)
 
 
 def layer_experts(module: Any) -> list[nn.Module]:
@@ -191,8 +191,8 @@ def _wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
     """The engine's last step before it wraps the optimizer: process groups exist, names not."""
 
     def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
-        moe = (g["name"] for g in basic_optimizer.param_groups if g.get("moe"))
-        register_names(name for name in moe if _NAME.fullmatch(name))
+        names = [str(g.get("name")) for g in basic_optimizer.param_groups if g.get("moe")]
+        register_names(name for name in names if _NAME.fullmatch(name))
         return original(self, basic_optimizer)
 
     return _do_optimizer_sanity_check

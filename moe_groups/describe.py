@@ -1,5 +1,6 @@
 """A table of param groups for people, and its rows as data."""
 
+import html
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class GroupTable:
         table = tabulate.tabulate(
             self._cells(), _HEADERS, tablefmt="html", colalign=_ALIGN, disable_numparse=True
         )
-        return str(table) + "".join(f"<p>{note}</p>" for note in self._notes())
+        return str(table) + "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
 
     def _cells(self) -> list[list[str]]:
         cells = [_cells(rows, self.largest) for rows in self._folded()]

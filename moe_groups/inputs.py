@@ -84,6 +84,10 @@ def _read_groups(groups: list[Any]) -> GroupInput:
         items = [params] if isinstance(params, torch.Tensor) else _ordered(params, where)
         param_names = group.get("param_names")  # torch.optim's key beside plain "params"
         if param_names is not None and items and isinstance(items[0], torch.Tensor):
+            if len(param_names) != len(items):
+                raise ParameterInputError(
+                    f'{where} has {len(items)} "params" but {len(param_names)} "param_names".'
+                )
             items = list(zip(param_names, items, strict=True))
         tensors, names = _read_params(items, where)
         result.params.extend(tensors)
@@ -117,14 +121,23 @@ def _ordered(params: Any, where: str) -> list[Any]:
 def _read_params(items: list[Any], where: str) -> tuple[list[torch.Tensor], list[str]]:
     if all(issubclass(kind, torch.Tensor) for kind in set(map(type, items))):
         return items, [""] * len(items)
+    plain = isinstance(items[0], torch.Tensor)
     for index, item in enumerate(items):
-        named = isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)
-        if not named or not isinstance(item[1], torch.Tensor):
+        if not (isinstance(item, torch.Tensor) if plain else _is_named(item)):
             raise ParameterInputError(
                 f"{where}: item {index} is a {type(item).__name__}, expected "
-                + ("a parameter." if index and not named else "a (name, parameter) pair.")
+                + ("a parameter." if plain else "a (name, parameter) pair.")
             )
     return [param for _, param in items], [name for name, _ in items]
+
+
+def _is_named(item: object) -> bool:
+    return (
+        isinstance(item, tuple | list)
+        and len(item) == 2
+        and isinstance(item[0], str)
+        and isinstance(item[1], torch.Tensor)
+    )
 
 
 def _each_once(given: GroupInput) -> GroupInput:

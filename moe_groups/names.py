@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_groups.tags import label_from_path
+from moe_groups.tags import PARALLEL_GROUP, label_from_path
 
 if TYPE_CHECKING:
     from moe_groups.plan import Key
@@ -76,7 +76,8 @@ class GroupNames:
         return "".join(f".{part}" for part in parts)
 
     def _unused(self, name: str) -> str:
+        mark = "_" if PARALLEL_GROUP.fullmatch(name) else "."  # ep_size_2.2 is no key
         count = 2
-        while f"{name}.{count}" in self.used:
+        while f"{name}{mark}{count}" in self.used:
             count += 1
-        return f"{name}.{count}"
+        return f"{name}{mark}{count}"

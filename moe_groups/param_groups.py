@@ -158,8 +158,9 @@ def _read_runs(given: GroupInput, split_by: SplitBy) -> tuple[list[int], list[Ru
     by_expert = split_by == "expert"
     sizes: list[int] = []
     runs: list[Run] = []
-    start, here, here_dtype = 0, None, None
+    start, here, here_dtype, here_layer = 0, None, None, None
     place: Place | None
+    layer: int | None = None
     for row, param in enumerate(given.params):
         attributes = param.__dict__
         size = attributes["ds_numel"] if "ds_numel" in attributes else param.numel()
@@ -174,10 +175,11 @@ def _read_runs(given: GroupInput, split_by: SplitBy) -> tuple[list[int], list[Ru
             get = attributes.get
             number = get("expert_number") if by_expert else None
             place = get("group_name", ""), get("expert_group_name"), number
-        if place != here or dtype is not here_dtype:
+            layer = get("expert_layer_id")
+        if place != here or dtype is not here_dtype or layer != here_layer:
             if here_dtype is not None:
                 runs.append((start, row, here, here_dtype))
-            start, here, here_dtype = row, place, dtype
+            start, here, here_dtype, here_layer = row, place, dtype, layer
     if here_dtype is not None:
         runs.append((start, len(sizes), here, here_dtype))
     return sizes, runs
@@ -186,12 +188,14 @@ def _read_runs(given: GroupInput, split_by: SplitBy) -> tuple[list[int], list[Ru
 def _check_tags(given: GroupInput, runs: list[Run], split_by: SplitBy) -> None:
     """Check each distinct tag once, and that no two layers of ours have one label."""
     first: dict[tuple[str, str | None], int] = {}
+    labelled: dict[str | None, int] = {}
     for start, _, place, _ in runs:
         if place is None:
             continue
-        row = first.setdefault(place[:2], start)
-        layer_id, other = (vars(given.params[r]).get("expert_layer_id") for r in (start, row))
-        if place[1] is not None and layer_id != other:
+        first.setdefault(place[:2], start)
+        row = labelled.setdefault(place[1], start)
+        layers = {vars(given.params[r]).get("expert_layer_id") for r in (start, row)} - {None}
+        if place[1] is not None and len(layers) > 1:
             raise TagError(
                 f"two MoE layers are called {place[1]!r}: that of {_row_name(given, row)} and that "
                 f"of {_row_name(given, start)}. Give each layer an expert_group_name of its own."

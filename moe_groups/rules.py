@@ -41,7 +41,8 @@ def is_norm_or_bias(name: str, param: torch.Tensor) -> bool:
     own_dims = len(shape_of(param)) - bool(getattr(param, "fused_experts", False))
     leaf = name.rpartition(".")[2].lower()
     is_bias = leaf.endswith("bias") or leaf.startswith("bias_")
-    is_norm = is_expert_parameter(param) and own_dims == 2 and _NORM.search(name.lower())
+    owner = ".".join(name.lower().split(".")[-2:])
+    is_norm = is_expert_parameter(param) and own_dims == 2 and _NORM.search(owner)
     return own_dims <= 1 or is_bias or bool(is_norm)
 
 

@@ -7,7 +7,7 @@ DeepSpeed's own (``deepspeed/moe/experts.py``); ``expert_group_name`` and
 """
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,11 +22,12 @@ _ATTRIBUTES = (
     "expert_number",
     "num_local_experts",
     "fused_experts",
+    "expert_layer_id",
+    "expert_label_found",
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertTag:
+class ExpertTag(NamedTuple):
     """Where an expert parameter belongs.
 
     Attributes:
@@ -82,6 +83,11 @@ def set_expert_tag(param: torch.Tensor, tag: ExpertTag) -> None:
     check_parallel_group(tag.parallel_group, "the tag")
     if tag.layer is not None:
         check_label(tag.layer)
+    write_checked_tag(param, tag)
+
+
+def write_checked_tag(param: torch.Tensor, tag: ExpertTag) -> None:
+    """:func:`set_expert_tag` for a tag that is known to be usable."""
     param.allreduce = False  # type: ignore[attr-defined]
     param.group_name = tag.parallel_group  # type: ignore[attr-defined]
     param.expert_group_name = tag.layer  # type: ignore[attr-defined]
