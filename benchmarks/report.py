@@ -1,4 +1,4 @@
-"""Print a benchmark's rows as a table and keep them as data in ``results/``."""
+"""Print a benchmark's rows, keep them as data in ``results/`` and as a table in README.md."""
 
 import json
 import platform
@@ -8,11 +8,12 @@ from typing import Any
 import tabulate
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write ``results/<name>.json`` (rows and versions) and print the rows."""
+    """Write ``results/<name>.json`` (rows and versions) and the table behind README's mark."""
     import deepspeed
 
     RESULTS.mkdir(exist_ok=True)
@@ -24,4 +25,10 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
     }
     text = json.dumps({"benchmark": name, "versions": versions, "rows": rows}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")
-    print(tabulate.tabulate(rows, headers="keys", tablefmt="github"))
+    table = tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    print(table)
+    readme = HERE / "README.md"
+    begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+    before, _, rest = readme.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    readme.write_text(f"{before}{begin}{table}{end}{after}")

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_groups.errors import UnsupportedDeepSpeedError
+from moe_groups.errors import ParameterInputError, UnsupportedDeepSpeedError
 
+TESTED_VERSION = "0.19.8"
 _NAME = re.compile(r"(ep_size_\d+)_.+", re.DOTALL)
 _DICTS = (
     "_EXPERT_PARALLEL_GROUP",
@@ -131,6 +132,12 @@ def engine_data_parallel_group(engine: Any) -> Any:
     return engine.seq_data_parallel_group
 
 
+def scheduled_peaks(engine: Any) -> list[float] | None:
+    """Learning rates to which a DeepSpeed warm-up schedule brings the groups, if there is one."""
+    peaks = getattr(engine.lr_scheduler, "max_lrs", None)
+    return None if peaks is None else list(map(float, peaks))
+
+
 def is_engine(value: object) -> bool:
     """Is ``value`` a DeepSpeed engine (its pipeline engine included)?"""
     module = sys.modules.get("deepspeed.runtime.engine")
@@ -161,7 +168,8 @@ def support_unique_names() -> None:
         if not callable(original):
             raise UnsupportedDeepSpeedError(
                 f"deepspeed {deepspeed.__version__} has no {owner}.{name}, which unique group "
-                "names need. Use the deepspeed version of constraints.txt."
+                f"names need: install deepspeed {TESTED_VERSION}, which this release was tested "
+                "with."
             )
         if not hasattr(original, _PATCHED):
             changed = functools.wraps(original)(wrap(original))
@@ -191,11 +199,24 @@ def _wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
     """The engine's last step before it wraps the optimizer: process groups exist, names not."""
 
     def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
-        names = [str(g.get("name")) for g in basic_optimizer.param_groups if g.get("moe")]
+        moe = [g for g in basic_optimizer.param_groups if g.get("moe")]
+        ours = [g["name"] for g in moe if "expert_group_name" in g]
+        if ours and not self.has_moe_layers and (self.zero_optimization() or _world_size(self) > 1):
+            raise ParameterInputError(
+                f"group {ours[0]!r} holds experts, but DeepSpeed finds no MoE layer in the model "
+                "and would average different experts: it knows deepspeed.moe.layer.MoE (or "
+                "moe_groups.MoE) and AutoEP's layers only. Build at least one layer with them, or "
+                "leave allreduce=False away to train these parameters as dense ones."
+            )
+        names = [str(g.get("name")) for g in moe]
         register_names(name for name in names if _NAME.fullmatch(name))
         return original(self, basic_optimizer)
 
     return _do_optimizer_sanity_check
+
+
+def _world_size(engine: Any) -> int:
+    return torch.distributed.get_world_size(engine_data_parallel_group(engine))
 
 
 def _wrap_grads_for_norm(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -121,9 +121,8 @@ class GroupTable:
             )
         if len(self.rows) > MANY_GROUPS:
             notes.append(
-                f"warning: {len(self.rows):,} groups. Each costs time in every step (about 1.7 ms "
-                "with ZeRO-1/2, 0.5 ms with BF16_Optimizer, on 2 CPU ranks; see benchmarks/). A "
-                "coarser split_by or a larger cap makes fewer."
+                f"warning: {len(self.rows):,} groups. Each costs a millisecond or two of every "
+                "step (benchmarks/README.md). A coarser split_by or a larger cap makes fewer."
             )
         return notes
 

@@ -30,13 +30,14 @@ class TaggedModel:
     Attributes:
         names: ``(qualified name, parameter)`` in the model's order, each once.
         tags: ``id(parameter)`` of each expert parameter to its tag.
-        inner: ``id(parameter)`` to its name inside the expert, as in ``w1.weight``.
+        inside: ``id(parameter)`` to the path of its layer and its name inside the expert,
+            as in ``("blocks.1.moe", "w1.weight")``.
         labels: ``id(parameter)`` to its layer's label, where that is the module's path.
     """
 
     names: list[tuple[str, torch.Tensor]]
     tags: dict[int, ExpertTag]
-    inner: dict[int, str]
+    inside: dict[int, tuple[str, str]]
     labels: dict[int, str]
 
     def write(self) -> None:
@@ -91,6 +92,9 @@ def find_experts(model: nn.Module) -> TaggedModel:
     return finder.found
 
 
+_BY_HAND = "(named by hand)"
+
+
 class _Finder:
     """One search through a model."""
 
@@ -126,20 +130,22 @@ class _Finder:
             tag = ExpertTag(parallel_group, label, number, len(numbers))
             for name, param in named_parameters(self.nodes[start : expert.stop]):
                 self.found.tags[id(param)] = tag
-                self.found.inner[id(param)] = name[len(expert.path) + 1 :]
+                self.found.inside[id(param)] = layer.path, name[len(expert.path) + 1 :]
                 trainable = trainable or param.requires_grad
         if trainable:  # PEFT keeps a frozen original beside the copy that it trains
             self._claim(label, layer.path)
 
     def tag_hand_made_experts(self) -> None:
         flags = find_flags(self.nodes, self.found.tags)
+        if not flags:
+            return
         places = find_places(self.nodes, flags)
-        for node in self.nodes:
-            for name, param in node.params:
-                flagged = flags.get(id(param))
-                if flagged is not None:
-                    place = places.get(id(param)) or Place(layer_path(node.path), node.path)
-                    self._tag_hand_made(node, name, param, flagged, place)
+        owners = {id(param): node for node in self.nodes for _, param in node.params}
+        for name, param in self.found.names:
+            flagged = flags.get(id(param))
+            if flagged is not None:
+                place = places.get(id(flagged))
+                self._tag_hand_made(owners[id(flagged)], name, param, flagged, place)
 
     def _tag_hand_made(
         self,
@@ -147,22 +153,28 @@ class _Finder:
         name: str,
         param: torch.Tensor,
         flagged: torch.Tensor,
-        place: Place,
+        place: Place | None,
     ) -> None:
+        """Tag ``param`` like ``flagged``, which belongs to ``owner``."""
         tag = get_expert_tag(flagged, name)
         assert tag is not None
+        by_hand = tag.layer not in (None, vars(flagged).get("expert_label_found"))
+        path = _BY_HAND if by_hand and place is None else ""
+        if place is None:
+            place = Place(layer_path(owner.path), owner.path)
         number, count = tag.expert_number, tag.num_local_experts
         if number is None:
             number, count = place.number, place.siblings
         label = tag.layer
-        if label is None or label == vars(flagged).get("expert_label_found"):
+        if label is None or not by_hand:
             label = label_from_path(place.layer) or "experts"
             self.found.labels[id(param)] = label
-            if self.layer_paths.get(label) != place.layer:
-                self._claim(label, place.layer)
-        fused = tag.fused or (number is None and is_fused(owner, param))
+        path = path or place.layer
+        if self.layer_paths.get(label) != path:
+            self._claim(label, path)
+        fused = number is None and param is flagged and (tag.fused or is_fused(owner, param))
         self.found.tags[id(param)] = ExpertTag(tag.parallel_group, label, number, count, fused)
-        self.found.inner[id(param)] = name[len(place.inside) :].lstrip(".")
+        self.found.inside[id(param)] = place.layer, name[len(place.inside) :].lstrip(".")
 
     def _claim(self, label: str, path: str) -> None:
         check_label(label)

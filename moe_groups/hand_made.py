@@ -110,20 +110,24 @@ def _params(nodes: list[ModuleNode], index: int) -> Iterator[tuple[str, torch.Te
 
 
 def _all_experts(nodes: list[ModuleNode], index: int, flags: Mapping[int, torch.Tensor]) -> bool:
-    """Does each child hold an expert parameter?"""
+    """Does each child hold an expert parameter (not just what PEFT added to one)?"""
     return all(
-        any(id(param) in flags for _, param in _params(nodes, child))
+        any(flags.get(id(param)) is param for _, param in _params(nodes, child))
         for child in _children(nodes, index)
     )
 
 
 def _same_experts(nodes: list[ModuleNode], index: int, flags: Mapping[int, torch.Tensor]) -> bool:
     """Do all children hold nothing but expert parameters, in the same shapes?"""
+    if not _all_experts(nodes, index, flags):
+        return False
     signatures = set()
     for child in _children(nodes, index):
         params = list(_params(nodes, child))
-        if not params or not all(id(param) in flags for _, param in params):
+        if not all(id(param) in flags for _, param in params):
             return False
+        if any(len(shape_of(param)) == 3 for _, param in params):
+            return False  # a layer's fused experts, not one expert
         skip = len(nodes[child].path)
         signatures.add(tuple((name[skip:], shape_of(param)) for name, param in params))
         if len(signatures) > 1:

@@ -3,17 +3,16 @@
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 from moe_groups import _deepspeed
 from moe_groups.caps import Caps
-from moe_groups.errors import InvalidArgumentError, ParameterInputError, TagError
+from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.given import CHECKED, remember
 from moe_groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
-from moe_groups.plan import LEVELS, Place, PlannedGroup, Run, SplitBy, Table, make_plan
+from moe_groups.plan import LEVELS, PlannedGroup, SplitBy, make_plan
 from moe_groups.rules import NoDecay, Overrides, Rules, Variant
-from moe_groups.tags import check_label, get_expert_tag, is_expert_parameter, shape_of
+from moe_groups.table import read_table
 
 DEEPSPEED_MAX_GROUP_SIZE = 178956971
 """Default cap of DeepSpeed's split, in elements (``deepspeed/moe/utils.py``)."""
@@ -55,7 +54,8 @@ def create_moe_param_groups(
             the caller's group has none of its own. :func:`is_norm_or_bias` is a ready one.
         overrides: ``(pattern, options)`` pairs. A glob pattern selects parameters by
             qualified name, by a module above them, or as ``<layer>.expert.<number>`` with
-            the number on this rank. Options win over everything else.
+            the layer's label or module path and the number on this rank. Options win over
+            everything else.
 
     Returns:
         Group dicts in the order dense, then experts by layer, expert and tile. Expert
@@ -82,7 +82,7 @@ def create_moe_param_groups(
     rules = Rules(weight_decay, no_decay, overrides)
     with _no_garbage_collection():
         given = read_input(params)
-        table = _tabulate(given, rules, split_by)
+        table = read_table(given, rules, split_by)
         plan = make_plan(table, split_by, caps.of, given.groups)
         if any(key.parallel_group is not None for _, key, _ in plan):
             _deepspeed.support_unique_names()
@@ -134,123 +134,6 @@ def _no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _tabulate(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
-    """Size, dtype, place and variant of each parameter."""
-    sizes, runs = _read_runs(given, split_by)
-    _check_trainable(given, runs)
-    if given.model is None:
-        _check_tags(given, runs, split_by)
-    variants, kinds = given.sources, [Variant(index) for index in range(len(given.groups))]
-    if rules.active:
-        variants, kinds = _apply(rules, given, runs)
-    return Table(sizes, runs, variants, kinds)
-
-
-def _read_runs(given: GroupInput, split_by: SplitBy) -> tuple[list[int], list[Run]]:
-    """Size of each parameter, and runs of trainable ones with the same place and dtype.
-
-    Looks at each parameter once: with tens of thousands of them, reading attributes of
-    tensors is what grouping costs.
-    """
-    tags = None if given.model is None else given.model.tags
-    by_expert = split_by == "expert"
-    sizes: list[int] = []
-    runs: list[Run] = []
-    start, here, here_dtype, here_layer = 0, None, None, None
-    place: Place | None
-    layer: int | None = None
-    for row, param in enumerate(given.params):
-        attributes = param.__dict__
-        size = attributes["ds_numel"] if "ds_numel" in attributes else param.numel()
-        sizes.append(size)
-        dtype = param.dtype if size and param.requires_grad else None
-        if tags is not None:
-            tag = tags.get(id(param))
-            place = tag.place if tag else None
-        elif attributes.get("allreduce", True):
-            place = None
-        else:
-            get = attributes.get
-            number = get("expert_number") if by_expert else None
-            place = get("group_name", ""), get("expert_group_name"), number
-            layer = get("expert_layer_id")
-        if place != here or dtype is not here_dtype or layer != here_layer:
-            if here_dtype is not None:
-                runs.append((start, row, here, here_dtype))
-            start, here, here_dtype, here_layer = row, place, dtype, layer
-    if here_dtype is not None:
-        runs.append((start, len(sizes), here, here_dtype))
-    return sizes, runs
-
-
-def _check_tags(given: GroupInput, runs: list[Run], split_by: SplitBy) -> None:
-    """Check each distinct tag once, and that no two layers of ours have one label."""
-    first: dict[tuple[str, str | None], int] = {}
-    labelled: dict[str | None, int] = {}
-    for start, _, place, _ in runs:
-        if place is None:
-            continue
-        first.setdefault(place[:2], start)
-        row = labelled.setdefault(place[1], start)
-        layers = {vars(given.params[r]).get("expert_layer_id") for r in (start, row)} - {None}
-        if place[1] is not None and len(layers) > 1:
-            raise TagError(
-                f"two MoE layers are called {place[1]!r}: that of {_row_name(given, row)} and that "
-                f"of {_row_name(given, start)}. Give each layer an expert_group_name of its own."
-            )
-    for row in first.values():
-        param, name = given.params[row], _row_name(given, row)
-        tag = get_expert_tag(param, name)
-        assert tag is not None
-        if tag.layer is not None:
-            check_label(tag.layer)
-        elif split_by != "parallel_group":
-            raise TagError(
-                f"expert parameter {name}, shape {tuple(shape_of(param))}, does not know its "
-                "layer: pass the module instead of its parameters, call tag_experts(module) "
-                "before, or give the layer an expert_group_name."
-            )
-
-
-def _row_name(given: GroupInput, row: int) -> str:
-    return given.names[row] or f"parameter {row} of the input"
-
-
-def _check_trainable(given: GroupInput, runs: list[Run]) -> None:
-    if not runs:
-        raise ParameterInputError(
-            f"none of the {len(given.params)} parameters is trainable: set requires_grad on those "
-            "that the optimizer shall step."
-        )
-    if any(place is not None for _, _, place, _ in runs):
-        return
-    tags = None if given.model is None else given.model.tags
-    for row, param in enumerate(given.params):
-        if is_expert_parameter(param) if tags is None else id(param) in tags:
-            raise ParameterInputError(
-                f"all expert parameters are frozen (the first is {_row_name(given, row)}), and "
-                "DeepSpeed's ZeRO-1/2 and BF16_Optimizer refuse a model with MoE layers but no "
-                "MoE group. Leave one expert parameter trainable; lr=0 and weight_decay=0 in "
-                "overrides keep its value."
-            )
-
-
-def _apply(rules: Rules, given: GroupInput, runs: list[Run]) -> tuple[list[int], list[Variant]]:
-    """The variant of each parameter, as an index into the sorted variants."""
-    found = [Variant(source) for source in given.sources]
-    for row in chain.from_iterable(range(start, stop) for start, stop, _, _ in runs):
-        param, name, source = given.params[row], given.names[row], given.sources[row]
-        if given.model is None:
-            tag, inner = get_expert_tag(param, name), ""
-        else:
-            tag, inner = given.model.tags.get(id(param)), given.model.inner.get(id(param), "")
-        found[row] = rules.variant(source, given.groups[source], name, param, tag, inner)
-    rules.check_all_matched([name for name in given.names if name][:3])
-    kinds = sorted(set(found))
-    index = {variant: number for number, variant in enumerate(kinds)}
-    return [index[variant] for variant in found], kinds
 
 
 def _group_dicts(plan: list[PlannedGroup], given: GroupInput, rules: Rules) -> list[ParamGroup]:

@@ -77,6 +77,11 @@ class Rules:
     _agree: set[tuple[int, ...]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
+        if self.no_decay is not None and not callable(self.no_decay):
+            raise InvalidArgumentError(
+                f"no_decay={self.no_decay!r} is not callable: give a function of (name, parameter) "
+                "that says True where weight decay is to be 0, as is_norm_or_bias."
+            )
         self.overrides = list(self.overrides)
         for index, item in enumerate(self.overrides):
             self._patterns.append(re.compile(_pattern_of(index, item)))
@@ -91,11 +96,13 @@ class Rules:
         options: Mapping[str, Any],
         name: str,
         param: torch.Tensor,
-        tag: ExpertTag | None,
-        inner: str,
+        names: Sequence[str],
     ) -> Variant:
-        """The variant of ``options`` (the caller's group) that ``param`` belongs to."""
-        matched = self._matching(_addresses(name, tag, inner))
+        """The variant of ``options`` (the caller's group) that ``param`` belongs to.
+
+        ``names`` are its :func:`addresses`.
+        """
+        matched = self._matching(names)
         self._matched.update(matched)
         self._check_conflict(matched, name, param)
         no_decay = (
@@ -120,18 +127,18 @@ class Rules:
         """Raise OverrideError for patterns that selected nothing."""
         missing = [p for i, (p, _) in enumerate(self.overrides) if i not in self._matched]
         if missing:
-            shown = ", ".join(map(repr, examples)) or "no trainable parameter at all"
+            shown = ", ".join(map(repr, examples[:4])) or "parameters without names"
             raise OverrideError(
                 f"override pattern(s) {', '.join(map(repr, missing))} match nothing. A pattern "
                 "is compared with the qualified parameter name and the modules above it, and for "
                 f"experts with '<layer>.expert.<number>'; here these are for example: {shown}."
             )
 
-    def _matching(self, addresses: Sequence[str]) -> tuple[int, ...]:
+    def _matching(self, names: Sequence[str]) -> tuple[int, ...]:
         return tuple(
             index
             for index, pattern in enumerate(self._patterns)
-            if any(map(pattern.fullmatch, addresses))
+            if any(map(pattern.fullmatch, names))
         )
 
     def _check_conflict(self, matched: tuple[int, ...], name: str, param: torch.Tensor) -> None:
@@ -151,13 +158,20 @@ class Rules:
         self._agree.add(matched)
 
 
-def _addresses(name: str, tag: ExpertTag | None, inner: str) -> list[str]:
-    """What patterns are compared with: the name, the layer, the expert."""
-    addresses = [name] if name else []
-    if tag is not None and tag.layer is not None:
-        number = () if tag.expert_number is None else ("expert", str(tag.expert_number))
-        addresses.append(".".join((tag.layer, *number, *((inner,) if inner else ()))))
-    return addresses
+def addresses(name: str, tag: ExpertTag | None, path: str, inner: str) -> list[str]:
+    """What patterns are compared with: the name, and the expert by label and by module path.
+
+    Args:
+        name: qualified name, "" where not known.
+        path: module path of the expert's layer, "" where not known.
+        inner: name inside the expert.
+    """
+    found = [name] if name else []
+    if tag is not None:
+        number = "" if tag.expert_number is None else f".expert.{tag.expert_number}"
+        end = f".{inner}" if inner else ""
+        found += [f"{base}{number}{end}" for base in (tag.layer, path) if base]
+    return list(dict.fromkeys(found))
 
 
 def _pattern_of(index: int, item: object) -> str:

@@ -109,7 +109,7 @@ def get_expert_tag(param: torch.Tensor, name: str = "") -> ExpertTag | None:
         return None
     attributes = param.__dict__
     parallel_group = attributes.get("group_name")
-    check_parallel_group(parallel_group, f"expert parameter {name or tuple(param.shape)}")
+    check_parallel_group(parallel_group, name or f"expert parameter {tuple(param.shape)}")
     assert isinstance(parallel_group, str)
     return ExpertTag(
         parallel_group,

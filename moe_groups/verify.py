@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moe_groups import _deepspeed
-from moe_groups.errors import VerificationError
+from moe_groups.errors import InvalidArgumentError, VerificationError
 from moe_groups.expert_layers import find_experts
 from moe_groups.given import Given, given_options
 from moe_groups.plan import fingerprint
@@ -23,13 +23,15 @@ def verify(engine: Any) -> None:
     names are unique and lead to process groups; that experts are in groups marked
     ``moe``; and that the groups are the same and in the same order on all ranks of the
     data-parallel group (one all-gather of 24 bytes a rank; details follow only where
-    something is wrong). Once a learning-rate scheduler has been attached, ``initial_lr``
-    is checked in place of ``lr``, or nothing if the scheduler does not set it.
+    something is wrong). With a learning-rate scheduler, ``initial_lr`` is checked in place
+    of ``lr`` (torch), or the rate that a warm-up ends at (DeepSpeed, whose ``WarmupLR`` sets
+    one rate for all groups unless it is given a list), or nothing if it has neither.
 
     Args:
         engine: what ``deepspeed.initialize`` returned first.
 
     Raises:
+        InvalidArgumentError: not an engine with an optimizer.
         VerificationError: on every rank if anything is wrong on any; names parameters,
             groups and ranks.
 
@@ -37,6 +39,11 @@ def verify(engine: Any) -> None:
         >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         >>> verify(engine)                                                # doctest: +SKIP
     """
+    if not _deepspeed.is_engine(engine) or not hasattr(engine.optimizer, "param_groups"):
+        raise InvalidArgumentError(
+            f"verify takes an engine that deepspeed.initialize made with an optimizer, not "
+            f"{type(engine).__name__}."
+        )
     stepped = _deepspeed.stepped_groups(engine)
     model = find_experts(engine.module)
     names = {id(param): name for name, param in model.names}
@@ -44,7 +51,7 @@ def verify(engine: Any) -> None:
         *_check_coverage(stepped, model.names, names),
         *_check_names(stepped),
         *_check_marks(stepped, names),
-        *_check_given(stepped, names, engine.lr_scheduler is not None),
+        *_check_given(stepped, names, engine),
     ]
     layout = [_layout(group, params, names) for group, params in stepped]
     _agree(engine, problems, layout)
@@ -103,13 +110,14 @@ def _check_marks(stepped: _Stepped, names: dict[int, str]) -> Iterator[str]:
                 )
 
 
-def _check_given(stepped: _Stepped, names: dict[int, str], scheduled: bool) -> Iterator[str]:
+def _check_given(stepped: _Stepped, names: dict[int, str], engine: Any) -> Iterator[str]:
     given = given_options([_name(group) for group, _ in stepped])
-    for group, params in stepped:
+    for index, (group, params) in enumerate(stepped):
+        actual_options = {**group, "lr": _base_rate(engine, group, index)}
         wrong: dict[tuple[str, Any, Any, str], list[str]] = {}
         for param in params:
             record = given.get(id(param))
-            for key, expected, actual in _differences(group, record, scheduled):
+            for key, expected, actual in _differences(actual_options, record):
                 assert record is not None
                 found = wrong.setdefault((key, expected, actual, record.name), [])
                 found.append(names.get(id(param), str(tuple(param.shape))))
@@ -121,17 +129,24 @@ def _check_given(stepped: _Stepped, names: dict[int, str], scheduled: bool) -> I
             )
 
 
-def _differences(
-    group: dict[str, Any], record: Given | None, scheduled: bool
-) -> Iterator[tuple[str, Any, Any]]:
+def _base_rate(engine: Any, group: dict[str, Any], index: int) -> float | None:
+    """The group's learning rate as it was before a scheduler changed it; None if unknown."""
+    peaks = _deepspeed.scheduled_peaks(engine)
+    rate: float | None = group.get("lr")
+    if "initial_lr" in group:
+        rate = group["initial_lr"]
+    elif peaks is not None and index < len(peaks):
+        rate = peaks[index]
+    elif engine.lr_scheduler is not None:
+        rate = None
+    return rate
+
+
+def _differences(actual: dict[str, Any], record: Given | None) -> Iterator[tuple[str, Any, Any]]:
     for key, expected in (record.options if record else {}).items():
-        actual = group.get(key)
-        if key == "lr" and "initial_lr" in group:
-            actual = group["initial_lr"]
-        elif key == "lr" and scheduled:
-            continue
-        if actual != expected:
-            yield key, expected, actual
+        unknown = key == "lr" and actual["lr"] is None
+        if not unknown and actual.get(key) != expected:
+            yield key, expected, actual.get(key)
 
 
 def _layout(

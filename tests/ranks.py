@@ -1,11 +1,13 @@
 """Run functions on real ranks: a pool of gloo processes per world size, started once.
 
-Importing DeepSpeed takes seconds, so the processes stay. A job is a module-level function;
-it runs on every rank and its results come back in rank order. A job that raises or hangs
-ends the pool (the ranks may be stuck in a collective); the next job starts a new one.
+A job is a module-level function; it runs on every rank and its results come back in rank
+order. A job that raises or hangs ends the pool (the ranks may be stuck in a collective);
+the next job starts a new one. Ranks fork from a server that has imported DeepSpeed and
+nothing else, so that fresh processes take a second and not ten.
 """
 
 import faulthandler
+import fcntl
 import importlib
 import multiprocessing
 import os
@@ -14,14 +16,17 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSIONS = ROOT / ".cache" / "torch_extensions"
+START_TIMEOUT = 900.0  # DeepSpeed's communication op is compiled at first use
+PRELOAD = ["deepspeed", "deepspeed.moe.layer", "torch._dynamo", "torch._inductor.compile_fx"]
 
 
 class RankError(AssertionError):
@@ -39,19 +44,21 @@ class RankPool:
     def __init__(self, world_size: int, env: dict[str, str] | None = None) -> None:
         self.world_size = world_size
         self.scratch = Path(tempfile.mkdtemp(prefix="moe-groups-ranks-"))
-        # A killed process leaves a lock behind, and then every later compilation waits forever.
-        for lock in EXTENSIONS.glob("**/lock"):
-            lock.unlink()
-        context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        self.extensions = _use_extensions()
+        self.started = False
         self.pipes: list[Connection] = []
-        self.processes = []
+        self.processes: list[Any] = []
+        context: Any = multiprocessing.get_context("spawn" if env else "forkserver")
+        if not env:
+            context.set_forkserver_preload(PRELOAD)
+        port = _free_port()
         before = dict(os.environ)
         for rank in range(world_size):
-            os.environ.update(_rank_environment(rank, world_size, port), **(env or {}))
+            variables = _rank_environment(rank, world_size, port) | (env or {})
+            os.environ.update(variables)  # for interpreters that start here, the server's too
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, str(self._stack_file(rank))), daemon=True
+                target=_serve, args=(theirs, str(self._stack_file(rank)), variables), daemon=True
             )
             process.start()
             theirs.close()
@@ -66,41 +73,50 @@ class RankPool:
         Raises:
             RankError: a rank raised, died, or was not done after ``timeout`` seconds.
         """
-        target = (job.__module__, job.__qualname__)
+        if not self.started:
+            self._answers("start of the ranks", START_TIMEOUT)
+            self.started = True
         for pipe in self.pipes:
-            pipe.send((target, args, kwargs))
-        answers: dict[int, tuple[bool, Any]] = {}
-        while len(answers) < self.world_size:
-            waiting = [rank for rank in range(self.world_size) if rank not in answers]
-            ready = wait([self.pipes[rank] for rank in waiting], timeout)
-            if not ready:
-                self._fail(f"{target[1]}: not done after {timeout:g} s", answers)
-            for rank in (rank for rank in waiting if self.pipes[rank] in ready):
-                try:
-                    answers[rank] = self.pipes[rank].recv()
-                except EOFError:
-                    answers[rank] = False, "the process died"
-                if not answers[rank][0]:
-                    timeout = min(timeout, 5)  # the others are likely waiting for this one
-        if not all(ok for ok, _ in answers.values()):
-            self._fail(f"{target[1]} failed", answers)
-        return [answers[rank][1] for rank in range(self.world_size)]
+            pipe.send((job.__module__, job.__qualname__, args, kwargs))
+        return self._answers(job.__qualname__, timeout)
 
     def close(self) -> None:
         for process in self.processes:
             process.kill()
             process.join()
         self.processes = []
+        os.close(self.extensions)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     @property
     def alive(self) -> bool:
         return bool(self.processes)
 
+    def _answers(self, what: str, timeout: float) -> list[Any]:
+        """One answer from each rank, in rank order."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + timeout
+        while len(answers) < self.world_size:
+            waiting = [rank for rank in range(self.world_size) if rank not in answers]
+            ready = wait([self.pipes[rank] for rank in waiting], max(0, end - time.monotonic()))
+            if not ready:
+                late = not any(ok is False for ok, _ in answers.values())
+                self._fail(f"{what}: not done after {timeout:g} s" if late else what, answers)
+            for rank in (rank for rank in waiting if self.pipes[rank] in ready):
+                try:
+                    answers[rank] = self.pipes[rank].recv()
+                except EOFError:
+                    answers[rank] = False, "the process died"
+                if not answers[rank][0]:  # the others are likely waiting for this one
+                    end = min(end, time.monotonic() + 5)
+        if not all(ok for ok, _ in answers.values()):
+            self._fail(what, answers)
+        return [answers[rank][1] for rank in range(self.world_size)]
+
     def _stack_file(self, rank: int) -> Path:
         return self.scratch / f"stack-{rank}.txt"
 
-    def _fail(self, what: str, answers: dict[int, tuple[bool, Any]]) -> None:
+    def _fail(self, what: str, answers: dict[int, tuple[bool, Any]]) -> NoReturn:
         lines = [what]
         for rank, process in enumerate(self.processes):
             if rank in answers:
@@ -111,9 +127,8 @@ class RankPool:
         self.close()
         raise RankError("\n".join(lines))
 
-    def _stack(self, rank: int, pid: int | None) -> str:
+    def _stack(self, rank: int, pid: int) -> str:
         """Where a rank is: its innermost Python frames, with the collective it waits in."""
-        assert pid is not None
         os.kill(pid, signal.SIGUSR1)
         self.processes[rank].join(1)
         text = self._stack_file(rank).read_text() if self._stack_file(rank).exists() else ""
@@ -144,12 +159,14 @@ def run_in_fresh_processes(
     try:
         return pool.run(job, *args, **kwargs)
     finally:
-        pool.close()
+        if pool.alive:
+            pool.close()
 
 
 def close_pools() -> None:
     for pool in _pools.values():
-        pool.close()
+        if pool.alive:
+            pool.close()
     _pools.clear()
 
 
@@ -166,37 +183,67 @@ def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+def _use_extensions() -> int:
+    """Announce that compiled extensions are in use; removes stale locks if nobody else does.
+
+    A killed process leaves a lock behind on which every later compilation waits forever,
+    but the lock of a compilation that is running must stay.
+    """
+    EXTENSIONS.mkdir(parents=True, exist_ok=True)
+    users = os.open(EXTENSIONS / "users", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for lock in EXTENSIONS.glob("**/lock"):
+            lock.unlink(missing_ok=True)
+    except BlockingIOError:
+        pass
+    fcntl.flock(users, fcntl.LOCK_SH)
+    return users
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _serve(pipe: Connection, stack_file: str) -> None:
+def _serve(pipe: Connection, stack_file: str, variables: dict[str, str]) -> None:
     """Main loop of a rank."""
+    os.environ.update(variables)
     stacks = open(stack_file, "w")  # noqa: SIM115  (faulthandler writes to it until the end)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     if not os.environ.get("MOE_GROUPS_VERBOSE"):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (DeepSpeed prints a lot)
     import deepspeed
-    from deepspeed.utils import groups, logger
+    from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo", verbose=False)
+    pipe.send((True, None))
     while True:
-        (module, name), args, kwargs = pipe.recv()
-        for registry in (
-            groups._EXPERT_PARALLEL_GROUP,
-            groups._EXPERT_PARALLEL_GROUP_RANKS,
-            groups._EXPERT_DATA_PARALLEL_GROUP,
-            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
-        ):
-            registry.clear()
-        groups.mpu = None
         try:
+            module, name, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            forget_process_groups()
             target: Any = importlib.import_module(module)
             for part in name.split("."):
                 target = getattr(target, part)
             pipe.send((True, target(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def forget_process_groups() -> None:
+    """Bring DeepSpeed's registry of expert process groups into the state of a fresh process."""
+    import torch
+    from deepspeed.utils import groups
+
+    for known in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP):
+        for group in {id(handle): handle for handle in known.values()}.values():
+            torch.distributed.destroy_process_group(group)
+        known.clear()
+    groups._EXPERT_PARALLEL_GROUP_RANKS.clear()
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.clear()
+    groups.mpu = None

@@ -1,6 +1,7 @@
 """One real DeepSpeed training run, as the distributed tests compare them."""
 
 import contextlib
+import gc
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,34 +9,64 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as stock_split
+from deepspeed.ops.adam import FusedAdam
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from moe_groups import MoE, create_moe_param_groups
 from tests.models import HIDDEN, TinyMoE
 
+WRAPPERS = {
+    "zero1": "DeepSpeedZeroOptimizer",
+    "zero2": "DeepSpeedZeroOptimizer",
+    "zero2_fp32_grads": "DeepSpeedZeroOptimizer",
+    "bf16": "BF16_Optimizer",
+    "fp32": "AdamW",  # no wrapper
+    "half": "FP16_Optimizer",  # bf16 weights without ZeRO: runs where fp16 does not
+    "half_unfused": "FP16_UnfusedOptimizer",
+    "fp16": "FP16_Optimizer",
+}
+"""What :func:`start` can train with, and DeepSpeed's class that steps there."""
+
+GroupsOf = Callable[[nn.Module], list[dict[str, Any]]]
+
+
+class TorchFusedAdam(FusedAdam):
+    """torch's AdamW as the type for which DeepSpeed chooses FP16_Optimizer.
+
+    DeepSpeed's own CPU kernel takes minutes to compile.
+    """
+
+    def __init__(self, params: list[dict[str, Any]], **options: Any) -> None:
+        self.adamw = torch.optim.AdamW(params, **options)
+        self.__dict__.update(self.adamw.__dict__)
+
+    def step(self, closure: None = None) -> None:
+        self.adamw.state, self.adamw.param_groups = self.state, self.param_groups
+        self.adamw.step(closure)
+
 
 def config(wrapper: str, **changes: Any) -> dict[str, Any]:
-    """A DeepSpeed config for "zero1", "zero2", "zero2_fp32_grads", "bf16", "fp32" or "fp16"."""
+    """A DeepSpeed config for one of :data:`WRAPPERS`."""
     cfg: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.05,
         "zero_allow_untested_optimizer": True,
     }
-    if wrapper == "fp32":
-        pass
-    elif wrapper == "fp16":
+    if wrapper == "fp16":
         cfg["fp16"] = {"enabled": True, "initial_scale_power": 8}
-    else:
-        stage = 2 if wrapper.startswith("zero2") else 1
-        cfg["zero_optimization"] = {"stage": stage, "contiguous_gradients": True}
+    elif wrapper != "fp32":
         cfg["bf16"] = {"enabled": True}
         fp32 = wrapper in ("bf16", "zero2_fp32_grads")
         cfg["data_types"] = {"grad_accum_dtype": "fp32" if fp32 else "bf16"}
+    if wrapper.startswith("zero") or wrapper == "bf16":
+        stage = 2 if wrapper.startswith("zero2") else 1
+        cfg["zero_optimization"] = {"stage": stage, "contiguous_gradients": True}
     return cfg | changes
 
 
-def make_groups(model: nn.Module, split: str, cap: int | None) -> list[dict[str, Any]]:
+def make_groups(model: nn.Module, split: str, cap: int | None = None) -> list[dict[str, Any]]:
     """``split`` is a ``split_by``, or "stock" for DeepSpeed's own."""
     if split == "stock":
         group = {"params": list(model.parameters()), "name": "dense"}
@@ -44,23 +75,43 @@ def make_groups(model: nn.Module, split: str, cap: int | None) -> list[dict[str,
     return create_moe_param_groups(model, split_by=split, max_group_size=cap)  # type: ignore[arg-type]
 
 
+def groups_by(split: str, cap: int | None = None) -> GroupsOf:
+    return lambda model: make_groups(model, split, cap)
+
+
 def start(
     wrapper: str,
-    groups_of: Callable[[nn.Module], list[dict[str, Any]]],
+    groups_of: GroupsOf,
     model: nn.Module | None = None,
     layer: type[nn.Module] = MoE,
     model_options: dict[str, Any] | None = None,
     fused: bool = False,
+    scheduler: Callable[[Any], Any] | None = None,
     **changes: Any,
 ) -> Any:
-    """An engine over ``model`` (a TinyMoE by default) with AdamW."""
+    """An engine over ``model`` (a TinyMoE by default) with AdamW.
+
+    Args:
+        wrapper: one of :data:`WRAPPERS`.
+        groups_of: makes the optimizer's groups.
+        scheduler: makes a learning-rate scheduler of the optimizer.
+        changes: further or other entries of the config.
+    """
     if model is None:
         model = TinyMoE(layer, **(model_options or {}))
-    optimizer = torch.optim.AdamW(groups_of(model), lr=1e-2, weight_decay=0.01, fused=fused)
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.01}
+    if wrapper in ("half", "fp16"):
+        optimizer: Any = TorchFusedAdam(groups_of(model), **options)
+    else:
+        optimizer = torch.optim.AdamW(groups_of(model), fused=fused, **options)
+    return initialize(model, optimizer, config(wrapper, **changes), lr_scheduler=scheduler)
+
+
+def initialize(model: nn.Module, optimizer: Any, cfg: dict[str, Any], **options: Any) -> Any:
+    """``deepspeed.initialize`` without its prints; the engine."""
+    gc.freeze()  # BF16_Optimizer collects garbage twice for each group
     with contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config(wrapper, **changes)
-        )
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=cfg, **options)
     return engine
 
 
@@ -87,15 +138,36 @@ def train(engine: Any, steps: int, first: int = 0) -> dict[str, list[float]]:
     return history
 
 
-def parameters(engine: Any) -> dict[str, torch.Tensor]:
-    """The model's parameters by name, as numpy-free copies that can be sent."""
-    return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
+def weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The parameters by name in full precision: the wrapper's master weights if it has any.
+
+    All ranks call it together.
+    """
+    optimizer = engine.optimizer
+    masters: dict[int, torch.Tensor] = {}
+    if hasattr(optimizer, "fp16_groups"):
+        fp32_groups = getattr(optimizer, "fp32_groups", None)
+        if fp32_groups is None:
+            fp32_groups = [
+                flat.split([param.numel() for param in group])
+                for flat, group in zip(
+                    optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True
+                )
+            ]
+        for group, parts in zip(optimizer.fp16_groups, fp32_groups, strict=True):
+            masters.update(
+                (id(p), part.view(p.shape)) for p, part in zip(group, parts, strict=True)
+            )
+    found = {}
+    for name, param in engine.module.named_parameters():
+        master = masters.get(id(param))
+        if master is None:
+            master = safe_get_full_fp32_param(param)
+        found[name] = (param if master is None else master).detach().float().clone()
+    return found
 
 
-def master_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """fp32 master weights of this rank, by the group they are in; empty without a wrapper."""
-    for attribute in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-        parts = getattr(engine.optimizer, attribute, None)
-        if parts is not None:
-            return {str(i): p.detach().clone() for i, p in enumerate(parts)}
-    return {}
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Of the weights of two runs; 0.0 if they are equal bit for bit."""
+    assert list(a) == list(b)
+    return float(torch.stack([(a[name] - b[name]).abs().max() for name in a]).max())

@@ -12,6 +12,7 @@ import copy
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def one_step(
     for _ in range(2):
         loss, aux_loss = engine(batch.to(engine.device))
         total = loss + args.aux_weight * aux_loss
-        peak = step_peak_bytes(lambda total=total: engine.backward(total), engine.step)
+        peak = step_peak_bytes(partial(engine.backward, total), engine.step)
     worst = torch.tensor(peak, device=engine.device)
     torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
     table = describe(engine)

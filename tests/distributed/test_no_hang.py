@@ -1,0 +1,68 @@
+"""No grouping of ours hangs where an expert has no gradient on one rank.
+
+And it trains as if that gradient were zero. With ZeRO the ranks that share an expert must
+agree on whether it has a gradient; ``test_contract.py`` shows that DeepSpeed's own split
+needs that as well.
+"""
+
+from collections.abc import Collection
+
+import pytest
+
+from tests.distributed.skipping import train_skipping
+from tests.distributed.test_training_equal import fp16_runs
+from tests.ranks import run_on_ranks
+from tests.training import largest_difference
+
+WRAPPERS = ["zero1", "zero2", "zero2_fp32_grads", "bf16", "half", "half_unfused", "fp16"]
+EXPERT_SKIPPED, LAYER_SKIPPED = (0,), ()
+
+
+def against_zero_gradient(wrapper: str, skips: Collection[int], used: Collection[int]) -> list[str]:
+    """What differs between no gradient and a zero gradient, with a name for each group."""
+    problems = []
+    for split in ("expert", "module"):
+        without = train_skipping(wrapper, split, 2, skips, used)
+        zeros = train_skipping(wrapper, split, 2, skips, used, explicit_zeros=True)
+        if without[0] != zeros[0]:
+            problems.append(f"{split}: {without[0]} instead of {zeros[0]}")
+        if (difference := largest_difference(without[1], zeros[1])) != 0:
+            problems.append(f"{split}: weights differ by {difference}")
+    return problems
+
+
+def check(wrapper: str, world: int, skips: Collection[int], used: Collection[int]) -> None:
+    if wrapper == "fp16" and not all(run_on_ranks(world, fp16_runs)):
+        pytest.skip("DeepSpeed refuses fp16 on this device; half runs the same optimizer in bf16")
+    problems = run_on_ranks(world, against_zero_gradient, wrapper, skips, used, timeout=60)
+    assert problems == [[]] * world
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("used", [EXPERT_SKIPPED, LAYER_SKIPPED], ids=["one expert", "no expert"])
+@pytest.mark.parametrize(("world", "skips"), [(2, [1]), (4, [1, 3])])
+def test_experts_without_gradient(
+    wrapper: str, world: int, skips: list[int], used: Collection[int]
+) -> None:
+    check(wrapper, world, skips, used)
+
+
+@pytest.mark.parametrize("wrapper", ["bf16", "half"])
+@pytest.mark.parametrize("used", [EXPERT_SKIPPED, LAYER_SKIPPED], ids=["one expert", "no expert"])
+def test_ranks_that_share_the_expert_disagree(wrapper: str, used: Collection[int]) -> None:
+    check(wrapper, 4, [1], used)
+
+
+def train_experts_only(wrapper: str, split: str) -> tuple[list[float], bool]:
+    history, _ = train_skipping(wrapper, split, 2, [1], LAYER_SKIPPED, experts_only=True)
+    return history["norm"], history["loss"][0] > 0
+
+
+@pytest.mark.parametrize("split", ["expert", "module", "parallel_group"])
+def test_bf16_without_dense_group(split: str) -> None:
+    """Nothing but experts, and none of them has a gradient on rank 1."""
+    ranks = run_on_ranks(2, train_experts_only, "bf16", split, timeout=60)
+    expected = run_on_ranks(2, train_experts_only, "zero1", split, timeout=60)
+    for (norms, _), (others, _) in zip(ranks, expected, strict=True):
+        assert min(norms) > 0
+        assert norms == pytest.approx(others, rel=1e-5)

@@ -1,0 +1,91 @@
+"""Save, load in fresh processes, go on: equal bit for bit to the run that never stopped."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from moe_groups import verify
+from tests.ranks import run_in_fresh_processes, run_on_ranks
+from tests.training import groups_by, largest_difference, start, train, weights
+
+BEFORE, AFTER = 3, 3  # steps
+
+
+class Case(NamedTuple):
+    wrapper: str
+    ep_size: int
+    split: str
+    cap: int | None = None
+
+    def engine(self) -> Any:
+        groups_of = groups_by(self.split, self.cap)
+        return start(self.wrapper, groups_of, model_options={"ep_size": self.ep_size})
+
+
+def save_and_go_on(cases: list[Case], folder: Path) -> None:
+    """Train, save, train on; what came out is left in ``folder``."""
+    rank = torch.distributed.get_rank()
+    for number, case in enumerate(cases):
+        engine = case.engine()
+        train(engine, BEFORE)
+        engine.save_checkpoint(str(folder / str(number)))
+        saved = weights(engine)
+        history = train(engine, AFTER, first=BEFORE)
+        torch.save((saved, history, weights(engine)), folder / f"{number}-{rank}.pt")
+
+
+def load_and_go_on(cases: list[Case], folder: Path) -> list[str]:
+    """Train on from each checkpoint; what differs from the run that never stopped."""
+    rank = torch.distributed.get_rank()
+    problems = []
+    for number, case in enumerate(cases):
+        saved, history, end = torch.load(folder / f"{number}-{rank}.pt")
+        engine = case.engine()
+        assert largest_difference(weights(engine), saved) > 1e-3, "nothing to load"
+        path, _ = engine.load_checkpoint(str(folder / str(number)))
+        assert path is not None
+        verify(engine)
+        names = [group["name"] for group in engine.optimizer.param_groups]
+        if len(set(names)) < len(names):
+            problems.append(f"{case}: names {names}")
+        if largest_difference(weights(engine), saved) != 0:
+            problems.append(f"{case}: other weights than were saved")
+        resumed = train(engine, AFTER, first=BEFORE)
+        if resumed != history:
+            problems.append(f"{case}: {resumed} instead of {history}")
+        if largest_difference(weights(engine), end) != 0:
+            problems.append(f"{case}: other weights at the end")
+    return problems
+
+
+def check(world: int, cases: list[Case], folder: Path) -> None:
+    run_on_ranks(world, save_and_go_on, cases, folder, timeout=300)
+    problems = run_in_fresh_processes(world, load_and_go_on, cases, folder, timeout=300)
+    assert problems == [[]] * world
+
+
+def test_resume_equals_the_run_that_never_stopped(tmp_path: Path) -> None:
+    cases = [
+        Case("zero1", 2, "expert"),
+        Case("zero2", 2, "module", 400),
+        Case("zero2", 1, "expert"),
+        Case("zero2_fp32_grads", 2, "expert"),
+        Case("bf16", 2, "module"),
+        Case("bf16", 2, "expert", 400),
+    ]
+    check(2, cases, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapper", ["zero1", "zero2", "zero2_fp32_grads", "bf16", "half"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_resume_of_every_grouping(wrapper: str, world: int, tmp_path: Path) -> None:
+    cases = [
+        Case(wrapper, ep_size, split, cap)
+        for ep_size in (1, 2)
+        for split in ("parallel_group", "module", "expert")
+        for cap in (None, 400)
+    ]
+    check(world, cases, tmp_path)

@@ -1,0 +1,127 @@
+"""DeepSpeed is imported when it is used, not before; grouping needs neither values nor ranks."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import moe_groups
+from moe_groups import ExpertTag, create_moe_param_groups, describe, set_expert_tag
+from moe_groups.plan import largest_group, padded_partition
+
+GROUP_A_MODEL = """
+import torch
+from moe_groups import create_moe_param_groups, describe, set_expert_tag, ExpertTag
+model = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+for param in model[1].parameters():
+    set_expert_tag(param, ExpertTag("ep_size_2", "moe", 0))
+groups = create_moe_param_groups(model.parameters(), max_group_size=16)
+assert "ep_size_2_moe.tile.0" in str(describe(groups))
+"""
+
+
+def run(code: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_and_grouping_a_dense_model_does_not_import_deepspeed() -> None:
+    run("""
+import sys
+import moe_groups.packing, moe_groups.plan, moe_groups.tags, moe_groups.rules
+import torch
+moe_groups.describe(moe_groups.create_moe_param_groups(torch.nn.Linear(4, 4)))
+moe_groups.tag_experts(torch.nn.Linear(4, 4))
+assert not [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]
+moe_groups.MoE
+assert "deepspeed" in sys.modules
+""")
+
+
+def test_grouping_experts_works_where_deepspeed_is_not_installed() -> None:
+    run("import sys; sys.modules['deepspeed'] = None\n" + GROUP_A_MODEL)
+
+
+def test_public_names_exist() -> None:
+    for name in moe_groups.__all__:
+        assert getattr(moe_groups, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        moe_groups.no_such_name  # noqa: B018
+
+
+def expert_model(device: str | None = None) -> nn.Module:
+    model = nn.Module()
+    model.dense = nn.Linear(8, 8, bias=False, device=device)
+    model.experts = nn.ModuleList(nn.Linear(8, 4, bias=False, device=device) for _ in range(4))
+    for number, param in enumerate(model.experts.parameters()):
+        set_expert_tag(param, ExpertTag("ep_size_2", "moe", number, 4))
+    return model
+
+
+@pytest.mark.parametrize("split_by", ["parallel_group", "module", "expert"])
+def test_meta_parameters_group_as_real_ones(split_by: moe_groups.plan.SplitBy) -> None:
+    real, meta = expert_model(), expert_model("meta")
+    expected = create_moe_param_groups(real, split_by=split_by, max_group_size=70)
+    found = create_moe_param_groups(meta, split_by=split_by, max_group_size=70)
+    assert [g["name"] for g in found] == [g["name"] for g in expected]
+    assert [[p.shape for p in g["params"]] for g in found] == [
+        [p.shape for p in g["params"]] for g in expected
+    ]
+    assert str(describe(found)) == str(describe(expected))
+
+
+def test_zero_3_placeholders_count_with_their_real_size() -> None:
+    real, partitioned = expert_model(), expert_model()
+    for param in partitioned.parameters():  # what ZeRO-3 leaves of a parameter
+        param.ds_numel, param.ds_shape = param.numel(), param.shape  # type: ignore[attr-defined]
+        param.data = torch.empty(0)
+    for model in (real, partitioned):
+        rows = describe(create_moe_param_groups(model, max_group_size=70)).rows
+        assert [(row.tensors, row.elements) for row in rows] == [(1, 64), (2, 64), (2, 64)]
+
+
+@given(
+    numels=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    nbytes=st.integers(1, 200),
+    world=st.sampled_from((2, 4, 8)),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float64)),
+)
+def test_cap_in_bytes_bounds_the_partition_of_a_rank(
+    numels: list[int], nbytes: int, world: int, dtype: torch.dtype
+) -> None:
+    """Dense parameters are shared by all ranks, experts of EP size 2 by half of them."""
+    params = [nn.Parameter(torch.zeros(n, dtype=dtype)) for n in numels * 2]
+    for param in params[: len(numels)]:
+        set_expert_tag(param, ExpertTag("ep_size_2", "moe", 0))
+    groups = create_moe_param_groups(params, max_group_bytes=nbytes, data_parallel_size=world)
+    for row in describe(groups, data_parallel_size=world).rows:
+        ranks = world // 2 if row.moe else world
+        assert row.partition_bytes == padded_partition(row.elements, ranks) * dtype.itemsize
+        assert row.partition_bytes <= nbytes or row.tensors == 1
+
+
+@given(st.integers(1, 10**9), st.sampled_from((2, 4, 8)), st.integers(1, 1024))
+def test_largest_group_is_the_largest(nbytes: int, itemsize: int, ranks: int) -> None:
+    most = largest_group(nbytes, itemsize, ranks)
+    assert padded_partition(most, ranks) * itemsize <= nbytes
+    assert padded_partition(most + 1, ranks) * itemsize > nbytes
+
+
+def test_the_smaller_cap_holds() -> None:
+    params = [nn.Parameter(torch.zeros(10)) for _ in range(8)]
+
+    def count(**caps: Any) -> int:
+        return len(create_moe_param_groups(params, data_parallel_size=2, **caps))
+
+    assert count(max_group_bytes=80) == 2  # 40 elements, 20 of them on each rank
+    assert count(max_group_bytes=80, max_group_size=20) == 4
+    assert count(max_group_bytes=80, max_group_size=80) == 2
