@@ -70,6 +70,29 @@ def test_the_signature_is_deepspeeds_plus_a_keyword() -> None:
     assert (last.name, last.kind, last.default) == ("expert_group_name", last.KEYWORD_ONLY, None)
 
 
+def test_every_argument_reaches_deepspeeds_layer() -> None:
+    options: dict[str, Any] = {
+        "k": 2,
+        "capacity_factor": 1.5,
+        "eval_capacity_factor": 2.5,
+        "min_capacity": 7,
+        "use_residual": True,
+        "noisy_gate_policy": "RSample",
+        "drop_tokens": False,
+        "use_rts": False,
+        "enable_expert_tensor_parallelism": True,
+        "top2_2nd_expert_sampling": False,
+    }
+
+    def settings(moe: Any) -> set[tuple[str, Any]]:
+        parts = (moe, moe.deepspeed_moe, moe.deepspeed_moe.gate)
+        plain = (item for part in parts for item in vars(part).items())
+        return {(key, value) for key, value in plain if isinstance(value, int | float | str)}
+
+    ours, theirs = layer(None, **options), DeepSpeedMoE(HIDDEN, FFN(), 4, 2, **options)
+    assert settings(ours) >= settings(theirs)
+
+
 def test_the_residual_mlp_is_dense() -> None:
     moe = layer(use_residual=True)
     dense = [name for name, tag in tags(moe).items() if tag is None]
@@ -202,13 +225,14 @@ def test_copying_from_a_dense_parameter_does_nothing() -> None:
     assert not vars(target)
 
 
-def test_tagging_is_what_grouping_sees() -> None:
-    """Layers without a label: parameters know their layer once the module was tagged."""
+@pytest.mark.parametrize("tag", [tag_experts, create_moe_param_groups])
+def test_parameters_know_their_layer_once_the_module_was_seen(tag: Callable[[Any], Any]) -> None:
     model = TinyMoE(MoE, ep_size=2)
     with pytest.raises(TagError, match="pass the module"):
         create_moe_param_groups(model.parameters())
-    found = tag_experts(model)
-    assert {tag.layer for tag in found.values()} == {"blocks.0.moe", "blocks.1.moe"}
+    tag(model)
+    found = {tag.layer for tag in tags(model).values() if tag is not None}
+    assert found == {"blocks.0.moe", "blocks.1.moe"}
     by_params = create_moe_param_groups(model.parameters(), split_by="expert")
     by_module = create_moe_param_groups(model, split_by="expert")
     assert [g["name"] for g in by_params] == [g["name"] for g in by_module]
