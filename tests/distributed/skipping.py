@@ -40,6 +40,12 @@ class StockSkippingMoE(_Skipping, DeepSpeedMoE):
     """DeepSpeed's, with a conditional path."""
 
 
+def skip(ranks: Collection[int], used: Collection[int], explicit_zeros: bool = False) -> None:
+    """From now on ``ranks`` run only the local experts ``used``, the others all."""
+    _Skipping.used = used if torch.distributed.get_rank() in ranks else range(100)
+    _Skipping.explicit_zeros = explicit_zeros
+
+
 def train_skipping(
     wrapper: str,
     split: str,
@@ -49,12 +55,8 @@ def train_skipping(
     explicit_zeros: bool = False,
     experts_only: bool = False,
 ) -> tuple[History, dict[str, torch.Tensor]]:
-    """Train 3 steps; the ranks ``skips`` run only the local experts ``used``, the others all.
-
-    ``experts_only`` freezes all dense parameters.
-    """
-    _Skipping.used = used if torch.distributed.get_rank() in skips else range(100)
-    _Skipping.explicit_zeros = explicit_zeros
+    """Train 3 steps after :func:`skip`; ``experts_only`` freezes all dense parameters."""
+    skip(skips, used, explicit_zeros)
     layer = StockSkippingMoE if split == "stock" else SkippingMoE
 
     def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
