@@ -66,30 +66,29 @@ def _read_runs(given: GroupInput, split_by: SplitBy) -> tuple[list[int], list[Ru
 
 def _check_tags(given: GroupInput, runs: list[Run], split_by: SplitBy) -> None:
     """Check each distinct tag once, and that no two layers of ours have one label."""
-    first: dict[tuple[str, str | None], int] = {}
-    labelled: dict[str | None, int] = {}
+    first: dict[tuple[str, str | None, int | None], int] = {}
     for start, _, place, _ in runs:
-        if place is None:
-            continue
-        first.setdefault(place[:2], start)
-        row = labelled.setdefault(place[1], start)
-        layers = {vars(given.params[r]).get("expert_layer_id") for r in (start, row)} - {None}
-        if place[1] is not None and len(layers) > 1:
-            raise TagError(
-                f"two MoE layers are called {place[1]!r}: that of {_row_name(given, row)} and that "
-                f"of {_row_name(given, start)}. Give each layer an expert_group_name of its own."
-            )
-    for row in first.values():
+        if place is not None:
+            layer_id = given.params[start].__dict__.get("expert_layer_id")
+            first.setdefault((place[0], place[1], layer_id), start)
+    layers: dict[str, tuple[int, int]] = {}
+    for (_, label, layer_id), row in first.items():
         param, name = given.params[row], _row_name(given, row)
-        tag = get_expert_tag(param, name)
-        assert tag is not None
-        if tag.layer is not None:
-            check_label(tag.layer)
-        elif split_by != "parallel_group":
+        get_expert_tag(param, name)  # raises where DeepSpeed's attributes are unusable
+        if label is None:
+            if split_by != "parallel_group":
+                raise TagError(
+                    f"{name}, an expert of shape {tuple(shape_of(param))}, does not know its "
+                    "layer: pass the module instead of its parameters, call tag_experts(module) "
+                    "before, or give the layer an expert_group_name."
+                )
+            continue
+        check_label(label)
+        if layer_id is not None and layers.setdefault(label, (layer_id, row))[0] != layer_id:
             raise TagError(
-                f"{name}, an expert of shape {tuple(shape_of(param))}, does not know its "
-                "layer: pass the module instead of its parameters, call tag_experts(module) "
-                "before, or give the layer an expert_group_name."
+                f"two MoE layers are called {label!r}: that of "
+                f"{_row_name(given, layers[label][1])} and that of {name}. Give each layer an "
+                "expert_group_name of its own."
             )
 
 

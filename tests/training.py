@@ -86,7 +86,7 @@ def start(
     layer: type[nn.Module] = MoE,
     model_options: dict[str, Any] | None = None,
     fused: bool = False,
-    scheduler: Callable[[Any], Any] | None = None,
+    lr_scheduler: Callable[[Any], Any] | None = None,
     **changes: Any,
 ) -> Any:
     """An engine over ``model`` (a TinyMoE by default) with AdamW.
@@ -94,7 +94,7 @@ def start(
     Args:
         wrapper: one of :data:`WRAPPERS`.
         groups_of: makes the optimizer's groups.
-        scheduler: makes a learning-rate scheduler of the optimizer.
+        lr_scheduler: makes a learning-rate scheduler of the optimizer.
         changes: further or other entries of the config.
     """
     if model is None:
@@ -104,7 +104,7 @@ def start(
         optimizer: Any = TorchFusedAdam(groups_of(model), **options)
     else:
         optimizer = torch.optim.AdamW(groups_of(model), fused=fused, **options)
-    return initialize(model, optimizer, config(wrapper, **changes), lr_scheduler=scheduler)
+    return initialize(model, optimizer, config(wrapper, **changes), lr_scheduler=lr_scheduler)
 
 
 def initialize(model: nn.Module, optimizer: Any, cfg: dict[str, Any], **options: Any) -> Any:

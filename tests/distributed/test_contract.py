@@ -71,7 +71,7 @@ def save_with_key(name: str, folder: Path) -> None:
 
 def test_saving_reads_the_ep_size_out_of_every_key(tmp_path: Path) -> None:
     run_on_ranks(2, save_with_key, "ep_size_2_layers.3.moe", tmp_path)
-    with pytest.raises(RankError, match="in save_checkpoint(.|\n)*in _get_max_expert_size"):
+    with pytest.raises(RankError, match=r"in save_checkpoint(.|\n)*in _get_max_expert_size"):
         run_in_fresh_processes(2, save_with_key, "layers.3.moe", tmp_path)
 
 

@@ -15,7 +15,7 @@ from deepspeed.utils import groups
 
 from tests.distributed.skipping import StockSkippingMoE, skip, train_skipping
 from tests.models import TinyMoE
-from tests.ranks import RankError, run_in_fresh_processes, run_on_ranks
+from tests.ranks import RankError, run_in_fresh_processes
 from tests.training import config, initialize, make_groups, start, train
 
 EP2 = {"ep_size": 2}
@@ -44,7 +44,7 @@ def train_with_name_per_expert(used: Collection[int]) -> None:
 
 def test_bf16_hangs_with_names_of_its_own_where_one_has_no_gradient() -> None:
     run_in_fresh_processes(2, train_with_name_per_expert, (0, 1), timeout=60)
-    with pytest.raises(RankError, match="not done after 8 s(.|\n)*in all_reduce"):
+    with pytest.raises(RankError, match=r"not done after 8 s(.|\n)*in all_reduce"):
         run_in_fresh_processes(2, train_with_name_per_expert, (0,), timeout=8)
 
 
@@ -53,7 +53,7 @@ def train_stock(wrapper: str, skips: Collection[int], used: Collection[int]) -> 
 
 
 def test_bf16_hangs_where_no_expert_has_a_gradient() -> None:
-    with pytest.raises(RankError, match="not done after 8 s(.|\n)*in all_reduce"):
+    with pytest.raises(RankError, match=r"not done after 8 s(.|\n)*in all_reduce"):
         run_in_fresh_processes(2, train_stock, "bf16", [1], (), timeout=8)
 
 
@@ -113,7 +113,7 @@ def start_zero3() -> None:
 
 
 def test_zero3_refuses_moe_layers() -> None:
-    with pytest.raises(RankError, match="ZeRO(.|\n)*3"):
+    with pytest.raises(RankError, match="Native DeepSpeed MoE is not supported with ZeRO Stage 3"):
         run_in_fresh_processes(2, start_zero3)
 
 
@@ -154,7 +154,7 @@ def test_split_orders_groups_by_hash() -> None:
     """Of several ep sizes, names come out of a set: another order under another hash seed."""
     orders = {
         run_in_fresh_processes(1, order_of_split, env={"PYTHONHASHSEED": str(seed)})[0]
-        for seed in (0, 1, 2)
+        for seed in (0, 1)
     }
     assert len(orders) > 1
 
@@ -162,8 +162,3 @@ def test_split_orders_groups_by_hash() -> None:
 def order_of_split() -> tuple[str, ...]:
     given = {"params": [parameter(1, ep_size=n) for n in (1, 2, 4, 8)], "name": "mine"}
     return tuple(group["name"] for group in stock_split(given))
-
-
-def test_shared_name_of_a_run_without_missing_gradients_is_fine() -> None:
-    """The other tests fail for the reason they name, not because the model does not train."""
-    run_on_ranks(2, train_stock, "bf16", [], (), timeout=60)

@@ -53,12 +53,12 @@ class Tree(nn.Module):
 
 
 class Fused(nn.Module):
-    """All experts in one tensor, with a bias: as AutoEP and transformers keep them."""
+    """All experts in one tensor, with a vector each: as AutoEP and transformers keep them."""
 
     def __init__(self, experts: int = 4) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.zeros(experts, 8, 16))
-        self.gate_up_proj_bias = nn.Parameter(torch.zeros(experts, 16))
+        self.gate_up_proj_scale = nn.Parameter(torch.zeros(experts, 16))
 
 
 def test_deepspeeds_own_layer() -> None:
@@ -149,7 +149,7 @@ def test_fused_experts_split_down_to_the_layer() -> None:
     assert moe == {
         f"ep_size_2_layers.{layer}{suffix}": (1, decay)
         for layer in range(2)
-        for suffix, decay in (("", None), (".no_decay", 0.0))  # the bias has two dimensions
+        for suffix, decay in (("", None), (".no_decay", 0.0))  # the vectors: two dimensions
     }
 
 

@@ -89,8 +89,9 @@ def test_every_argument_reaches_deepspeeds_layer() -> None:
         plain = (item for part in parts for item in vars(part).items())
         return {(key, value) for key, value in plain if isinstance(value, int | float | str)}
 
-    ours, theirs = layer(None, **options), DeepSpeedMoE(HIDDEN, FFN(), 4, 2, **options)
-    assert settings(ours) >= settings(theirs)
+    for some in (options, *({key: value} for key, value in options.items())):
+        ours, theirs = layer(None, **some), DeepSpeedMoE(HIDDEN, FFN(), 4, 2, **some)
+        assert settings(ours) >= settings(theirs)
 
 
 def test_the_residual_mlp_is_dense() -> None:
