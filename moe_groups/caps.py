@@ -1,5 +1,6 @@
 """The size caps that the caller asked for, in elements of a group."""
 
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,7 +48,7 @@ class Caps:
 def _cap(name: str, value: int | float | None) -> int | None:
     if value is None or value == float("inf"):
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 1:
         raise InvalidArgumentError(f"{name}={value!r} must be a number of at least 1, or None.")
     return int(value)
 

@@ -4,7 +4,7 @@ import html
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import tabulate
@@ -12,7 +12,7 @@ import torch
 
 from moe_groups import _deepspeed
 from moe_groups.plan import padded_partition
-from moe_groups.tags import get_expert_tag, numel_of
+from moe_groups.tags import PARALLEL_GROUP, get_expert_tag, numel_of
 
 MANY_GROUPS = 200
 """Above this number the table says what groups cost (``benchmarks/group_cost.py``)."""
@@ -105,7 +105,14 @@ class GroupTable:
             if len(folded) <= self.max_rows:
                 break
             folded = [list(rows) for _, rows in groupby(self.rows, key=level)]
-        return folded
+        # Still too many layers: as many neighbours to a row as it takes.
+        size = math.ceil(len(folded) / max(1, self.max_rows - 1))
+        return [
+            list(chain.from_iterable(part[start : start + size]))
+            for _, kind in groupby(folded, key=lambda rows: rows[0].moe)
+            for part in [list(kind)]
+            for start in range(0, len(part), size)
+        ]
 
     def _notes(self) -> list[str]:
         notes = []
@@ -162,13 +169,12 @@ def _row(group: Mapping[str, Any], params: list[torch.Tensor], world: int) -> Gr
     moe = bool(group.get("moe"))
     ranks = world
     number = group.get("expert_number")
-    if moe:
-        parallel_group = _deepspeed.parallel_group_of(group["name"])
-        ep_size = int(parallel_group.removeprefix("ep_size_"))
-        known = _deepspeed.expert_data_parallel_size(parallel_group)
-        ranks = known or max(1, world // ep_size)
-        ep_rank = _deepspeed.expert_parallel_rank(parallel_group)
-        tag = get_expert_tag(params[0])
+    tag = get_expert_tag(params[0]) if params else None
+    name = tag.parallel_group if tag else _deepspeed.parallel_group_of(str(group.get("name")))
+    if moe and PARALLEL_GROUP.fullmatch(name):
+        known = _deepspeed.expert_data_parallel_size(name)
+        ranks = known or max(1, world // int(name.removeprefix("ep_size_")))
+        ep_rank = _deepspeed.expert_parallel_rank(name)
         if number is not None and ep_rank is not None and tag is not None:
             number = tag.global_number(ep_rank)
     return GroupRow(
@@ -178,7 +184,8 @@ def _row(group: Mapping[str, Any], params: list[torch.Tensor], world: int) -> Gr
         moe=moe,
         tensors=len(params),
         elements=elements,
-        partition_bytes=padded_partition(elements, ranks) * params[0].dtype.itemsize,
+        partition_bytes=padded_partition(elements, ranks)
+        * max((param.dtype.itemsize for param in params), default=1),
         lr=_number(group.get("lr")),
         weight_decay=_number(group.get("weight_decay")),
     )
@@ -196,7 +203,6 @@ def _number(value: Any) -> float | None:
 _FOLDS: tuple[Callable[[GroupRow], Hashable], ...] = (
     lambda row: (row.moe, row.layer, row.expert),
     lambda row: (row.moe, row.layer),
-    lambda row: row.moe,
 )
 _ALIGN = ("left", "left", "right", "right", "right", "right", "right", "right", "right")
 

@@ -42,12 +42,17 @@ _calls: list[_Call] = []
 def remember(groups: Sequence[dict[str, Any]], checked: Sequence[dict[str, Any]]) -> None:
     """Record ``groups`` and for each its :data:`CHECKED` options; none if no group has any.
 
-    Calls whose first parameter is gone are dropped.
+    Calls whose first parameter is gone are dropped, and those that this one repeats.
     """
-    _calls[:] = [call for call in _calls if call.params[0]() is not None]
     names = frozenset([group["name"] for group in groups])
+    first = groups[0]["params"][0]
+    _calls[:] = [
+        call
+        for call in _calls
+        if (known := call.params[0]()) is not None and (known is not first or call.names != names)
+    ]
     if not checked:
-        _calls.append(_Call(names, [weakref.ref(groups[0]["params"][0])], [], []))
+        _calls.append(_Call(names, [weakref.ref(first)], [], []))
         return
     params = [group["params"] for group in groups]
     refs = list(map(weakref.ref, chain.from_iterable(params)))

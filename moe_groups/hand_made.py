@@ -49,10 +49,11 @@ def find_flags(nodes: list[ModuleNode], known: Collection[int]) -> dict[int, tor
     if not originals:
         return {}
     flags: dict[int, torch.Tensor] = {}
+    adapters = any("base_layer" in wrapper_slots(node.module) for node in nodes)
     for index, name, param in rest:
-        flagged = param if is_expert_parameter(param) else originals.get(name)
+        flagged = _adapted(nodes, index) if adapters else None
         if flagged is None:
-            flagged = _adapted(nodes, index)
+            flagged = param if is_expert_parameter(param) else originals.get(name)
         if flagged is not None:
             flags[id(param)] = flagged
     return flags

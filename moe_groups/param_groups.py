@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_groups import _deepspeed
@@ -92,7 +92,7 @@ def create_moe_param_groups(
 
 
 def split_params_into_different_moe_groups_for_optimizer(
-    param_groups: Mapping[str, Any] | tuple[Mapping[str, Any], ...] | list[Mapping[str, Any]],
+    param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     max_group_size: int | float | None = DEEPSPEED_MAX_GROUP_SIZE,
     *,
     split_by: SplitBy = "parallel_group",
@@ -140,10 +140,12 @@ def _group_dicts(plan: list[PlannedGroup], given: GroupInput, rules: Rules) -> l
     param_of = given.params.__getitem__
     options: dict[Variant, ParamGroup] = {}
     groups: list[ParamGroup] = []
+    last: Variant | None = None
     for name, (parallel_group, layer, expert_number, variant, _), members in plan:
-        if variant not in options:
-            options[variant] = rules.options(variant, given.groups[variant.source])
-        group = options[variant].copy()
+        if variant is not last:
+            last, shared = variant, rules.options(variant, given.groups[variant.source])
+            options[variant] = shared
+        group = shared.copy()
         group["params"] = list(map(param_of, members))
         group["name"] = name
         if parallel_group is not None:

@@ -67,11 +67,11 @@ def config(wrapper: str, **changes: Any) -> dict[str, Any]:
 
 
 def make_groups(model: nn.Module, split: str, cap: int | None = None) -> list[dict[str, Any]]:
-    """``split`` is a ``split_by``, or "stock" for DeepSpeed's own."""
+    """``split`` is a ``split_by``, or "stock" for DeepSpeed's own (whose order is the hash's)."""
     if split == "stock":
         group = {"params": list(model.parameters()), "name": "dense"}
-        stock: list[dict[str, Any]] = stock_split(group, max_group_size=cap)
-        return stock
+        dense, *experts = stock_split(group, max_group_size=cap)
+        return [dense, *sorted(experts, key=lambda group: str(group["name"]))]
     return create_moe_param_groups(model, split_by=split, max_group_size=cap)  # type: ignore[arg-type]
 
 

@@ -121,7 +121,7 @@ def fp16_runs() -> bool:
             "zero1": [(4, 2)],
             "zero2": [(2, 1)],
             "zero2_fp32_grads": [(2, 2)],
-            "bf16": [(2, 1), (4, 2)],
+            "bf16": [(2, 2), (4, 1)],  # sums of four gradients show their order
             "fp32": [(2, 2)],
             "half": [(2, 2)],
             "half_unfused": [(2, 2)],
@@ -144,9 +144,17 @@ def test_bit_equal_without_clipping(wrapper: str, world: int, ep_size: int) -> N
         assert (one.loss, one.weights) == (0, 0), one
 
 
+OTHER_SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    *((wrapper, {"gradient_accumulation_steps": 2}) for wrapper in WRAPPERS if wrapper != "fp16"),
+    ("bf16", {"bf16": {"enabled": True, "immediate_grad_update": True}}),
+    ("zero2", {"zero_optimization": {"stage": 2, "overlap_comm": True}}),
+    ("zero2", {"zero_optimization": {"stage": 2, "reduce_bucket_size": 500}}),
+]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("wrapper", ["zero1", "zero2", "zero2_fp32_grads", "bf16", "half"])
-def test_equal_with_gradient_accumulation(wrapper: str) -> None:
-    changes = {"gradient_clipping": CLIP, "gradient_accumulation_steps": 2}
-    for one in check(wrapper, 2, 2, **changes):
+@pytest.mark.parametrize(("wrapper", "changes"), OTHER_SETTINGS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_equal_with_other_settings(wrapper: str, changes: dict[str, Any], world: int) -> None:
+    for one in check(wrapper, world, 2, gradient_clipping=CLIP, **changes):
         assert max(one.loss, one.weights) <= TOLERANCE, one

@@ -1,7 +1,6 @@
 """verify(engine): silent where all is well, names what is wrong on every rank alike."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from moe_groups import (
     is_norm_or_bias,
     verify,
 )
+from tests.models import HIDDEN
 from tests.ranks import run_on_ranks
 from tests.training import WRAPPERS, start, train
 
@@ -105,6 +105,10 @@ def rename_to_other_size(engine: Any) -> None:
     group["name"] = "ep_size_4_blocks.1"
 
 
+def replace_a_module(engine: Any) -> None:
+    engine.module.out = torch.nn.Linear(HIDDEN, HIDDEN)
+
+
 def repeat_a_name(groups: Groups) -> None:
     named(groups, "ep_size_2_blocks.1.moe.expert.0")["name"] = "ep_size_2_blocks.1.moe.expert.1"
 
@@ -139,6 +143,16 @@ WRONG: dict[str, tuple[Callable[[Any], None], Callable[[Any], None], tuple[str, 
         as_they_are,
         rename_to_other_size,
         ("group 'ep_size_4_blocks.1' is marked moe", "does not lead to the process groups"),
+    ),
+    "module replaced": (
+        as_they_are,
+        replace_a_module,
+        ("group 'dense' steps a tensor of shape (16, 16) that is not in the model",),
+    ),
+    "module not stepped": (
+        as_they_are,
+        replace_a_module,
+        ("parameter out.weight is trainable, but no group steps it",),
     ),
     "name twice": (
         repeat_a_name,
@@ -222,58 +236,6 @@ def test_tag_that_breaks_on_one_rank_is_an_error_on_all() -> None:
     )
     assert first == second
     assert any("inp.weight" in line and "'mine'" in line for line in first)
-
-
-# ---- schedulers and checkpoints -------------------------------------------------------
-
-
-def halve(optimizer: Any) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-
-
-def with_scheduler(scheduler: dict[str, Any] | None) -> list[str]:
-    """What verify finds after two steps with a DeepSpeed scheduler, or with torch's for None."""
-    changes = {} if scheduler is None else {"scheduler": scheduler}
-    client = halve if scheduler is None else None
-    engine = start("zero2", groups_with_options, model_options=EP2, lr_scheduler=client, **changes)
-    train(engine, 2)
-    now = [group["lr"] for group in engine.optimizer.param_groups]
-    assert not {1e-2, 1e-4, 2e-2}.intersection(now), "the scheduler does nothing"
-    return found_by_verify(engine)
-
-
-def warmup(**params: Any) -> dict[str, Any]:
-    return {"type": "WarmupLR", "params": {"warmup_num_steps": 10, **params}}
-
-
-@pytest.mark.parametrize("scheduler", [warmup(), None], ids=["WarmupLR", "LambdaLR"])
-def test_scheduler_that_keeps_the_rates(scheduler: dict[str, Any] | None) -> None:
-    assert run_on_ranks(2, with_scheduler, scheduler) == [[], []]
-
-
-def test_scheduler_with_one_rate_for_all_is_found() -> None:
-    for problems in run_on_ranks(2, with_scheduler, warmup(warmup_max_lr=1e-2)):
-        assert any("'dense.override.1' steps inp.weight" in line for line in problems)
-        assert any("given (in group 'dense.override.1') was lr=0.02" in line for line in problems)
-
-
-def after_load(folder: Path) -> list[list[str]]:
-    found = []
-    for wrapper in ("zero1", "zero2", "bf16"):
-        engine = start(wrapper, groups_with_options, model_options=EP2)
-        train(engine, 1)
-        engine.save_checkpoint(str(folder / wrapper))
-        engine = start(wrapper, groups_with_options, model_options=EP2)
-        engine.load_checkpoint(str(folder / wrapper))
-        verify(engine)
-        change_lr(engine)
-        found.append(found_by_verify(engine))
-    return found
-
-
-def test_after_load_checkpoint(tmp_path: Path) -> None:
-    for found in run_on_ranks(2, after_load, tmp_path):
-        assert all("lr=0.5" in problems[0] for problems in found)
 
 
 @pytest.mark.parametrize("value", [None, torch.nn.Linear(1, 1)])

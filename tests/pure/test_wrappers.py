@@ -114,6 +114,18 @@ def with_peft(model: nn.Module, **options: Any) -> nn.Module:
     return adapted
 
 
+def group(model: nn.Module) -> list[dict[str, Any]]:
+    """Grouping tags the adapters; doing it again changes nothing."""
+    groups = create_moe_param_groups(model, split_by="expert")
+    tags = tag_experts(model)
+    assert tag_experts(model) == tags
+    again = create_moe_param_groups(model, split_by="expert")
+    assert [(g["name"], list(map(id, g["params"]))) for g in again] == [
+        (g["name"], list(map(id, g["params"]))) for g in groups
+    ]
+    return groups
+
+
 def check_groups(groups: list[dict[str, Any]], model: nn.Module, label: str) -> set[str]:
     """Every trained parameter inside an expert is in that expert's group; their names."""
     names = {id(param): name for name, param in model.named_parameters()}
@@ -137,7 +149,7 @@ def test_adapters_inside_of_experts_become_parameters_of_that_expert(
     build: Callable[[], nn.Module], label: str
 ) -> None:
     model = with_peft(build())
-    found = check_groups(create_moe_param_groups(model, split_by="expert"), model, label)
+    found = check_groups(group(model), model, label)
     assert len(found) == 2 * 2 * 2  # experts, matrices, lora_A and lora_B
     assert all("lora_" in name for name in found)
 
@@ -145,7 +157,7 @@ def test_adapters_inside_of_experts_become_parameters_of_that_expert(
 @models
 def test_adapters_beside_a_trained_base(build: Callable[[], nn.Module], label: str) -> None:
     model = with_peft(build()).requires_grad_()
-    by_module = create_moe_param_groups(model, split_by="expert")
+    by_module = group(model)
     assert len(check_groups(by_module, model, label)) == 2 * (3 + 4)
     by_params = create_moe_param_groups(model.parameters(), split_by="expert")
     assert [g["name"] for g in by_params] == [g["name"] for g in by_module]
@@ -156,7 +168,7 @@ def test_modules_to_save_train_copies_that_are_experts(
     build: Callable[[], nn.Module], label: str
 ) -> None:
     model = with_peft(build(), modules_to_save=[label])
-    found = check_groups(create_moe_param_groups(model, split_by="expert"), model, label)
+    found = check_groups(group(model), model, label)
     copies = {name for name in found if "modules_to_save.default" in name}
     assert len(copies) == len(found) >= 2 * 3
     groups = create_moe_param_groups(model, overrides=[("inp", {"lr": 0.5})])
@@ -188,7 +200,7 @@ def test_adapters_of_other_hand_made_experts_stay_with_their_layer(kind: str) ->
     plain = {g["name"] for g in create_moe_param_groups(model, split_by="expert")}
     fused = {"target_parameters": ["moe.experts.up", "moe.experts.down"]}
     adapted = with_peft(model, **(fused if kind == "fused" else {}))
-    groups = create_moe_param_groups(adapted, split_by="expert")
+    groups = group(adapted)
     assert {g["name"] for g in groups} == plain
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert sum(map(is_expert_parameter, trained)) == len(trained) - 2  # all but those of inp

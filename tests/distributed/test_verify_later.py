@@ -1,0 +1,66 @@
+"""verify(engine) after schedulers and checkpoints have changed the optimizer's groups."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_groups import verify
+from tests.distributed.test_verify import (
+    EP2,
+    change_lr,
+    found_by_verify,
+    groups_with_options,
+)
+from tests.ranks import run_on_ranks
+from tests.training import start, train
+
+
+def halve(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+
+def with_scheduler(scheduler: dict[str, Any] | None) -> list[str]:
+    """What verify finds after two steps with a DeepSpeed scheduler, or with torch's for None."""
+    changes: dict[str, Any] = {} if scheduler is None else {"scheduler": scheduler}
+    client = halve if scheduler is None else None
+    engine = start("zero2", groups_with_options, model_options=EP2, lr_scheduler=client, **changes)
+    train(engine, 2)
+    now = [group["lr"] for group in engine.optimizer.param_groups]
+    assert not {1e-2, 1e-4, 2e-2}.intersection(now), "the scheduler does nothing"
+    return found_by_verify(engine)
+
+
+def warmup(**params: Any) -> dict[str, Any]:
+    return {"type": "WarmupLR", "params": {"warmup_num_steps": 10, **params}}
+
+
+@pytest.mark.parametrize("scheduler", [warmup(), None], ids=["WarmupLR", "LambdaLR"])
+def test_scheduler_that_keeps_the_rates(scheduler: dict[str, Any] | None) -> None:
+    assert run_on_ranks(2, with_scheduler, scheduler) == [[], []]
+
+
+def test_scheduler_with_one_rate_for_all_is_found() -> None:
+    for problems in run_on_ranks(2, with_scheduler, warmup(warmup_max_lr=1e-2)):
+        assert any("'dense.override.1' steps inp.weight" in line for line in problems)
+        assert any("given (in group 'dense.override.1') was lr=0.02" in line for line in problems)
+
+
+def after_load(folder: Path) -> list[list[str]]:
+    found = []
+    for wrapper in ("zero1", "zero2", "bf16"):
+        engine = start(wrapper, groups_with_options, model_options=EP2)
+        train(engine, 1)
+        engine.save_checkpoint(str(folder / wrapper))
+        engine = start(wrapper, groups_with_options, model_options=EP2)
+        engine.load_checkpoint(str(folder / wrapper))
+        verify(engine)
+        change_lr(engine)
+        found.append(found_by_verify(engine))
+    return found
+
+
+def test_after_load_checkpoint(tmp_path: Path) -> None:
+    for found in run_on_ranks(2, after_load, tmp_path):
+        assert all("lr=0.5" in problems[0] for problems in found)
