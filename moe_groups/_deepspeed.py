@@ -4,7 +4,7 @@ Tested against the version in ``constraints.txt``; ``tests/distributed/test_cont
 holds one test for each fact relied on here. DeepSpeed is imported when a function needs
 it, never when this module is imported.
 
-What :func:`support_unique_names` changes in DeepSpeed (groups that DeepSpeed made itself
+What :func:`support_our_groups` changes in DeepSpeed (groups that DeepSpeed made itself
 train as before, bit for bit):
 
 * the ZeRO-1/2 and BF16 wrappers look up a group's ``name`` as a process-group key, so
@@ -20,18 +20,17 @@ train as before, bit for bit):
 
 import functools
 import importlib
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from moe_groups.errors import ParameterInputError, UnsupportedDeepSpeedError
+from moe_groups.tags import is_expert_parameter, parallel_group_of
 
 TESTED_VERSION = "0.19.8"
-_NAME = re.compile(r"(ep_size_\d+)_.+", re.DOTALL)
 _DICTS = (
     "_EXPERT_PARALLEL_GROUP",
     "_EXPERT_PARALLEL_GROUP_RANKS",
@@ -39,6 +38,7 @@ _DICTS = (
     "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
 )
 _PATCHED = "_moe_groups_original"
+_GIVEN = "_moe_groups_given"
 _MANY_GROUPS = 8
 
 
@@ -62,12 +62,6 @@ def layer_parallel_group(module: Any) -> str:
 
 
 # ---- process groups -------------------------------------------------------------------
-
-
-def parallel_group_of(name: str) -> str:
-    """``ep_size_<N>`` out of the name of a MoE param group."""
-    match = _NAME.fullmatch(name)
-    return match[1] if match else name
 
 
 def resolves(name: str) -> bool:
@@ -104,6 +98,8 @@ def register_names(names: Iterable[str]) -> None:
 
     for name in names:
         base = parallel_group_of(name)
+        if base == name:
+            continue
         for known in (getattr(groups, d) for d in _DICTS):
             if base in known:
                 known[name] = known[base]
@@ -117,19 +113,53 @@ def stepped_groups(engine: Any) -> list[tuple[dict[str, Any], list[torch.Tensor]
 
     The wrappers put flat partitions into ``param_groups`` and keep the model's parameters
     in a list of their own: ``bit16_groups`` (ZeRO-1/2), ``bf16_groups`` (BF16_Optimizer),
-    ``fp16_groups`` (FP16 optimizers, ZeRO-3).
+    ``fp16_groups`` (FP16 optimizers; ZeRO-3, where it holds several lists for a group).
     """
     optimizer = engine.optimizer
+    groups = optimizer.param_groups
     for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
         if hasattr(optimizer, attribute):
-            members = getattr(optimizer, attribute)
-            return list(zip(optimizer.param_groups, map(list, members), strict=True))
-    return [(group, list(group["params"])) for group in optimizer.param_groups]
+            members: list[list[torch.Tensor]] = [[] for _ in groups]
+            index_of = getattr(optimizer, "sub_group_to_group_id", {})
+            for index, params in enumerate(getattr(optimizer, attribute)):
+                members[index_of.get(index, index)].extend(params)
+            return list(zip(groups, members, strict=True))
+    return [(group, list(group["params"])) for group in groups]
 
 
 def engine_data_parallel_group(engine: Any) -> Any:
     """The process group over which all optimizer groups of this engine line up."""
     return engine.seq_data_parallel_group
+
+
+class Given(NamedTuple):
+    """What a parameter's group had when the engine took the optimizer over.
+
+    Attributes:
+        name: of the group.
+        options: its learning rate and weight decay.
+        own_lr: the learning rate is not the optimizer's default.
+    """
+
+    name: str
+    options: dict[str, float]
+    own_lr: bool
+
+
+def given_options(engine: Any) -> dict[int, Given]:
+    """``id(parameter)`` to what its group was given; empty if no group of ours was there."""
+    given: dict[int, Given] = getattr(engine, _GIVEN, {})
+    return given
+
+
+def _remember(engine: Any, optimizer: Any) -> None:
+    default = getattr(optimizer, "defaults", {}).get("lr")
+    given: dict[int, Given] = {}
+    for group in optimizer.param_groups:
+        options = {key: float(group[key]) for key in ("lr", "weight_decay") if key in group}
+        record = Given(str(group.get("name", "")), options, group.get("lr") != default)
+        given.update((id(param), record) for param in group["params"])
+    setattr(engine, _GIVEN, given)
 
 
 def scheduled_peaks(engine: Any) -> list[float] | None:
@@ -147,16 +177,19 @@ def is_engine(value: object) -> bool:
 # ---- unique names in DeepSpeed's wrappers ----------------------------------------------
 
 
-def support_unique_names() -> None:
-    """Teach DeepSpeed's optimizer wrappers our group names; see the module's docstring.
+def support_our_groups(moe: bool) -> None:
+    """Teach DeepSpeed our group names; see the module's docstring.
 
-    Does nothing when called again, or where DeepSpeed is not installed (grouping a model
-    to look at the result needs no DeepSpeed).
+    Does nothing when called again, where DeepSpeed is not installed (grouping a model to
+    look at the result needs no DeepSpeed), or where it is not imported and no group is
+    ``moe``.
 
     Raises:
         UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on.
             Nothing has been changed then.
     """
+    if not moe and "deepspeed" not in sys.modules:
+        return
     try:
         import deepspeed
     except ModuleNotFoundError as error:
@@ -195,28 +228,44 @@ def _merged(tensors: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return merged
 
 
+def _wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
+    """The first place where the engine needs the process groups of our experts."""
+
+    def _broadcast_model(self: Any) -> None:
+        from deepspeed.utils import groups
+
+        for name, param in self.module.named_parameters():
+            known = getattr(param, "group_name", None) in groups._EXPERT_DATA_PARALLEL_GROUP
+            if hasattr(param, "expert_group_name") and is_expert_parameter(param) and not known:
+                raise ParameterInputError(
+                    f"{name} is an expert parameter of {param.group_name!r}, but no layer of the "
+                    "model makes these process groups. DeepSpeed knows deepspeed.moe.layer.MoE (or "
+                    "moe_groups.MoE) and AutoEP's layers: build one with this ep_size, or set "
+                    "param.allreduce = True to train the parameter as a dense one."
+                )
+        original(self)
+
+    return _broadcast_model
+
+
 def _wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
     """The engine's last step before it wraps the optimizer: process groups exist, names not."""
 
     def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
         moe = [g for g in basic_optimizer.param_groups if g.get("moe")]
         ours = [g["name"] for g in moe if "expert_group_name" in g]
-        if ours and not self.has_moe_layers and (self.zero_optimization() or _world_size(self) > 1):
+        if ours and not self.has_moe_layers:
             raise ParameterInputError(
-                f"group {ours[0]!r} holds experts, but DeepSpeed finds no MoE layer in the model "
-                "and would average different experts: it knows deepspeed.moe.layer.MoE (or "
-                "moe_groups.MoE) and AutoEP's layers only. Build at least one layer with them, or "
-                "leave allreduce=False away to train these parameters as dense ones."
+                f"group {ours[0]!r} holds experts, but the model has no MoE layer that DeepSpeed "
+                "knows (deepspeed.moe.layer.MoE, moe_groups.MoE or AutoEP's), and without one it "
+                "reduces all parameters as dense ones. Build a layer with one of these, or set "
+                "param.allreduce = True to train the experts as dense parameters."
             )
-        names = [str(g.get("name")) for g in moe]
-        register_names(name for name in names if _NAME.fullmatch(name))
+        register_names(str(g.get("name")) for g in moe)
+        _remember(self, basic_optimizer)
         return original(self, basic_optimizer)
 
     return _do_optimizer_sanity_check
-
-
-def _world_size(engine: Any) -> int:
-    return torch.distributed.get_world_size(engine_data_parallel_group(engine))
 
 
 def _wrap_grads_for_norm(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,31 +293,32 @@ def _wrap_grads_for_reduction(original: Callable[..., Any]) -> Callable[..., Any
 
 
 def _wrap_norm(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_norm_with_moe_layers(non_expert_norm: Any, *args: Any, **kwargs: Any) -> Any:
-        if "expert_tensors" in kwargs:
-            kwargs["expert_tensors"] = _merged(kwargs["expert_tensors"])
-        return original(non_expert_norm, *args, **kwargs)
+    def get_norm_with_moe_layers(
+        non_expert_norm: Any, mpu: Any, expert_tensors: Any, norm_type: Any = 2
+    ) -> Any:
+        return original(non_expert_norm, mpu, _merged(expert_tensors), norm_type)
 
     return get_norm_with_moe_layers
 
 
 def _wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
     def _setup_for_real_optimizer(self: Any) -> None:
-        module = sys.modules[type(self).__module__]
         if len(self.optimizer.param_groups) <= _MANY_GROUPS:
             return original(self)
-        report = module.see_memory_usage
-        module.see_memory_usage = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+        namespace = original.__globals__
+        report = namespace["see_memory_usage"]
+        namespace["see_memory_usage"] = lambda *args, **kwargs: None
         try:
             original(self)
         finally:
-            module.see_memory_usage = report  # type: ignore[attr-defined]
+            namespace["see_memory_usage"] = report
 
     return _setup_for_real_optimizer
 
 
 _BF16 = "deepspeed.runtime.bf16_optimizer"
 _CHANGES: tuple[tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]]], ...] = (
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "_broadcast_model", _wrap_broadcast),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_do_optimizer_sanity_check", _wrap_sanity_check),
     (f"{_BF16}:BF16_Optimizer", "_setup_for_real_optimizer", _wrap_setup),
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_norm", _wrap_grads_for_norm),

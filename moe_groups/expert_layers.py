@@ -5,6 +5,8 @@ with ``allreduce = False`` and a ``group_name``), and fused experts (one tensor 
 experts of a layer, as in AutoEP and in Hugging Face's ``*Experts`` modules).
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from moe_groups.tags import (
     check_label,
     get_expert_tag,
     label_from_path,
+    new_layer_id,
     write_checked_tag,
 )
 
@@ -42,12 +45,30 @@ class TaggedModel:
 
     def write(self) -> None:
         """Set the tags on the parameters."""
+        layer_ids: dict[str | None, int] = {}
         for _, param in self.names:
             tag = self.tags.get(id(param))
             if tag is not None:
                 write_checked_tag(param, tag)
+                if tag.layer not in layer_ids:
+                    layer_ids[tag.layer] = new_layer_id()
+                param.expert_layer_id = layer_ids[tag.layer]  # type: ignore[attr-defined]
                 if id(param) in self.labels:
                     param.expert_label_found = tag.layer  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """The tags are on the parameters inside, and afterwards unless there was an error."""
+        experts = [param for _, param in self.names if id(param) in self.tags]
+        before = [dict(param.__dict__) for param in experts]
+        try:
+            self.write()
+            yield
+        except BaseException:
+            for param, attributes in zip(experts, before, strict=True):
+                param.__dict__.clear()
+                param.__dict__.update(attributes)
+            raise
 
 
 def tag_experts(model: nn.Module) -> dict[str, ExpertTag]:

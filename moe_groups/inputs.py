@@ -77,8 +77,8 @@ def _read_groups(groups: list[Any]) -> GroupInput:
         where = describe_source(index, group)
         if "params" not in group:
             raise ParameterInputError(
-                f'{where} has no "params", only the keys {sorted(map(str, group))}: give the '
-                'parameters of the group under "params".'
+                f'{where} has no "params", only {_some_keys(group)}: give the parameters of the '
+                'group under "params", and named parameters as pairs: model.named_parameters().'
             )
         params = group["params"]
         items = [params] if isinstance(params, torch.Tensor) else _ordered(params, where)
@@ -95,6 +95,12 @@ def _read_groups(groups: list[Any]) -> GroupInput:
         result.sources.extend([index] * len(tensors))
         result.groups.append({k: v for k, v in group.items() if k not in ("params", "param_names")})
     return _each_once(result)
+
+
+def _some_keys(group: Mapping[str, Any]) -> str:
+    keys = sorted(map(str, group))
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return f"the keys {keys[:4]}{more}"
 
 
 def describe_source(index: int, group: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """``MoE``: DeepSpeed's layer whose experts know their layer and number."""
 
 import copy
-import itertools
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from moe_groups.tags import (
     check_label,
     copy_expert_tag,
     is_expert_parameter,
+    new_layer_id,
     set_expert_tag,
 )
-
-_layer_ids = itertools.count()
 
 
 class MoE(DeepSpeedMoE):
@@ -91,13 +89,12 @@ class MoE(DeepSpeedMoE):
         )
         self.group_label = expert_group_name
         parallel_group = _deepspeed.layer_parallel_group(self)
-        layer_id = next(_layer_ids)
         experts = _deepspeed.layer_experts(self)
         for number, local_expert in enumerate(experts):
             tag = ExpertTag(parallel_group, expert_group_name, number, len(experts))
             for param in local_expert.parameters():
                 set_expert_tag(param, tag)
-                param.expert_layer_id = layer_id  # type: ignore[attr-defined]
+        self._set_layer_id(new_layer_id())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoE":
         """Copy with the tags, which ``Parameter.__deepcopy__`` leaves behind.
@@ -113,9 +110,16 @@ class MoE(DeepSpeedMoE):
         copied: MoE = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        layer_id = next(_layer_ids)
         for source, target in zip(self.parameters(), copied.parameters(), strict=True):
             copy_expert_tag(source, target)
-            if is_expert_parameter(target):
-                target.expert_layer_id = layer_id
+        copied._set_layer_id(new_layer_id())
         return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle as a layer of its own, beside others of this process."""
+        super().__setstate__(state)
+        self._set_layer_id(new_layer_id())
+
+    def _set_layer_id(self, layer_id: int) -> None:
+        for param in filter(is_expert_parameter, self.parameters()):
+            param.expert_layer_id = layer_id

@@ -27,6 +27,7 @@ _SLOTS: dict[str, tuple[str, ...]] = {
     # PEFT's modules_to_save: a frozen original beside a dict of copies, one per adapter
     "ModulesToSaveWrapper": ("original_module", "modules_to_save"),
 }
+_PACKAGES = ("torch", "deepspeed", "peft")
 _SLOT_CACHE: dict[type, tuple[str, ...]] = {}
 
 
@@ -56,7 +57,12 @@ def wrapper_slots(module: nn.Module) -> tuple[str, ...]:
     kind = type(module)
     known = _SLOT_CACHE.get(kind)
     if known is None:
-        known = tuple(s for base in kind.__mro__ for s in _SLOTS.get(base.__name__, ()))
+        known = tuple(
+            slot
+            for base in kind.__mro__
+            if base.__module__.partition(".")[0] in _PACKAGES
+            for slot in _SLOTS.get(base.__name__, ())
+        )
         _SLOT_CACHE[kind] = known
     return known
 

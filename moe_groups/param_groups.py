@@ -8,7 +8,6 @@ from typing import Any
 from moe_groups import _deepspeed
 from moe_groups.caps import Caps
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
-from moe_groups.given import CHECKED, remember
 from moe_groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
 from moe_groups.plan import LEVELS, PlannedGroup, SplitBy, make_plan
 from moe_groups.rules import NoDecay, Overrides, Rules, Variant
@@ -27,7 +26,7 @@ def create_moe_param_groups(
     data_parallel_size: int | None = None,
     weight_decay: float | None = None,
     no_decay: NoDecay | None = None,
-    overrides: Overrides = (),
+    overrides: Overrides | None = None,
 ) -> list[ParamGroup]:
     """Group parameters for an optimizer that DeepSpeed wraps (ZeRO-1, ZeRO-2, BF16_Optimizer).
 
@@ -48,7 +47,8 @@ def create_moe_param_groups(
         max_group_bytes: the same cap as bytes of one rank's partition in the parameters'
             dtype (before DeepSpeed casts them). The smaller cap holds where both are given.
         data_parallel_size: ranks of the data-parallel world, for ``max_group_bytes``.
-            None: the world size of ``torch.distributed``.
+            None: the world size of ``torch.distributed``; give it where tensor or pipeline
+            parallelism makes it smaller.
         weight_decay: for groups that do not have their own.
         no_decay: ``(name, parameter) -> bool``; weight decay is 0 where it says True and
             the caller's group has none of its own. :func:`is_norm_or_bias` is a ready one.
@@ -79,15 +79,13 @@ def create_moe_param_groups(
             f"split_by={split_by!r} is unknown: use one of {', '.join(map(repr, LEVELS))}."
         )
     caps = Caps(max_group_size, max_group_bytes, data_parallel_size)
-    rules = Rules(weight_decay, no_decay, overrides)
+    rules = Rules(weight_decay, no_decay, overrides or ())
     with _no_garbage_collection():
         given = read_input(params)
-        table = read_table(given, rules, split_by)
-        plan = make_plan(table, split_by, caps.of, given.groups)
-        if any(key.parallel_group is not None for _, key, _ in plan):
-            _deepspeed.support_unique_names()
-        if given.model is not None:
-            given.model.write()
+        with given.model.written() if given.model else contextlib.nullcontext():
+            table = read_table(given, rules, split_by)
+            plan = make_plan(table, split_by, caps.of, given.groups)
+            _deepspeed.support_our_groups(any(key.parallel_group for _, key, _ in plan))
         return _group_dicts(plan, given, rules)
 
 
@@ -138,13 +136,11 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _group_dicts(plan: list[PlannedGroup], given: GroupInput, rules: Rules) -> list[ParamGroup]:
     param_of = given.params.__getitem__
-    options: dict[Variant, ParamGroup] = {}
     groups: list[ParamGroup] = []
     last: Variant | None = None
     for name, (parallel_group, layer, expert_number, variant, _), members in plan:
         if variant is not last:
             last, shared = variant, rules.options(variant, given.groups[variant.source])
-            options[variant] = shared
         group = shared.copy()
         group["params"] = list(map(param_of, members))
         group["name"] = name
@@ -153,6 +149,4 @@ def _group_dicts(plan: list[PlannedGroup], given: GroupInput, rules: Rules) -> l
             group["expert_group_name"] = layer
             group["expert_number"] = expert_number
         groups.append(group)
-    checked = {v: {k: o[k] for k in CHECKED if k in o} for v, o in options.items()}
-    remember(groups, [checked[key.variant] for _, key, _ in plan] if any(checked.values()) else [])
     return groups

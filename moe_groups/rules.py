@@ -82,7 +82,8 @@ class Rules:
                 f"no_decay={self.no_decay!r} is not callable: give a function of (name, parameter) "
                 "that says True where weight decay is to be 0, as is_norm_or_bias."
             )
-        self.overrides = list(self.overrides)
+        items = self.overrides
+        self.overrides = list(items.items() if isinstance(items, Mapping) else items)
         for index, item in enumerate(self.overrides):
             self._patterns.append(re.compile(_pattern_of(index, item)))
 
@@ -127,11 +128,12 @@ class Rules:
         """Raise OverrideError for patterns that selected nothing."""
         missing = [p for i, (p, _) in enumerate(self.overrides) if i not in self._matched]
         if missing:
-            shown = ", ".join(map(repr, examples[:4])) or "parameters without names"
+            shown = ", ".join(map(repr, dict.fromkeys(examples))) or "parameters without names"
             raise OverrideError(
-                f"override pattern(s) {', '.join(map(repr, missing))} match nothing. A pattern "
-                "is compared with the qualified parameter name and the modules above it, and for "
-                f"experts with '<layer>.expert.<number>'; here these are for example: {shown}."
+                f"override pattern(s) {', '.join(map(repr, missing))} match no trainable "
+                "parameter. A pattern is compared with the qualified name and the modules above, "
+                "and for experts with '<layer>.expert.<number on this rank>'; here these are for "
+                f"example: {shown}."
             )
 
     def _matching(self, names: Sequence[str]) -> tuple[int, ...]:

@@ -6,7 +6,14 @@ from moe_groups.errors import ParameterInputError, TagError
 from moe_groups.inputs import GroupInput
 from moe_groups.plan import Place, Run, SplitBy, Table
 from moe_groups.rules import Rules, Variant, addresses
-from moe_groups.tags import check_label, get_expert_tag, is_expert_parameter, shape_of
+from moe_groups.tags import (
+    check_label,
+    check_number,
+    check_parallel_group,
+    get_expert_tag,
+    is_expert_parameter,
+    shape_of,
+)
 
 
 def read_table(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
@@ -69,6 +76,9 @@ def _check_tags(given: GroupInput, runs: list[Run], split_by: SplitBy) -> None:
     first: dict[tuple[str, str | None, int | None], int] = {}
     for start, _, place, _ in runs:
         if place is not None:
+            if not isinstance(place[0], str) or place[2] is not None:
+                check_parallel_group(place[0], _row_name(given, start))
+                check_number(place[2], _row_name(given, start))
             layer_id = given.params[start].__dict__.get("expert_layer_id")
             first.setdefault((place[0], place[1], layer_id), start)
     layers: dict[str, tuple[int, int]] = {}
@@ -79,8 +89,9 @@ def _check_tags(given: GroupInput, runs: list[Run], split_by: SplitBy) -> None:
             if split_by != "parallel_group":
                 raise TagError(
                     f"{name}, an expert of shape {tuple(shape_of(param))}, does not know its "
-                    "layer: pass the module instead of its parameters, call tag_experts(module) "
-                    "before, or give the layer an expert_group_name."
+                    "layer: pass the module instead of its parameters (also inside of an "
+                    "optimizer=lambda params: ...), call tag_experts(module) before, or give the "
+                    "layer an expert_group_name."
                 )
             continue
         check_label(label)
@@ -130,7 +141,7 @@ def _apply(rules: Rules, given: GroupInput, runs: list[Run]) -> tuple[list[int],
         if tag is not None and not example:
             example = names
         found[row] = rules.variant(source, given.groups[source], name, param, names)
-    rules.check_all_matched([*example, *filter(None, given.names)])
+    rules.check_all_matched([*example, *list(filter(None, given.names))[:2]])
     kinds = sorted(set(found))
     index = {variant: number for number, variant in enumerate(kinds)}
     return [index[variant] for variant in found], kinds

@@ -6,6 +6,7 @@ DeepSpeed's own (``deepspeed/moe/experts.py``); ``expert_group_name`` and
 ``copy.deepcopy`` loses them, hence :func:`copy_expert_tag`.
 """
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from moe_groups.errors import TagError
 
 PARALLEL_GROUP = re.compile(r"ep_size_[1-9]\d*")
+_GROUP_NAME = re.compile(r"(ep_size_[1-9]\d*)_.+")
 _BAD_IN_LABEL = re.compile(r"[\s\x00-\x1f\x7f]")
 _ATTRIBUTES = (
     "allreduce",
@@ -57,6 +59,14 @@ class ExpertTag(NamedTuple):
         return ep_rank * self.num_local_experts + self.expert_number
 
 
+_layer_ids = itertools.count()
+
+
+def new_layer_id() -> int:
+    """A value for ``expert_layer_id``, by which two layers with one label are told apart."""
+    return next(_layer_ids)
+
+
 def is_expert_parameter(param: torch.Tensor) -> bool:
     """DeepSpeed's own test, ``is_moe_param`` in ``deepspeed/moe/utils.py``."""
     return not getattr(param, "allreduce", True)
@@ -81,6 +91,7 @@ def set_expert_tag(param: torch.Tensor, tag: ExpertTag) -> None:
         TagError: the parallel group or the label cannot be used.
     """
     check_parallel_group(tag.parallel_group, "the tag")
+    check_number(tag.expert_number, "the tag")
     if tag.layer is not None:
         check_label(tag.layer)
     write_checked_tag(param, tag)
@@ -111,6 +122,7 @@ def get_expert_tag(param: torch.Tensor, name: str = "") -> ExpertTag | None:
     parallel_group = attributes.get("group_name")
     check_parallel_group(parallel_group, name or f"expert parameter {tuple(param.shape)}")
     assert isinstance(parallel_group, str)
+    check_number(attributes.get("expert_number"), name or f"expert {tuple(param.shape)}")
     return ExpertTag(
         parallel_group,
         attributes.get("expert_group_name"),
@@ -138,6 +150,25 @@ def check_parallel_group(value: object, owner: str) -> None:
             f"{owner} has allreduce=False and group_name={value!r}; DeepSpeed's expert process "
             "groups are called 'ep_size_<N>'. Set param.group_name = f'ep_size_{N}' with the "
             "expert-parallel size N of its layer."
+        )
+
+
+def parallel_group_of(name: str) -> str:
+    """``ep_size_<N>`` out of the name of a MoE param group; another name as it is."""
+    match = _GROUP_NAME.fullmatch(name)
+    return match[1] if match else name
+
+
+def check_number(value: object, owner: str) -> None:
+    """Refuse an ``expert_number`` that is no count.
+
+    Raises:
+        TagError: neither None nor an integer of at least 0.
+    """
+    if value is not None and (type(value) is not int or value < 0):
+        raise TagError(
+            f"{owner} has expert_number={value!r}: use the expert's number on this rank, from 0 "
+            "up, or None where one tensor holds all experts."
         )
 
 

@@ -7,19 +7,19 @@ import torch
 
 from moe_groups import _deepspeed
 from moe_groups.errors import InvalidArgumentError, VerificationError
-from moe_groups.expert_layers import find_experts
-from moe_groups.given import Given, given_options
+from moe_groups.module_names import named_parameters, walk
 from moe_groups.plan import fingerprint
-from moe_groups.tags import is_expert_parameter, numel_of, shape_of
+from moe_groups.tags import is_expert_parameter, numel_of, parallel_group_of, shape_of
 
 _Stepped = list[tuple[dict[str, Any], list[torch.Tensor]]]
+_Layout = tuple[Any, ...]
 
 
 def verify(engine: Any) -> None:
     """Check the optimizer groups of an initialized engine; all ranks call it together.
 
     Checks that every trainable parameter is stepped by exactly one group, with the
-    learning rate and weight decay that :func:`create_moe_param_groups` last gave it; that
+    learning rate and weight decay that its optimizer had when the engine took it over; that
     names are unique and lead to process groups; that experts are in groups marked
     ``moe``; and that the groups are the same and in the same order on all ranks of the
     data-parallel group (one all-gather of 24 bytes a rank; details follow only where
@@ -32,8 +32,8 @@ def verify(engine: Any) -> None:
 
     Raises:
         InvalidArgumentError: not an engine with an optimizer.
-        VerificationError: on every rank if anything is wrong on any; names parameters,
-            groups and ranks.
+        VerificationError: on every rank of the data-parallel group if anything is wrong on
+            any of them; names parameters, groups and ranks.
 
     Example:
         >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -44,16 +44,20 @@ def verify(engine: Any) -> None:
             f"verify takes an engine that deepspeed.initialize made with an optimizer, not "
             f"{type(engine).__name__}."
         )
-    stepped = _deepspeed.stepped_groups(engine)
-    model = find_experts(engine.module)
-    names = {id(param): name for name, param in model.names}
-    problems = [
-        *_check_coverage(stepped, model.names, names),
-        *_check_names(stepped),
-        *_check_marks(stepped, names),
-        *_check_given(stepped, names, engine),
-    ]
-    layout = [_layout(group, params, names) for group, params in stepped]
+    layout: list[_Layout] = []
+    try:
+        stepped = _deepspeed.stepped_groups(engine)
+        model = list(named_parameters(walk(engine.module)))
+        names = {id(param): name for name, param in model}
+        layout += [_layout(group, params, names) for group, params in stepped]
+        problems = [
+            *_check_coverage(stepped, model, names),
+            *_check_names(stepped),
+            *_check_marks(stepped, names),
+            *_check_given(stepped, names, engine),
+        ]
+    except Exception as error:  # the other ranks wait for this one's answer
+        problems = [f"checking failed: {type(error).__name__}: {error}"]
     _agree(engine, problems, layout)
 
 
@@ -82,10 +86,13 @@ def _check_names(stepped: _Stepped) -> Iterator[str]:
     for index, (group, _) in enumerate(stepped):
         name = _name(group)
         if name in seen:
-            yield f"group {index} repeats the name {name!r}: learning-rate monitors refuse it"
+            yield (
+                f"group {index} repeats the name {name!r}: learning-rate monitors refuse it. Group "
+                "the whole model in one call of create_moe_param_groups"
+            )
         seen.add(name)
         if group.get("moe") and not _deepspeed.resolves(name):
-            base = _deepspeed.parallel_group_of(name)
+            base = parallel_group_of(name)
             yield (
                 f"group {name!r} is marked moe, but its name does not lead to the process groups "
                 f"of {base!r}: make the groups with create_moe_param_groups, for a model with a "
@@ -95,7 +102,7 @@ def _check_names(stepped: _Stepped) -> Iterator[str]:
 
 def _check_marks(stepped: _Stepped, names: dict[int, str]) -> Iterator[str]:
     for group, params in stepped:
-        base = _deepspeed.parallel_group_of(_name(group))
+        base = parallel_group_of(_name(group))
         for param in params:
             name = names.get(id(param), str(tuple(param.shape)))
             if is_expert_parameter(param) and not group.get("moe"):
@@ -111,16 +118,18 @@ def _check_marks(stepped: _Stepped, names: dict[int, str]) -> Iterator[str]:
 
 
 def _check_given(stepped: _Stepped, names: dict[int, str], engine: Any) -> Iterator[str]:
-    given = given_options([_name(group) for group, _ in stepped])
+    given = _deepspeed.given_options(engine)
     for index, (group, params) in enumerate(stepped):
-        actual_options = {**group, "lr": _base_rate(engine, group, index)}
-        wrong: dict[tuple[str, Any, Any, str], list[str]] = {}
+        wrong: dict[tuple[str, float, float, str], list[str]] = {}
         for param in params:
             record = given.get(id(param))
-            for key, expected, actual in _differences(actual_options, record):
-                assert record is not None
-                found = wrong.setdefault((key, expected, actual, record.name), [])
-                found.append(names.get(id(param), str(tuple(param.shape))))
+            if record is None:
+                continue
+            for key, actual in _actual_options(engine, group, index, record).items():
+                expected = record.options[key]
+                if actual != expected:
+                    found = wrong.setdefault((key, expected, actual, record.name), [])
+                    found.append(names.get(id(param), str(tuple(param.shape))))
         for (key, expected, actual, home), members in wrong.items():
             yield (
                 f"group {_name(group)!r} steps {members[0]}"
@@ -129,36 +138,29 @@ def _check_given(stepped: _Stepped, names: dict[int, str], engine: Any) -> Itera
             )
 
 
-def _base_rate(engine: Any, group: dict[str, Any], index: int) -> float | None:
-    """The group's learning rate as it was before a scheduler changed it; None if unknown."""
+def _actual_options(
+    engine: Any, group: dict[str, Any], index: int, record: _deepspeed.Given
+) -> dict[str, float]:
+    """The group's options now, with the learning rate from before a scheduler changed it."""
+    actual = {key: float(group[key]) for key in record.options if key in group}
     peaks = _deepspeed.scheduled_peaks(engine)
-    rate: float | None = group.get("lr")
     if "initial_lr" in group:
-        rate = group["initial_lr"]
-    elif peaks is not None and index < len(peaks):
-        rate = peaks[index]
+        actual["lr"] = float(group["initial_lr"])
+    elif peaks is not None and index < len(peaks) and record.own_lr:
+        actual["lr"] = peaks[index]
     elif engine.lr_scheduler is not None:
-        rate = None
-    return rate
+        actual.pop("lr", None)
+    return {key: value for key, value in actual.items() if key in record.options}
 
 
-def _differences(actual: dict[str, Any], record: Given | None) -> Iterator[tuple[str, Any, Any]]:
-    for key, expected in (record.options if record else {}).items():
-        unknown = key == "lr" and actual["lr"] is None
-        if not unknown and actual.get(key) != expected:
-            yield key, expected, actual.get(key)
-
-
-def _layout(
-    group: dict[str, Any], params: list[torch.Tensor], names: dict[int, str]
-) -> tuple[Any, ...]:
+def _layout(group: dict[str, Any], params: list[torch.Tensor], names: dict[int, str]) -> _Layout:
     """What all ranks that share the group must agree on."""
     members = [(names.get(id(p), "?"), tuple(shape_of(p)), str(p.dtype)) for p in params]
     options = (float(group.get("lr", 0.0)), float(group.get("weight_decay", 0.0)))
     return _name(group), bool(group.get("moe")), options, members
 
 
-def _agree(engine: Any, problems: list[str], layout: list[tuple[Any, ...]]) -> None:
+def _agree(engine: Any, problems: list[str], layout: list[_Layout]) -> None:
     """Compare ``layout`` over the ranks; raise the same error everywhere."""
     group = _deepspeed.engine_data_parallel_group(engine)
     ranks = torch.distributed.get_process_group_ranks(group)
@@ -180,7 +182,7 @@ def _agree(engine: Any, problems: list[str], layout: list[tuple[Any, ...]]) -> N
     raise VerificationError([*found, *_compare(layouts)])
 
 
-def _compare(layouts: dict[int, list[tuple[Any, ...]]]) -> Iterator[str]:
+def _compare(layouts: dict[int, list[_Layout]]) -> Iterator[str]:
     """The first group in which ranks differ, and the ranks on each side."""
     for index in range(max(map(len, layouts.values()))):
         sides: dict[str, list[int]] = {}
@@ -196,7 +198,7 @@ def _compare(layouts: dict[int, list[tuple[Any, ...]]]) -> Iterator[str]:
         return
 
 
-def _describe(layout: list[tuple[Any, ...]]) -> str:
+def _describe(layout: list[_Layout]) -> str:
     if not layout:
         return "no such group"
     name, _, (lr, weight_decay), members = layout[0]
