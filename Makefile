@@ -10,16 +10,17 @@ RANKS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
 EXTENSIONS := $(CURDIR)/.cache/torch_extensions
-# Ranks that do not have a GPU each run on the CPU, all of them.
-GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
-CPU_ONLY := $(shell [ $(GPUS) -ge $(RANKS) ] || echo DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=)
+# Unless each rank can have a GPU of its own, all run on the CPU.
+GPUS = $$($(BIN)/python -c "import torch; print(torch.cuda.device_count())")
+CPU_ONLY = export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 # The profiler, DeepSpeed and torch announce themselves on every rank.
 QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::FutureWarning
 
 .PHONY: demo test test-long lint docs bench clean
 
 demo: $(VENV)/.demo unlock
-	$(CPU_ONLY) $(QUIET) OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$(EXTENSIONS) \
+	@[ $(GPUS) -ge $(RANKS) ] || $(CPU_ONLY); \
+	$(QUIET) OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$(EXTENSIONS) \
 	  $(BIN)/torchrun --nproc-per-node $(RANKS) docs/examples/train_moe_lm.py $(ARGS)
 
 test: $(VENV)/.test

@@ -11,9 +11,10 @@ train as before, bit for bit):
   unique names get aliases of the key ``ep_size_<N>`` (the same handle, no communicator),
   registered by the engine after it created the process groups;
 * ``BF16_Optimizer`` and ``FP16_Optimizer`` run one all-reduce of the norm for each name
-  that has a gradient on this rank, which hangs when ranks disagree: names are merged to
-  one per parallel group, present on every rank, before the norm and the reduction see
-  them. Sums are then those of DeepSpeed's own names, bit for bit;
+  that has a gradient on this rank, which hangs when ranks disagree, and clip by different
+  norms where ranks that share an expert disagree: names are merged to one per parallel
+  group before the norm and the reduction see them, and all experts count. Sums are then
+  those of DeepSpeed's own names, bit for bit;
 * ``BF16_Optimizer`` collects garbage and prints the memory twice for each group while it
   is set up, 0.3 s a group: not for more groups than a handful.
 """
@@ -270,16 +271,17 @@ def _wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap_grads_for_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_grads_for_norm(self: Any, for_clipping: bool = False) -> Any:
+        groups = self.optimizer.param_groups
+        for has_gradients, group in zip(self.fp32_groups_has_gradients, groups, strict=True):
+            if group.get("moe"):
+                # Its buffer holds what all ranks that share it made, also where this one had none.
+                has_gradients[:] = [True] * len(has_gradients)
         if for_clipping:
             return original(self, for_clipping)
         dense, experts = original(self)
-        nothing = [self.fp32_groups_flat_partition[0].new_zeros(1)]
-        merged: dict[str, list[Any]] = {
-            parallel_group_of(g["name"]): [] for g in self.optimizer.param_groups if g.get("moe")
-        }
-        merged.update(_merged(experts))
-        # An empty list would crash (dense) or leave this rank out of the all-reduce.
-        return dense or nothing, {name: grads or nothing for name, grads in merged.items()}
+        if not dense:  # an empty list would crash
+            dense = [self.fp32_groups_flat_partition[0].new_zeros(1)]
+        return dense, _merged(experts)
 
     return get_grads_for_norm
 

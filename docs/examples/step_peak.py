@@ -12,17 +12,19 @@ from torch.profiler import ProfilerActivity, profile, record_function
 _STEP = "the optimizer step"
 
 
-def step_peak_bytes(backward: Callable[[], None], step: Callable[[], None]) -> int:
+def step_peak_bytes(
+    backward: Callable[[], None], step: Callable[[], None], device: torch.device
+) -> int:
     """Peak tensor memory during ``step()`` less the memory after it, in bytes.
 
     Runs ``backward()`` too: the gradients that the step releases must be seen being made.
     Do not measure the first step of a run, in which the optimizer creates its state.
     """
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         backward()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
         step()
-        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         backward()
         with record_function(_STEP):

@@ -164,10 +164,11 @@ def one_step(
 ) -> dict[str, Any]:
     """Loss and memory of one step, after one that creates the optimizer's state."""
     torch.manual_seed(0)  # the gate draws noise
+    device = torch.device(engine.device)
     for _ in range(2):
         loss, aux_loss = engine(batch.to(engine.device))
         total = loss + args.aux_weight * aux_loss
-        peak = step_peak_bytes(partial(engine.backward, total), engine.step)
+        peak = step_peak_bytes(partial(engine.backward, total), engine.step, device)
     worst = torch.tensor(peak, device=engine.device)
     torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
     table = describe(engine)
@@ -238,6 +239,8 @@ def main() -> None:
     args = parse_args()
     deepspeed.init_distributed()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if args.blocks < 2:
+        raise SystemExit("--blocks must be at least 2: every second block has experts")
     if world % args.ep_size or args.experts % args.ep_size:
         raise SystemExit(
             f"--ep-size {args.ep_size} must divide the {world} ranks and {args.experts} experts"

@@ -183,6 +183,7 @@ def test_wrapper_keeps_the_members_of_groups(wrapper: str) -> None:
 
 
 SIGNATURES = {
+    "_broadcast_model": "(self)",
     "_do_optimizer_sanity_check": "(self, basic_optimizer)",
     "_setup_for_real_optimizer": "(self)",
     "get_grads_for_norm": "(self, for_clipping=False)",

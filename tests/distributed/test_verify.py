@@ -132,7 +132,10 @@ WRONG: dict[str, tuple[Callable[[Any], None], Callable[[Any], None], tuple[str, 
     "expert among dense": (
         move_an_expert_to_dense,
         as_they_are,
-        (f"expert parameter {EXPERT_0}.down.weight is in group 'dense'", "not marked moe"),
+        (
+            f"expert parameter {EXPERT_0}.down.weight of 'ep_size_2' is in group 'dense'",
+            "marked moe",
+        ),
     ),
     "unknown name": (
         as_they_are,

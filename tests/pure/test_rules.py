@@ -165,7 +165,9 @@ def test_parameters_without_names_are_selected_by_layer_and_expert() -> None:
 
 def test_a_pattern_that_matches_nothing_is_named() -> None:
     overrides = [("inp", {"lr": 0.5}), ("imp.*", {"lr": 0.1}), ("*.expert.99", {"lr": 0.1})]
-    with pytest.raises(OverrideError, match=r"'imp\.\*', '\*\.expert\.99' match no trainable parameter") as error:
+    with pytest.raises(
+        OverrideError, match=r"'imp\.\*', '\*\.expert\.99' match no trainable parameter"
+    ) as error:
         create_moe_param_groups(Labelled(), overrides=overrides)
     assert "'inp'" not in str(error.value)
     assert "inp.weight" in str(error.value)  # an example of what there is
