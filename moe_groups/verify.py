@@ -108,8 +108,8 @@ def _check_marks(stepped: _Stepped, names: dict[int, str]) -> Iterator[str]:
             if is_expert_parameter(param) and not group.get("moe"):
                 home = getattr(param, "group_name", None)
                 yield (
-                    f"expert parameter {name} of {home!r} is in group {_name(group)!r}, which is not "
-                    "marked moe: DeepSpeed would average it over different experts"
+                    f"expert parameter {name} of {home!r} is in group {_name(group)!r}, which is "
+                    "not marked moe: DeepSpeed would average it over different experts"
                 )
             elif group.get("moe") and getattr(param, "group_name", None) != base:
                 yield (
