@@ -76,11 +76,15 @@ def _check_tags(given: GroupInput, runs: list[Run], split_by: SplitBy) -> None:
     first: dict[tuple[str, str | None, int | None], int] = {}
     for start, _, place, _ in runs:
         if place is not None:
-            if not isinstance(place[0], str) or place[2] is not None:
-                check_parallel_group(place[0], _row_name(given, start))
-                check_number(place[2], _row_name(given, start))
-            layer_id = given.params[start].__dict__.get("expert_layer_id")
-            first.setdefault((place[0], place[1], layer_id), start)
+            group, label, number = place
+            if type(group) is not str or (
+                number is not None and (type(number) is not int or number < 0)
+            ):
+                check_parallel_group(group, _row_name(given, start))
+                check_number(number, _row_name(given, start))
+            where = group, label, given.params[start].__dict__.get("expert_layer_id")
+            if where not in first:
+                first[where] = start
     layers: dict[str, tuple[int, int]] = {}
     for (_, label, layer_id), row in first.items():
         param, name = given.params[row], _row_name(given, row)

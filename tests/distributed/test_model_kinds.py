@@ -143,31 +143,28 @@ class OnlyHandMade(WithHandMade):
         self.blocks[0].moe = HandMade()
 
 
-def start_only_hand_made(wrapper: str) -> str:
-    groups._create_expert_and_data_parallel(2)  # else DeepSpeed's broadcast fails before
+def start_only_hand_made(wrapper: str, process_groups: bool) -> str:
+    if process_groups:
+        groups._create_expert_and_data_parallel(2)
     with pytest.raises(ParameterInputError) as failure:
         start(wrapper, groups_by("module"), OnlyHandMade())
     return str(failure.value)
 
 
 @pytest.mark.parametrize("wrapper", ["zero2", "bf16", "half", "fp32"])
-def test_model_without_a_layer_that_deepspeed_knows_is_refused(wrapper: str) -> None:
-    for message in run_on_ranks(2, start_only_hand_made, wrapper):
-        assert "'ep_size_2_blocks.0.moe' holds experts" in message
-        assert "reduces all parameters as dense ones" in message
-
-
-def start_without_process_groups(wrapper: str) -> str:
-    with pytest.raises(ParameterInputError) as failure:
-        start(wrapper, groups_by("module"), OnlyHandMade())
-    return str(failure.value)
-
-
-@pytest.mark.parametrize("wrapper", ["zero1", "bf16", "fp32"])
-def test_experts_without_process_groups_are_named(wrapper: str) -> None:
-    for message in run_on_ranks(2, start_without_process_groups, wrapper):
-        assert "is an expert parameter of 'ep_size_2'" in message
-        assert "blocks.0.moe.experts" in message
+@pytest.mark.parametrize(
+    ("process_groups", "what"),
+    [
+        (False, "blocks.0.moe.experts.0.up.weight is an expert parameter of 'ep_size_2'"),
+        (True, "group 'ep_size_2_blocks.0.moe' holds experts"),
+    ],
+)
+def test_model_without_a_layer_that_deepspeed_knows_is_refused(
+    wrapper: str, process_groups: bool, what: str
+) -> None:
+    for message in run_on_ranks(2, start_only_hand_made, wrapper, process_groups):
+        assert what in message
+        assert "param.allreduce = True" in message
 
 
 def train_parameters_of_tagged_model() -> tuple[list[str], list[str]]:

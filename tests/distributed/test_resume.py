@@ -18,10 +18,11 @@ class Case(NamedTuple):
     ep_size: int
     split: str
     cap: int | None = None
+    layers: int = 2
 
-    def engine(self) -> Any:
-        groups_of = groups_by(self.split, self.cap)
-        return start(self.wrapper, groups_of, model_options={"ep_size": self.ep_size})
+    def engine(self, **options: Any) -> Any:
+        options |= {"ep_size": self.ep_size, "layers": self.layers}
+        return start(self.wrapper, groups_by(self.split, self.cap), model_options=options)
 
 
 def save_and_go_on(cases: list[Case], folder: Path) -> None:
@@ -38,25 +39,27 @@ def save_and_go_on(cases: list[Case], folder: Path) -> None:
 
 def load_and_go_on(cases: list[Case], folder: Path) -> list[str]:
     """Train on from each checkpoint; what differs from the run that never stopped."""
-    rank = torch.distributed.get_rank()
     problems = []
     for number, case in enumerate(cases):
-        saved, history, end = torch.load(folder / f"{number}-{rank}.pt")
         engine = case.engine()
-        assert largest_difference(weights(engine), saved) > 1e-3, "nothing to load"
-        path, _ = engine.load_checkpoint(str(folder / str(number)))
-        assert path is not None
+        problems += load(engine, number, case, folder)
         verify(engine)
-        names = [group["name"] for group in engine.optimizer.param_groups]
-        if len(set(names)) < len(names):
-            problems.append(f"{case}: names {names}")
-        if largest_difference(weights(engine), saved) != 0:
-            problems.append(f"{case}: other weights than were saved")
-        resumed = train(engine, AFTER, first=BEFORE)
-        if resumed != history:
-            problems.append(f"{case}: {resumed} instead of {history}")
-        if largest_difference(weights(engine), end) != 0:
-            problems.append(f"{case}: other weights at the end")
+    return problems
+
+
+def load(engine: Any, number: int, case: Case, folder: Path) -> list[str]:
+    saved, history, end = torch.load(folder / f"{number}-{torch.distributed.get_rank()}.pt")
+    assert largest_difference(weights(engine), saved) > 1e-3, "nothing to load"
+    path, _ = engine.load_checkpoint(str(folder / str(number)))
+    assert path is not None
+    problems = []
+    if largest_difference(weights(engine), saved) != 0:
+        problems.append(f"{case}: other weights than were saved")
+    resumed = train(engine, AFTER, first=BEFORE)
+    if resumed != history:
+        problems.append(f"{case}: {resumed} instead of {history}")
+    if largest_difference(weights(engine), end) != 0:
+        problems.append(f"{case}: other weights at the end")
     return problems
 
 
@@ -76,6 +79,24 @@ def test_resume_equals_the_run_that_never_stopped(tmp_path: Path) -> None:
         Case("bf16", 2, "expert", 400),
     ]
     check(2, cases, tmp_path)
+
+
+def load_into_renamed_layer(cases: list[Case], folder: Path) -> list[str]:
+    """The checkpoint brings group names of a layer that this model calls otherwise."""
+    problems = []
+    for number, case in enumerate(cases):
+        engine = case.engine(expert_group_name="renamed")
+        problems += load(engine, number, case, folder)
+        names = [group["name"] for group in engine.optimizer.param_groups]
+        if "ep_size_2_blocks.0.moe.expert.0" not in names:
+            problems.append(f"{case}: {names}, not those of the checkpoint")
+    return problems
+
+
+def test_resume_after_a_layer_was_renamed(tmp_path: Path) -> None:
+    cases = [Case(wrapper, 2, "expert", layers=1) for wrapper in ("zero1", "bf16", "half")]
+    run_on_ranks(2, save_and_go_on, cases, tmp_path)
+    assert run_in_fresh_processes(2, load_into_renamed_layer, cases, tmp_path) == [[], []]
 
 
 @pytest.mark.long
