@@ -57,6 +57,11 @@ def measure(wrapper: str, split_by: str, cap: int | None, steps: int, stock: boo
 
     if stock:
         _deepspeed._MANY_GROUPS = 10**9  # let DeepSpeed report its memory for every group
+    net: nn.Module = nn.Linear(
+        HIDDEN, HIDDEN
+    )  # the first engine of a process pays for imports and caches
+    warm = torch.optim.AdamW(net.parameters())
+    deepspeed.initialize(model=net, optimizer=warm, config=config(wrapper))
     net = model()
     groups = moe_groups.create_moe_param_groups(net, split_by=split_by, max_group_size=cap)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
