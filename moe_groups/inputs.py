@@ -130,9 +130,11 @@ def _read_params(items: list[Any], where: str) -> tuple[list[torch.Tensor], list
     plain = isinstance(items[0], torch.Tensor)
     for index, item in enumerate(items):
         if not (isinstance(item, torch.Tensor) if plain else _is_named(item)):
+            wanted = "a parameter" if plain else "a (name, parameter) pair"
+            if isinstance(item, nn.Module):
+                wanted = "parameters; pass several modules as one: nn.ModuleList([...])"
             raise ParameterInputError(
-                f"{where}: item {index} is a {type(item).__name__}, expected "
-                + ("a parameter." if plain else "a (name, parameter) pair.")
+                f"{where}: item {index} is a {type(item).__name__}, expected {wanted}."
             )
     return [param for _, param in items], [name for name, _ in items]
 
@@ -148,7 +150,7 @@ def _is_named(item: object) -> bool:
 
 def _each_once(given: GroupInput) -> GroupInput:
     """Drop repetitions of a (tied) parameter inside of a group; refuse it in two groups."""
-    if len(set(map(id, given.params))) == len(given.params):
+    if len(set(given.params)) == len(given.params):  # tensors hash by identity
         return given
     kept = GroupInput([], [], [], given.groups)
     first: dict[int, int] = {}

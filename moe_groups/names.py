@@ -21,7 +21,7 @@ class GroupNames:
 
     Args:
         given: names of the caller's groups, None where there is none.
-        keys: keys of all groups before they are cut into tiles.
+        keys: keys of all groups.
     """
 
     def __init__(self, given: Sequence[object], keys: Iterable["Key"]) -> None:
@@ -29,29 +29,23 @@ class GroupNames:
             label_from_path(str(name)) if name and given.count(name) == 1 else None
             for name in given
         ]
-        keys = list(keys)
-        self.one_dtype = len({key.dtype for key in keys}) < 2
         self.dtypes: dict[Any, set[torch.dtype]] = {}
-        if not self.one_dtype:
-            for key in keys:
-                self.dtypes.setdefault(key[:4], set()).add(key.dtype)
-        self.last: tuple[Any, ...] = ()
+        for key in keys:
+            self.dtypes.setdefault(key[:3], set()).add(key.dtype)
+        self.last: Key | None = None
         self.prefix = self.suffix = ""
         self.used: set[str] = set()
 
-    def of(self, key: "Key", tile: int | None = None) -> str:
+    def of(self, key: "Key", expert_number: int | None, tile: int | None = None) -> str:
         """The name of the group, or of one of its tiles."""
-        parallel_group, layer, expert_number, variant, dtype = key
-        several = not self.one_dtype and len(self.dtypes[key[:4]]) > 1
-        around = parallel_group, layer, variant, several and dtype
-        if around != self.last:  # neighbours differ in the expert only
-            self.last = around
-            self.prefix, self.suffix = self._prefix(key), self._suffix(key, several)
+        if key is not self.last:  # neighbours mostly differ in the expert only
+            self.last, self.prefix, self.suffix = key, self._prefix(key), self._suffix(key)
         expert = "" if expert_number is None else f".expert.{expert_number}"
-        part = "" if tile is None else f".tile.{tile}"
-        name = f"{self.prefix}{expert}{self.suffix}{part}"
-        if layer is None and parallel_group is not None and name == self.prefix:
-            name = parallel_group  # DeepSpeed's own name
+        name = f"{self.prefix}{expert}{self.suffix}"
+        if tile is not None:
+            name = f"{name}.tile.{tile}"
+        if name == self.prefix and key.layer is None and key.parallel_group is not None:
+            name = key.parallel_group  # DeepSpeed's own name
         if name in self.used:
             name = self._unused(name)
         self.used.add(name)
@@ -63,7 +57,7 @@ class GroupNames:
             return self.given[key.variant.source] or "dense"
         return f"{key.parallel_group}_{key.layer or 'experts'}"
 
-    def _suffix(self, key: "Key", several_dtypes: bool) -> str:
+    def _suffix(self, key: "Key") -> str:
         """What tells the group from others in the same place."""
         variant = key.variant
         own = self.given[variant.source]
@@ -72,7 +66,8 @@ class GroupNames:
             parts = []  # the name begins with it
         parts += ["no_decay"] * variant.no_decay
         parts += [f"override.{index}" for index in variant.overrides]
-        parts += [str(key.dtype).removeprefix("torch.")] * several_dtypes
+        if len(self.dtypes[key[:3]]) > 1:
+            parts.append(str(key.dtype).removeprefix("torch."))
         return "".join(f".{part}" for part in parts)
 
     def _unused(self, name: str) -> str:

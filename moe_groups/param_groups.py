@@ -9,8 +9,8 @@ from moe_groups import _deepspeed
 from moe_groups.caps import Caps
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
-from moe_groups.plan import LEVELS, PlannedGroup, SplitBy, make_plan
-from moe_groups.rules import NoDecay, Overrides, Rules, Variant
+from moe_groups.plan import LEVELS, Key, PlannedGroup, SplitBy, make_plan
+from moe_groups.rules import NoDecay, Overrides, Rules
 from moe_groups.table import read_table
 
 DEEPSPEED_MAX_GROUP_SIZE = 178956971
@@ -84,8 +84,8 @@ def create_moe_param_groups(
         given = read_input(params)
         with given.model.written() if given.model else contextlib.nullcontext():
             table = read_table(given, rules, split_by)
-            plan = make_plan(table, split_by, caps.of, given.groups)
-            _deepspeed.support_our_groups(any(key.parallel_group for _, key, _ in plan))
+            plan = make_plan(table, caps.of, given.groups)
+            _deepspeed.support_our_groups(any(key.parallel_group for key in table.families))
         return _group_dicts(plan, given, rules)
 
 
@@ -137,16 +137,16 @@ def _no_garbage_collection() -> Iterator[None]:
 def _group_dicts(plan: list[PlannedGroup], given: GroupInput, rules: Rules) -> list[ParamGroup]:
     param_of = given.params.__getitem__
     groups: list[ParamGroup] = []
-    last: Variant | None = None
-    for name, (parallel_group, layer, expert_number, variant, _), members in plan:
-        if variant is not last:
-            last, shared = variant, rules.options(variant, given.groups[variant.source])
+    last: Key | None = None
+    for name, key, expert_number, members in plan:
+        if key is not last:
+            last, shared = key, rules.options(key.variant, given.groups[key.variant.source])
         group = shared.copy()
         group["params"] = list(map(param_of, members))
         group["name"] = name
-        if parallel_group is not None:
+        if key.parallel_group is not None:
             group["moe"] = True
-            group["expert_group_name"] = layer
+            group["expert_group_name"] = key.layer
             group["expert_number"] = expert_number
         groups.append(group)
     return groups

@@ -15,12 +15,27 @@ from moe_groups.rules import Variant
 SplitBy: TypeAlias = Literal["parallel_group", "module", "expert"]
 LEVELS: tuple[SplitBy, ...] = ("parallel_group", "module", "expert")
 
-Place: TypeAlias = tuple[str, str | None, int | None]
-"""Parallel group, layer and expert number of an expert parameter."""
+Rows: TypeAlias = Sequence[int]
+"""Rows of the table in ascending order."""
+
+NO_EXPERT = -1
+"""Stands for the number of parameters that are not one expert's."""
 
 
-Run: TypeAlias = tuple[int, int, Place | None, torch.dtype]
-"""Neighbouring rows ``start`` to ``stop`` that share place and dtype."""
+class Key(NamedTuple):
+    """What all parameters of a group have in common beside the expert.
+
+    ``layer`` is None where layers are not kept apart, both are None for dense parameters.
+    """
+
+    parallel_group: str | None
+    layer: str | None
+    variant: Variant
+    dtype: torch.dtype
+
+
+Families: TypeAlias = dict[Key, dict[int, Rows]]
+"""Rows by key and expert number, keys in the order of their first row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,109 +44,71 @@ class Table:
 
     Attributes:
         sizes: elements of each.
-        runs: the rows that are to be grouped, in order; the others are left out.
-        variants: index into ``kinds`` of each.
-        kinds: the variants, those of one source together and in the sources' order.
+        families: the rows that are to be grouped; the others are left out.
     """
 
     sizes: list[int]
-    runs: list[Run]
-    variants: list[int]
-    kinds: list[Variant]
+    families: Families
 
 
-class Key(NamedTuple):
-    """What all parameters of a group have in common. None: not split at this level."""
-
-    parallel_group: str | None
-    layer: str | None
-    expert_number: int | None
-    variant: Variant
-    dtype: torch.dtype
-
-
-class PlannedGroup(NamedTuple):
-    """One group of the plan.
-
-    Attributes:
-        name: unique in the plan; for experts a valid process-group key.
-        key: what its parameters have in common.
-        members: rows of its parameters, in order.
-    """
-
-    name: str
-    key: Key
-    members: list[int]
+PlannedGroup: TypeAlias = tuple[str, Key, int | None, Rows]
+"""Name (unique, for experts a valid process-group key), key, expert number and rows."""
 
 
 def make_plan(
     table: Table,
-    split_by: SplitBy,
     cap_of: Callable[[Key], int | None],
     sources: Sequence[Mapping[str, Any]],
 ) -> list[PlannedGroup]:
-    """Split the parameters by key and size; dense groups first, then experts.
+    """Cut the families by size and put them in order; dense groups first, then experts.
 
     Expert groups stand in the order in which their parallel group and layer first appear,
     then by expert number, variant and dtype, so order and names depend on the order of
     the input alone.
 
     Args:
-        split_by: the finest level at which groups are kept apart.
         cap_of: largest number of elements of a group with this key, None for no cap.
         sources: the caller's groups, for their names.
     """
-    buckets = _split(table, split_by)
-    names = GroupNames([source.get("name") for source in sources], [key for key, _ in buckets])
+    names = GroupNames([source.get("name") for source in sources], table.families)
     size_of = table.sizes.__getitem__
     plan: list[PlannedGroup] = []
-    for key, members in buckets:
-        cap = cap_of(key)
-        if cap is None or len(members) == 1 or sum(map(size_of, members)) <= cap:
-            plan.append(PlannedGroup(names.of(key), key, members))
-            continue
-        for number, (start, stop) in enumerate(pack(list(map(size_of, members)), cap)):
-            plan.append(PlannedGroup(names.of(key, number), key, members[start:stop]))
+    for cell in _cells(table.families):
+        caps = [cap_of(key) for key, _ in cell]
+        for number, rank, rows in _by_expert(cell):
+            key, cap = cell[rank][0], caps[rank]
+            expert = None if number == NO_EXPERT else number
+            if cap is None or len(rows) == 1 or sum(map(size_of, rows)) <= cap:
+                plan.append((names.of(key, expert), key, expert, rows))
+                continue
+            for tile, (start, stop) in enumerate(pack(list(map(size_of, rows)), cap)):
+                plan.append((names.of(key, expert, tile), key, expert, rows[start:stop]))
     return plan
 
 
-def _split(table: Table, split_by: SplitBy) -> list[tuple[Key, list[int]]]:
-    """Rows by key, in the order that the plan promises.
-
-    Values are replaced by the rank of their first appearance, so that the buckets sort as
-    tuples of integers.
-    """
+def _cells(families: Families) -> list[list[tuple[Key, dict[int, Rows]]]]:
+    """The families of each layer together, in the order that the plan promises."""
     groups: dict[str | None, int] = {None: 0}
     layers: dict[str | None, int] = {None: 0}
     dtypes: dict[torch.dtype, int] = {}
-    by_layer, by_expert = split_by != "parallel_group", split_by == "expert"
-    one_variant = len(table.kinds) == 1
-    buckets: dict[tuple[int, int, int, int, int], list[int]] = {}
-    for start, stop, place, dtype in table.runs:
-        group = layer = 0
-        expert = -1
-        if place is not None:
-            group = groups.setdefault(place[0], len(groups))
-            if by_layer:
-                layer = layers.setdefault(place[1], len(layers))
-            if by_expert and place[2] is not None:
-                expert = place[2]
-        dtype_rank = dtypes.setdefault(dtype, len(dtypes))
-        if one_variant:
-            bucket = group, layer, expert, 0, dtype_rank
-            if bucket in buckets:
-                buckets[bucket].extend(range(start, stop))
-            else:
-                buckets[bucket] = list(range(start, stop))
-            continue
-        for row in range(start, stop):
-            bucket = group, layer, expert, table.variants[row], dtype_rank
-            buckets.setdefault(bucket, []).append(row)
-    group_of, layer_of, dtype_of = list(groups), list(layers), list(dtypes)
-    return [
-        (Key(group_of[g], layer_of[la], None if e < 0 else e, table.kinds[v], dtype_of[d]), rows)
-        for (g, la, e, v, d), rows in sorted(buckets.items())
-    ]
+    for key in families:
+        groups.setdefault(key.parallel_group, len(groups))
+        layers.setdefault(key.layer, len(layers))
+        dtypes.setdefault(key.dtype, len(dtypes))
+    cells: dict[tuple[int, int], list[tuple[Key, dict[int, Rows]]]] = {}
+    for key, experts in sorted(families.items(), key=lambda f: (f[0].variant, dtypes[f[0].dtype])):
+        cell = groups[key.parallel_group], layers[key.layer]
+        cells.setdefault(cell, []).append((key, experts))
+    return [cells[cell] for cell in sorted(cells)]
+
+
+def _by_expert(cell: list[tuple[Key, dict[int, Rows]]]) -> list[tuple[int, int, Rows]]:
+    """``(expert number, index of the family, rows)``, sorted."""
+    return sorted(
+        (number, rank, rows)
+        for rank, (_, experts) in enumerate(cell)
+        for number, rows in experts.items()
+    )
 
 
 def padded_partition(numel: int, ranks: int) -> int:

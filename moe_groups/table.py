@@ -1,123 +1,175 @@
 """Size, dtype, place and variant of each parameter: what the plan needs to know."""
 
+from collections.abc import Iterator
 from itertools import chain
+from typing import Any, TypeAlias, cast
+
+import torch
 
 from moe_groups.errors import ParameterInputError, TagError
 from moe_groups.inputs import GroupInput
-from moe_groups.plan import Place, Run, SplitBy, Table
+from moe_groups.plan import NO_EXPERT, Families, Key, Rows, SplitBy, Table
 from moe_groups.rules import Rules, Variant, addresses
 from moe_groups.tags import (
     check_label,
     check_number,
-    check_parallel_group,
     get_expert_tag,
     is_expert_parameter,
     shape_of,
 )
 
+Place: TypeAlias = tuple[Any, Any, Any, Any]
+"""An expert's parallel group, layer, number and layer id, as found and not yet checked."""
+
+_DENSE: Place = (None, None, None, None)
+_NAME = (str, type(None))
+
+
+Run: TypeAlias = tuple[int, int, Place, torch.dtype]
+"""Rows from the first up to the second that have place and dtype in common."""
+
 
 def read_table(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
-    """The table of all parameters; the rows in its runs are those to be stepped.
+    """The table of all parameters; the rows in its families are those to be stepped.
 
     Raises:
         ParameterInputError: nothing is trainable, or all experts are frozen.
         TagError: an expert parameter has no layer name, or two layers have the same.
         OverrideError: a pattern matches nothing, or two set different values.
     """
-    sizes, runs = _read_runs(given, split_by)
-    _check_trainable(given, runs)
-    if given.model is None:
-        _check_tags(given, runs, split_by)
-    variants, kinds = given.sources, [Variant(index) for index in range(len(given.groups))]
+    reader = _Reader(given, split_by)
+    families = reader.read()
+    _check_trainable(given, families)
     if rules.active:
-        variants, kinds = _apply(rules, given, runs)
-    return Table(sizes, runs, variants, kinds)
+        families = _split(families, _apply(rules, given, families))
+    elif len(given.groups) > 1:
+        families = _split(families, [Variant(source) for source in given.sources])
+    return Table(reader.sizes, families)
 
 
-def _read_runs(given: GroupInput, split_by: SplitBy) -> tuple[list[int], list[Run]]:
-    """Size of each parameter, and runs of trainable ones with the same place and dtype.
+class _Reader:
+    """Looks at each parameter once, and checks each distinct tag once.
 
-    Looks at each parameter once: with tens of thousands of them, reading attributes of
-    tensors is what grouping costs.
+    With tens of thousands of parameters, reading attributes of tensors is what grouping
+    costs.
     """
-    tags = None if given.model is None else given.model.tags
-    by_expert = split_by == "expert"
-    sizes: list[int] = []
-    runs: list[Run] = []
-    start, here, here_dtype, here_layer = 0, None, None, None
-    place: Place | None
-    layer: int | None = None
-    for row, param in enumerate(given.params):
-        attributes = param.__dict__
-        size = attributes["ds_numel"] if "ds_numel" in attributes else param.numel()
-        sizes.append(size)
-        dtype = param.dtype if size and param.requires_grad else None
-        if tags is not None:
-            tag = tags.get(id(param))
-            place = tag.place if tag else None
-        elif attributes.get("allreduce", True):
-            place = None
-        else:
+
+    def __init__(self, given: GroupInput, split_by: SplitBy) -> None:
+        self.given = given
+        self.by_layer, self.by_expert = split_by != "parallel_group", split_by == "expert"
+        self.sizes: list[int] = []
+        self.families: Families = {}
+        self.layers: dict[str, tuple[int, int]] = {}
+
+    def read(self) -> Families:
+        """Put the runs of one family and expert together."""
+        known: dict[Any, dict[int, Rows]] = {}
+        last: Any = None
+        experts: dict[int, Rows] = {}
+        for start, stop, (group, label, number, layer_id), dtype in self._runs():
+            around = group, label, layer_id, dtype
+            if around != last:
+                if not (isinstance(group, _NAME) and isinstance(label, _NAME)):
+                    self._check(start, label, layer_id)  # no key of a dict, maybe
+                last = around
+                if around not in known:
+                    known[around] = self._family(start, *around)
+                experts = known[around]
+            if number is None:
+                number = NO_EXPERT
+            elif type(number) is not int or number < 0:
+                check_number(number, _row_name(self.given, start))
+            if number not in experts:
+                experts[number] = range(start, stop)
+                continue
+            rows = experts[number]
+            if not isinstance(rows, list):
+                rows = experts[number] = list(rows)
+            rows.extend(range(start, stop))
+        return self.families
+
+    def _runs(self) -> Iterator[Run]:
+        """Runs of trainable parameters; fills in the sizes on the way."""
+        tags = None if self.given.model is None else self.given.model.tags
+        by_expert, add_size, numel = self.by_expert, self.sizes.append, torch.Tensor.numel
+        start, here, here_dtype = 0, _DENSE, None
+        for row, param in enumerate(self.given.params):
+            attributes = param.__dict__
             get = attributes.get
-            number = get("expert_number") if by_expert else None
-            place = get("group_name", ""), get("expert_group_name"), number
-            layer = get("expert_layer_id")
-        if place != here or dtype is not here_dtype or layer != here_layer:
-            if here_dtype is not None:
-                runs.append((start, row, here, here_dtype))
-            start, here, here_dtype, here_layer = row, place, dtype, layer
-    if here_dtype is not None:
-        runs.append((start, len(sizes), here, here_dtype))
-    return sizes, runs
+            size = numel(param) or get("ds_numel", 0)  # ZeRO-3 leaves an empty placeholder
+            add_size(size)
+            if tags is not None:
+                tag = tags.get(id(param))
+                place = _DENSE if tag is None else (*tag[:2], tag[2] if by_expert else None, None)
+            elif get("allreduce", True):
+                place = _DENSE
+            else:
+                number = get("expert_number") if by_expert else None
+                group, label = get("group_name") or "", get("expert_group_name")
+                place = group, label, number, get("expert_layer_id")
+            dtype = param.dtype if size and param.requires_grad else None
+            if place != here or dtype is not here_dtype:
+                if here_dtype is not None:
+                    yield start, row, here, here_dtype
+                start, here, here_dtype = row, place, dtype
+        if here_dtype is not None:
+            yield start, len(self.sizes), here, here_dtype
 
+    def _family(
+        self, row: int, group: Any, label: Any, layer_id: Any, dtype: torch.dtype
+    ) -> dict[int, Rows]:
+        """Where rows like ``row`` go, by expert number."""
+        if group is not None and self.given.model is None:
+            self._check(row, label, layer_id)
+        key = Key(group, label if self.by_layer else None, Variant(0), dtype)
+        return self.families.setdefault(key, {})
 
-def _check_tags(given: GroupInput, runs: list[Run], split_by: SplitBy) -> None:
-    """Check each distinct tag once, and that no two layers of ours have one label."""
-    first: dict[tuple[str, str | None, int | None], int] = {}
-    for start, _, place, _ in runs:
-        if place is not None:
-            group, label, number = place
-            if type(group) is not str or (
-                number is not None and (type(number) is not int or number < 0)
-            ):
-                check_parallel_group(group, _row_name(given, start))
-                check_number(number, _row_name(given, start))
-            where = group, label, given.params[start].__dict__.get("expert_layer_id")
-            if where not in first:
-                first[where] = start
-    layers: dict[str, tuple[int, int]] = {}
-    for (_, label, layer_id), row in first.items():
-        param, name = given.params[row], _row_name(given, row)
+    def _check(self, row: int, label: Any, layer_id: Any) -> None:
+        """Check an expert's tag, and that no two layers of ours have one label."""
+        param, name = self.given.params[row], _row_name(self.given, row)
         get_expert_tag(param, name)  # raises where DeepSpeed's attributes are unusable
         if label is None:
-            if split_by != "parallel_group":
+            if self.by_layer:
                 raise TagError(
                     f"{name}, an expert of shape {tuple(shape_of(param))}, does not know its "
                     "layer: pass the module instead of its parameters (also inside of an "
                     "optimizer=lambda params: ...), call tag_experts(module) before, or give the "
                     "layer an expert_group_name."
                 )
-            continue
+            return
         check_label(label)
-        if layer_id is not None and layers.setdefault(label, (layer_id, row))[0] != layer_id:
+        if layer_id is None:
+            return
+        other_id, other = self.layers.setdefault(label, (layer_id, row))
+        if other_id != layer_id:
             raise TagError(
-                f"two MoE layers are called {label!r}: that of "
-                f"{_row_name(given, layers[label][1])} and that of {name}. Give each layer an "
-                "expert_group_name of its own."
+                f"two MoE layers are called {label!r}: that of {_row_name(self.given, other)} "
+                f"and that of {name}. Give each layer an expert_group_name of its own."
             )
+
+
+def _split(families: Families, variants: list[Variant]) -> Families:
+    """The families with one part for each variant."""
+    parts: dict[Key, dict[int, list[int]]] = {}
+    for key, experts in families.items():
+        for number, rows in experts.items():
+            for row in rows:
+                part = parts.setdefault(key._replace(variant=variants[row]), {})
+                part.setdefault(number, []).append(row)
+    return cast(Families, parts)
 
 
 def _row_name(given: GroupInput, row: int) -> str:
     return given.names[row] or f"parameter {row} of the input"
 
 
-def _check_trainable(given: GroupInput, runs: list[Run]) -> None:
-    if not runs:
+def _check_trainable(given: GroupInput, families: Families) -> None:
+    if not families:
         raise ParameterInputError(
             f"none of the {len(given.params)} parameters is trainable: set requires_grad on those "
             "that the optimizer shall step."
         )
-    if any(place is not None for _, _, place, _ in runs):
+    if any(key.parallel_group for key in families):
         return
     tags = None if given.model is None else given.model.tags
     for row, param in enumerate(given.params):
@@ -130,11 +182,11 @@ def _check_trainable(given: GroupInput, runs: list[Run]) -> None:
             )
 
 
-def _apply(rules: Rules, given: GroupInput, runs: list[Run]) -> tuple[list[int], list[Variant]]:
-    """The variant of each parameter, as an index into the sorted variants."""
+def _apply(rules: Rules, given: GroupInput, families: Families) -> list[Variant]:
+    """The variant of each parameter."""
     found = [Variant(source) for source in given.sources]
     example: list[str] = []
-    for row in chain.from_iterable(range(start, stop) for start, stop, _, _ in runs):
+    for row in sorted(chain(*(rows for experts in families.values() for rows in experts.values()))):
         param, name, source = given.params[row], given.names[row], given.sources[row]
         if given.model is None:
             tag, inside = get_expert_tag(param, name), ("", "")
@@ -146,6 +198,4 @@ def _apply(rules: Rules, given: GroupInput, runs: list[Run]) -> tuple[list[int],
             example = names
         found[row] = rules.variant(source, given.groups[source], name, param, names)
     rules.check_all_matched([*example, *list(filter(None, given.names))[:2]])
-    kinds = sorted(set(found))
-    index = {variant: number for number, variant in enumerate(kinds)}
-    return [index[variant] for variant in found], kinds
+    return found

@@ -214,11 +214,10 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str]) -> None
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     if not os.environ.get("MOE_GROUPS_VERBOSE"):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (DeepSpeed prints a lot)
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel("ERROR")
-    deepspeed.init_distributed("gloo", verbose=False)
+    try:
+        _join_world()
+    except BaseException:
+        return pipe.send((False, traceback.format_exc()))
     pipe.send((True, None))
     while True:
         try:
@@ -233,6 +232,14 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str]) -> None
             pipe.send((True, target(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def _join_world() -> None:
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    deepspeed.init_distributed("gloo", verbose=False)
 
 
 def forget_process_groups() -> None:

@@ -186,3 +186,30 @@ def test_parameters_of_a_tagged_model() -> None:
         assert names == [
             f"ep_size_2_blocks.{layer}.moe.expert.{number}" for layer in (0, 1) for number in (0, 1)
         ]
+
+
+def train_adapters(wrapper: str) -> tuple[list[str], list[str]]:
+    """Names of the adapters that are the same on all ranks after training, and of the others."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["inp", "up", "down"], r=2, init_lora_weights=False)
+    model = get_peft_model(TinyMoE(MoE, layers=1, **EP2), lora)
+    _, _, after = trained(start(wrapper, groups_by("expert"), model))
+    same: list[str] = []
+    other: list[str] = []
+    for name, param in after.items():
+        if "lora" in name:
+            first = param.clone()
+            torch.distributed.broadcast(first, 0)
+            everywhere = torch.tensor([float(torch.equal(first, param))])
+            torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+            (same if everywhere.item() else other).append(name)
+    return same, other
+
+
+@pytest.mark.parametrize("wrapper", ["zero2", "bf16"])
+def test_adapters_of_experts_are_not_averaged_over_experts(wrapper: str) -> None:
+    for same, other in run_on_ranks(2, train_adapters, wrapper):
+        assert all(".inp." in name for name in same)
+        assert all(".deepspeed_experts." in name for name in other)
+        assert (len(same), len(other)) == (2, 8)  # two local experts, two matrices, A and B

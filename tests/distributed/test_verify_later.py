@@ -1,4 +1,4 @@
-"""verify(engine) after schedulers and checkpoints have changed the optimizer's groups."""
+"""verify(engine) after a scheduler, a checkpoint or a user has changed the groups."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,12 @@ import torch
 from moe_groups import verify
 from tests.distributed.test_verify import (
     EP2,
+    as_they_are,
     change_lr,
     found_by_verify,
     groups_with_options,
+    named,
+    problems_of,
 )
 from tests.ranks import run_on_ranks
 from tests.training import start, train
@@ -30,6 +33,18 @@ def with_scheduler(scheduler: dict[str, Any] | None) -> list[str]:
     now = [group["lr"] for group in engine.optimizer.param_groups]
     assert not {1e-2, 1e-4, 2e-2}.intersection(now), "the scheduler does nothing"
     return found_by_verify(engine)
+
+
+def with_other_base_rate() -> list[str]:
+    engine = start("zero2", groups_with_options, model_options=EP2, lr_scheduler=halve)
+    named(engine.optimizer.param_groups, "dense.override.1")["initial_lr"] = 0.5
+    return found_by_verify(engine)
+
+
+def test_base_rate_of_a_scheduler_is_checked() -> None:
+    for problems in run_on_ranks(2, with_other_base_rate):
+        assert "'dense.override.1' steps inp.weight" in problems[0]
+        assert "lr=0.5; given (in group 'dense.override.1') was lr=0.02" in problems[0]
 
 
 def warmup(**params: Any) -> dict[str, Any]:
@@ -64,3 +79,14 @@ def after_load(folder: Path) -> list[list[str]]:
 def test_after_load_checkpoint(tmp_path: Path) -> None:
     for found in run_on_ranks(2, after_load, tmp_path):
         assert all("lr=0.5" in problems[0] for problems in found)
+
+
+def step_twice(engine: Any) -> None:
+    dense, *_, last = engine.optimizer.param_groups
+    last["params"].append(dense["params"][0])
+
+
+def test_parameter_in_two_groups() -> None:
+    """DeepSpeed checks this when it starts; without a wrapper it can happen later."""
+    for problems in run_on_ranks(2, problems_of, "fp32", as_they_are, step_twice):
+        assert any("is stepped by 2 groups: dense" in problem for problem in problems)

@@ -149,10 +149,17 @@ def test_all_experts_frozen(as_input: Callable[[nn.Module], Any]) -> None:
         create_moe_param_groups(as_input(model))
 
 
+def test_several_modules() -> None:
+    with pytest.raises(ParameterInputError, match=r"item 0 is a Linear.*nn\.ModuleList"):
+        create_moe_param_groups([nn.Linear(2, 2), nn.Linear(2, 2)])  # type: ignore[list-item]
+
+
 # ---- tags ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [None, "", "experts", "ep_size_0", "ep_size_2_a", "ep_size_", 2])
+@pytest.mark.parametrize(
+    "value", [None, "", "experts", "ep_size_0", "ep_size_2_a", "ep_size_", 2, ["e"]]
+)
 @pytest.mark.parametrize("split_by", ["parallel_group", "module", "expert"])
 def test_expert_without_a_usable_process_group(value: Any, split_by: Any) -> None:
     bad = ("w.bad", expert(value, expert_group_name="a"))
@@ -160,7 +167,7 @@ def test_expert_without_a_usable_process_group(value: Any, split_by: Any) -> Non
         create_moe_param_groups([("ok", parameter()), bad], split_by=split_by)
 
 
-@pytest.mark.parametrize("label", ["a b", "a\tb", "", "\x07", 3])
+@pytest.mark.parametrize("label", ["a b", "a\tb", "", "\x07", 3, ["a"]])
 @pytest.mark.parametrize("split_by", ["parallel_group", "module", "expert"])
 def test_labels_that_would_break_a_process_group_key(label: Any, split_by: Any) -> None:
     bad = expert(expert_group_name=label)
