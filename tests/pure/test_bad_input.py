@@ -151,7 +151,7 @@ def test_all_experts_frozen(as_input: Callable[[nn.Module], Any]) -> None:
 
 def test_several_modules() -> None:
     with pytest.raises(ParameterInputError, match=r"item 0 is a Linear.*nn\.ModuleList"):
-        create_moe_param_groups([nn.Linear(2, 2), nn.Linear(2, 2)])  # type: ignore[list-item]
+        create_moe_param_groups([nn.Linear(2, 2), nn.Linear(2, 2)])  # type: ignore[arg-type]
 
 
 # ---- tags ------------------------------------------------------------------------------
