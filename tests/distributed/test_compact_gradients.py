@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType
@@ -248,8 +249,8 @@ def test_gradients_can_be_read_before_the_step() -> None:
     assert run_on_ranks(2, full_gradients_against_plain) == [True, True]
 
 
-def norms_when_a_step_is_left_out(compact: bool) -> list[float]:
-    engine = Case(other={"gradient_clipping": 0.0}).engine(compact)
+def norms_when_a_step_is_left_out(wrapper: str, compact: bool) -> list[float]:
+    engine = Case(wrapper, other={"gradient_clipping": 0.0}).engine(compact)
     x, y = (data.bfloat16() for data in next(batches(1)))
     norms = []
     for backwards in (1, 2):
@@ -263,11 +264,11 @@ def norms_when_a_step_is_left_out(compact: bool) -> list[float]:
 
 
 def test_backward_without_step_adds_up() -> None:
-    """The one difference that the docstring tells of."""
-    for once, twice in run_on_ranks(2, norms_when_a_step_is_left_out, False):
-        assert twice == pytest.approx(once, rel=1e-3)
-    for once, twice in run_on_ranks(2, norms_when_a_step_is_left_out, True):
-        assert twice == pytest.approx(2 * once, rel=1e-2)
+    """The one difference that the docstring tells of; DeepSpeed's fp32 accumulation has it too."""
+    runs = [("zero1", False, 1), ("zero1", True, 2), ("zero2", False, 1), ("zero2", True, 2)]
+    for wrapper, compact, times in [*runs, ("zero2_fp32_grads", False, 2)]:
+        for once, both in run_on_ranks(2, norms_when_a_step_is_left_out, wrapper, compact):
+            assert both == pytest.approx(times * once, rel=1e-2), (wrapper, compact)
 
 
 # ---- checkpoints ----------------------------------------------------------------------
@@ -378,9 +379,10 @@ def costs(cases: list[Case], compact: bool) -> list[Cost]:
 
 
 EP1 = [
-    Case(wrapper, split, ep_size=1, accumulate=accumulate)
-    for wrapper in ZERO
-    for split, accumulate in (("expert", 1), ("expert", 4), ("module", 1), ("parallel_group", 1))
+    Case("zero1", "expert", ep_size=1),
+    Case("zero1", "module", ep_size=1, accumulate=4),
+    Case("zero2", "expert", ep_size=1, accumulate=4),
+    Case("zero2", "parallel_group", ep_size=1),
 ]
 """A group of one expert has 3 parameters: fewer than 4 ranks."""
 
@@ -546,3 +548,35 @@ def deepspeed_decides() -> tuple[list[bool], list[bool], bool]:
 
 def test_deepspeed_keeps_exact_partitions_under_fp32_accumulation_only() -> None:
     assert run_on_ranks(2, deepspeed_decides) == [([False] * 3, [True] * 3, False)] * 2
+
+
+# ---- the patch on the page ------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "compact-gradients.md"
+
+
+def patched_decision() -> Any:
+    """DeepSpeed's method with the patch of the page applied."""
+    patch = PAGE.read_text().partition("```diff\n")[2].partition("```")[0].splitlines(keepends=True)
+    before, after = ("".join(line[1:] for line in patch if line[0] in " " + sign) for sign in "-+")
+    original = vars(DeepSpeedZeroOptimizer)[_deepspeed._EXACT]
+    assert inspect.getsource(original) == before
+    namespace: dict[str, Any] = {}
+    exec(textwrap.dedent(after), original.__globals__, namespace)
+    return namespace[_deepspeed._EXACT]
+
+
+def patched_against_plain() -> list[str]:
+    case = Case(accumulate=2, ep_size=1)
+    plain = case.engine(False)
+    runs = [(train(plain, 4), snapshot(plain))]
+    with mock.patch.object(DeepSpeedZeroOptimizer, _deepspeed._EXACT, patched_decision()):
+        patched = case.engine(False)
+        runs.append((train(patched, 4), snapshot(patched)))
+        one = cost(case.engine(False))
+    assert one.held == 2 * one.partitions < 2 * one.whole
+    return differences(*runs)
+
+
+def test_patch_of_the_page() -> None:
+    assert run_on_ranks(2, patched_against_plain) == [[], []]
