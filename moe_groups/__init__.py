@@ -2,22 +2,27 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moe_groups.compact import compact_gradients
 from moe_groups.describe import describe
 from moe_groups.errors import (
     InvalidArgumentError,
     MoEGroupsError,
     OverrideError,
     ParameterInputError,
+    PlanError,
     TagError,
     UnsupportedDeepSpeedError,
     VerificationError,
 )
 from moe_groups.expert_layers import tag_experts
+from moe_groups.group_plan import ParamGroupPlan, plan_param_groups
 from moe_groups.param_groups import (
     create_moe_param_groups,
     split_params_into_different_moe_groups_for_optimizer,
 )
 from moe_groups.rules import is_norm_or_bias
+from moe_groups.step_config import StepConfig
+from moe_groups.step_memory import StepMemory, estimate_step_memory
 from moe_groups.tags import ExpertTag, copy_expert_tag, get_expert_tag, set_expert_tag
 from moe_groups.verify import verify
 
@@ -32,15 +37,22 @@ __all__ = [
     "MoE",
     "MoEGroupsError",
     "OverrideError",
+    "ParamGroupPlan",
     "ParameterInputError",
+    "PlanError",
+    "StepConfig",
+    "StepMemory",
     "TagError",
     "UnsupportedDeepSpeedError",
     "VerificationError",
+    "compact_gradients",
     "copy_expert_tag",
     "create_moe_param_groups",
     "describe",
+    "estimate_step_memory",
     "get_expert_tag",
     "is_norm_or_bias",
+    "plan_param_groups",
     "set_expert_tag",
     "split_params_into_different_moe_groups_for_optimizer",
     "tag_experts",

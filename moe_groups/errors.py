@@ -26,6 +26,10 @@ class OverrideError(MoEGroupsError, ValueError):
     """An override pattern matches nothing, or two of them set different values."""
 
 
+class PlanError(MoEGroupsError, ValueError):
+    """No plan fits what was asked for, or a plan was made for other parameters."""
+
+
 class VerificationError(MoEGroupsError):
     """What an initialized engine steps is not what was asked for.
 

@@ -2,8 +2,8 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from moe_groups import _deepspeed
 from moe_groups.caps import Caps
@@ -12,6 +12,10 @@ from moe_groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
 from moe_groups.plan import LEVELS, Key, PlannedGroup, SplitBy, make_plan
 from moe_groups.rules import NoDecay, Overrides, Rules
 from moe_groups.table import read_table
+
+if TYPE_CHECKING:
+    from moe_groups.group_plan import ParamGroupPlan
+    from moe_groups.step_config import StepConfig
 
 DEEPSPEED_MAX_GROUP_SIZE = 178956971
 """Default cap of DeepSpeed's split, in elements (``deepspeed/moe/utils.py``)."""
@@ -27,6 +31,9 @@ def create_moe_param_groups(
     weight_decay: float | None = None,
     no_decay: NoDecay | None = None,
     overrides: Overrides | None = None,
+    plan: "ParamGroupPlan | None" = None,
+    step_memory_budget: int | str | None = None,
+    step: "StepConfig | None" = None,
 ) -> list[ParamGroup]:
     """Group parameters for an optimizer that DeepSpeed wraps (ZeRO-1, ZeRO-2, BF16_Optimizer).
 
@@ -56,6 +63,11 @@ def create_moe_param_groups(
             qualified name, by a module above them, or as ``<layer>.expert.<number>`` with
             the layer's label or module path and the number on this rank. Options win over
             everything else.
+        plan: make these groups, with the rules that the plan was made with; goes without
+            all other arguments.
+        step_memory_budget: cut and order the groups as :func:`plan_param_groups` does, in
+            place of a cap: bytes, a string such as "2GiB", or "auto".
+        step: how the model will be stepped, for ``step_memory_budget``.
 
     Returns:
         Group dicts in the order dense, then experts by layer, expert and tile. Expert
@@ -68,25 +80,59 @@ def create_moe_param_groups(
             parameter in two groups, nothing trainable, or all experts frozen.
         TagError: an expert parameter has no layer name, or two layers have the same.
         OverrideError: a pattern matches nothing, or two set different values.
+        PlanError: no groups fit the budget, or the plan was made for other parameters.
 
     Example:
         >>> groups = create_moe_param_groups(model, split_by="expert", weight_decay=0.1,
         ...                                  no_decay=is_norm_or_bias)    # doctest: +SKIP
         >>> optimizer = torch.optim.AdamW(groups, lr=3e-4)                # doctest: +SKIP
     """
+    if plan is not None:
+        return _groups_of_plan(params, plan)
     if split_by not in LEVELS:
         raise InvalidArgumentError(
             f"split_by={split_by!r} is unknown: use one of {', '.join(map(repr, LEVELS))}."
         )
     caps = Caps(max_group_size, max_group_bytes, data_parallel_size)
-    rules = Rules(weight_decay, no_decay, overrides or ())
+    if step_memory_budget is not None and (max_group_size or max_group_bytes) is not None:
+        raise InvalidArgumentError(
+            "step_memory_budget decides the sizes of the groups itself: leave out max_group_size "
+            "and max_group_bytes."
+        )
+    rules = weight_decay, no_decay, overrides or ()
+
+    def make(given: GroupInput) -> list[PlannedGroup]:
+        table = read_table(given, Rules(*rules), split_by)
+        if step_memory_budget is None:
+            return make_plan(table, caps.of, given.groups)
+        from moe_groups.group_plan import make_group_plan
+
+        made = make_group_plan(
+            given, table, rules, split_by, step, data_parallel_size, step_memory_budget
+        )
+        return made.groups
+
+    return _make_groups(params, Rules(*rules), make)
+
+
+def _groups_of_plan(params: ParamsInput, plan: "ParamGroupPlan") -> list[ParamGroup]:
+    def make(given: GroupInput) -> list[PlannedGroup]:
+        plan.check_made_for(read_table(given, Rules(*plan.rules), plan.split_by))
+        return plan.groups
+
+    return _make_groups(params, Rules(*plan.rules), make)
+
+
+def _make_groups(
+    params: ParamsInput, rules: Rules, make: Callable[[GroupInput], list[PlannedGroup]]
+) -> list[ParamGroup]:
+    """Tag, plan with ``make``, and prepare DeepSpeed; all of it or nothing."""
     with _no_garbage_collection():
         given = read_input(params)
         with given.model.written() if given.model else contextlib.nullcontext():
-            table = read_table(given, rules, split_by)
-            plan = make_plan(table, caps.of, given.groups)
-            _deepspeed.support_our_groups(any(key.parallel_group for key in table.families))
-        return _group_dicts(plan, given, rules)
+            groups = make(given)
+            _deepspeed.support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
+        return _group_dicts(groups, given, rules)
 
 
 def split_params_into_different_moe_groups_for_optimizer(

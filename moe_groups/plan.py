@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -55,6 +55,13 @@ PlannedGroup: TypeAlias = tuple[str, Key, int | None, Rows]
 """Name (unique, for experts a valid process-group key), key, expert number and rows."""
 
 
+Line: TypeAlias = tuple[Key, int | None, Rows]
+"""Key, expert number and rows of what would be one group without a cap."""
+
+Tiles: TypeAlias = Sequence[tuple[int, int]]
+"""``(start, stop)`` of each tile of a line, in order."""
+
+
 def make_plan(
     table: Table,
     cap_of: Callable[[Key], int | None],
@@ -70,20 +77,45 @@ def make_plan(
         cap_of: largest number of elements of a group with this key, None for no cap.
         sources: the caller's groups, for their names.
     """
-    names = GroupNames([source.get("name") for source in sources], table.families)
     size_of = table.sizes.__getitem__
+    last: Key | None = None
+    cap: int | None = None
+
+    def tiles(key: Key, rows: Rows) -> Tiles | None:
+        nonlocal last, cap
+        if key is not last:
+            last, cap = key, cap_of(key)
+        if cap is None or len(rows) == 1 or sum(map(size_of, rows)) <= cap:
+            return None
+        return pack(list(map(size_of, rows)), cap)
+
+    return name_groups(
+        ((line, tiles(line[0], line[2])) for line in lines(table.families)), table, sources
+    )
+
+
+def name_groups(
+    cut_lines: Iterable[tuple[Line, Tiles | None]],
+    table: Table,
+    sources: Sequence[Mapping[str, Any]],
+) -> list[PlannedGroup]:
+    """The groups that are the tiles of these lines; a line without tiles is one group."""
+    names = GroupNames([source.get("name") for source in sources], table.families)
     plan: list[PlannedGroup] = []
-    for cell in _cells(table.families):
-        caps = [cap_of(key) for key, _ in cell]
-        for number, rank, rows in _by_expert(cell):
-            key, cap = cell[rank][0], caps[rank]
-            expert = None if number == NO_EXPERT else number
-            if cap is None or len(rows) == 1 or sum(map(size_of, rows)) <= cap:
-                plan.append((names.of(key, expert), key, expert, rows))
-                continue
-            for tile, (start, stop) in enumerate(pack(list(map(size_of, rows)), cap)):
-                plan.append((names.of(key, expert, tile), key, expert, rows[start:stop]))
+    for (key, expert, rows), tiles in cut_lines:
+        if tiles is None:
+            plan.append((names.of(key, expert), key, expert, rows))
+            continue
+        for tile, (start, stop) in enumerate(tiles):
+            plan.append((names.of(key, expert, tile), key, expert, rows[start:stop]))
     return plan
+
+
+def lines(families: Families) -> Iterator[Line]:
+    """What would be one group each without a cap, in the order that the plan promises."""
+    for cell in _cells(families):
+        for number, rank, rows in _by_expert(cell):
+            yield cell[rank][0], None if number == NO_EXPERT else number, rows
 
 
 def _cells(families: Families) -> list[list[tuple[Key, dict[int, Rows]]]]:
