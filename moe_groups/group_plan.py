@@ -166,7 +166,7 @@ def make_group_plan(
     max_groups: int | None = None,
 ) -> ParamGroupPlan:
     """:func:`plan_param_groups` for parameters that have been read."""
-    from moe_groups.planning import order, trade_off
+    from moe_groups.planning import best_order, trade_off
 
     step, world = step or StepConfig(), data_parallel_world(data_parallel_size)
     found = list(lines(table.families))
@@ -178,7 +178,7 @@ def make_group_plan(
         line.tile(*ends) for line, cut in zip(costed, chosen.cuts, strict=True) for ends in cut
     ]
     return ParamGroupPlan(
-        groups=[named[index] for index in order(tiles, step.settings)],
+        groups=[named[index] for index in best_order(tiles, step.settings)[1]],
         sizes=table.sizes,
         split_by=split_by,
         step=step,

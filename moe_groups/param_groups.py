@@ -88,6 +88,22 @@ def create_moe_param_groups(
         >>> optimizer = torch.optim.AdamW(groups, lr=3e-4)                # doctest: +SKIP
     """
     if plan is not None:
+        beside = {
+            "split_by": split_by != "module",
+            "max_group_size": max_group_size,
+            "max_group_bytes": max_group_bytes,
+            "data_parallel_size": data_parallel_size,
+            "weight_decay": weight_decay is not None,
+            "no_decay": no_decay,
+            "overrides": overrides,
+            "step_memory_budget": step_memory_budget,
+            "step": step,
+        }
+        if any(beside.values()):
+            raise InvalidArgumentError(
+                "a plan decides the groups and their options: give to plan_param_groups what is "
+                f"given here beside it ({', '.join(key for key, set_ in beside.items() if set_)})."
+            )
         return _groups_of_plan(params, plan)
     if split_by not in LEVELS:
         raise InvalidArgumentError(

@@ -31,6 +31,8 @@ _BUNDLES = 8
 _MIXED = 24
 """Neighbours on the trade-off curve between which mixtures are tried."""
 _STOCK_CAP = 178956971
+_LAST = 3
+"""Groups beside the largest that are tried in the last place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +70,49 @@ class Candidate:
     peak: int
 
 
-def order(tiles: Sequence[GroupOnRanks], settings: StepSettings) -> list[int]:
-    """The order of stepping that peaks lowest: the largest partition last.
+def orders(tiles: Sequence[GroupOnRanks], settings: StepSettings) -> Iterator[list[int]]:
+    """Orders of stepping, of which one peaks lowest: the largest partition last.
 
     ZeRO lets go of gradients as it steps, all at the end or group by group; either way an
-    exchange of two neighbours shows that the smaller goes first. BF16_Optimizer holds on to
-    them, and the order stays as it is.
+    exchange of two neighbours shows that the smaller goes first. Where all gradients are
+    let go at the end, the last group steps without them, and for the last place another
+    one can be better, as one that needs no copy to be flattened. BF16_Optimizer holds on to
+    its gradients, and the order stays as it is.
     """
-    indices = range(len(tiles))
+    indices = list(range(len(tiles)))
     if settings.wrapper == "bf16_optimizer":
-        return list(indices)
-    return sorted(indices, key=lambda index: tiles[index].layout.partition)
+        yield indices
+        return
+    ascending = sorted(indices, key=lambda index: tiles[index].layout.partition)
+    yield ascending
+    if not settings.compact:
+        for place in range(2, 2 + min(_LAST, len(tiles) - 1)):
+            last = ascending[-place]
+            yield [*(index for index in ascending if index != last), last]
 
 
-def price(lines: Sequence[Line], cuts: Sequence[Cut], settings: StepSettings) -> Candidate:
-    """The candidate for these cuts, with its exact peak."""
+def price(
+    lines: Sequence[Line], cuts: Sequence[Cut], settings: StepSettings, all_orders: bool = True
+) -> Candidate:
+    """The candidate for these cuts, with its exact peak; in one order, or in the best."""
     tiles = [line.tile(*ends) for line, cut in zip(lines, cuts, strict=True) for ends in cut]
-    ordered = [tiles[index] for index in order(tiles, settings)]
-    peak = int(step_cost(ordered, settings).peak.max())
+    if all_orders:
+        peak, _ = best_order(tiles, settings)
+    else:
+        order = next(orders(tiles, settings))
+        peak = int(step_cost([tiles[index] for index in order], settings).peak.max())
     return Candidate(tuple(cuts), sum(tile.count for tile in tiles), peak)
+
+
+def best_order(tiles: Sequence[GroupOnRanks], settings: StepSettings) -> tuple[int, list[int]]:
+    """The lowest peak of the worst rank over :func:`orders`, and the order."""
+    return min(
+        (
+            (int(step_cost([tiles[i] for i in order], settings).peak.max()), order)
+            for order in orders(tiles, settings)
+        ),
+        key=lambda priced: priced[0],
+    )
 
 
 def trade_off(lines: Sequence[Line], settings: StepSettings) -> list[Candidate]:
@@ -98,9 +124,10 @@ def trade_off(lines: Sequence[Line], settings: StepSettings) -> list[Candidate]:
     if _ways(lines) <= _EXHAUSTIVE:
         return _best(price(lines, cuts, settings) for cuts in _all_cuts(lines))
     bundles, members = _bundle(lines)
-    found = {cuts: price(bundles, cuts, settings) for cuts in _search(bundles, settings)}
-    best = _best(found.values())
+    cuts = dict.fromkeys(_search(bundles, settings))
+    best = _best(price(bundles, one, settings, False) for one in cuts)
     best = _best([*best, *_mixtures(bundles, best, settings)])
+    best = _best(price(bundles, candidate.cuts, settings) for candidate in best)
     return [
         Candidate(tuple(found.cuts[bundle] for bundle in members), found.groups, found.peak)
         for found in best
@@ -142,7 +169,7 @@ def _mixtures(
         for number in range(1, len(differ)):
             chosen = set(differ[:number])
             cuts = [(other if i in chosen else one).cuts[i] for i in range(len(lines))]
-            yield price(lines, cuts, settings)
+            yield price(lines, cuts, settings, False)
 
 
 def _ways(lines: Sequence[Line]) -> int:
