@@ -9,23 +9,17 @@ other beats in both peak and number of groups are the trade-off curve.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import combinations, pairwise, product
-from typing import TypeAlias
 
 import numpy as np
 
+from moe_groups.least_held import Cut, least_held
 from moe_groups.packing import pack
 from moe_groups.plan import padded_partition
-from moe_groups.step_cost import GroupOnRanks, Ints, StepSettings, layout, step_cost
-
-Cut: TypeAlias = tuple[tuple[int, int], ...]
-"""Tiles of a line as ``(start, stop)``, in order."""
+from moe_groups.step_cost import GroupOnRanks, Ints, StepSettings, step_cost
 
 _EXHAUSTIVE = 2048
 """Up to so many ways to cut all lines are tried out."""
-_POSITIONS = 48
-"""Positions of a long line of unlike sizes where a cut is considered."""
 _BUNDLES = 8
 """Lines that are all alike are cut in at most so many ways."""
 _MIXED = 24
@@ -241,59 +235,10 @@ def _under_bound(line: Line, bound: int) -> Cut:
     return tuple(pack(line.sizes, max(1, bound // 2 * 2 * line.ranks)))
 
 
-@lru_cache(maxsize=1 << 14)
-def _held(sizes: tuple[int, ...], ranks: int) -> int:
-    """Elements of gradients that the worst rank holds for a group."""
-    found = layout(sizes, ranks)
-    return int((found.touched + found.padding).max())
-
-
 def _least_held(line: Line, bound: int, tile_price: float) -> Cut:
     """The cut that holds the least gradients, where each tile costs ``tile_price`` more."""
-    positions = _positions(line.sizes)
     limit = bound // 2 * 2 * line.ranks
-    uniform = len(set(line.sizes)) == 1
-    lengths = _lengths(line) if uniform else []
-    sums = np.concatenate([[0], np.cumsum(line.sizes)])
-    best: dict[int, tuple[float, int]] = {positions[0]: (0.0, 0)}
-    for index, stop in enumerate(positions[1:], 1):
-        starts = [stop - k for k in lengths if k <= stop] if uniform else positions[:index]
-        options = []
-        for start in starts:
-            fits = sums[stop] - sums[start] <= limit or stop - start == 1 or index == 1
-            if start in best and fits:
-                held = _held(line.sizes[start:stop], line.ranks)
-                options.append((best[start][0] + held + tile_price, -start))
-        if not options:
-            continue
-        total, start = min(options)
-        best[stop] = total, -start
-    if positions[-1] not in best:
-        return _under_bound(line, bound)
-    ends = [positions[-1]]
-    while ends[-1] > 0:
-        ends.append(best[ends[-1]][1])
-    return tuple(pairwise(reversed(ends)))
-
-
-def _lengths(line: Line) -> list[int]:
-    """Lengths of tiles of equal parameters that are worth a look."""
-    count, ranks = len(line.sizes), line.ranks
-    aligned = range(ranks, count + 1, ranks)
-    some = {1, 2, 3, 4, count % ranks, *aligned, *range(1, min(ranks, count) + 1), count}
-    return sorted(k for k in some if 1 <= k <= count)
-
-
-def _positions(sizes: tuple[int, ...]) -> list[int]:
-    """Where to consider cuts: everywhere, or around the largest and evenly between."""
-    count = len(sizes)
-    if count <= _POSITIONS or len(set(sizes)) == 1:
-        return list(range(count + 1))
-    largest = sorted(range(count), key=lambda index: -sizes[index])[: _POSITIONS // 4]
-    chosen = {0, count, *largest, *(index + 1 for index in largest)}
-    sums = np.cumsum(sizes)
-    even = np.searchsorted(sums, np.linspace(0, sums[-1], _POSITIONS // 2))
-    return sorted(chosen | {int(index) for index in even})
+    return least_held(line.sizes, line.ranks, limit, tile_price) or _under_bound(line, bound)
 
 
 def _growing(lines: Sequence[Line], settings: StepSettings, first: int) -> tuple[Cut, ...]:
