@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from moe_groups.compact import compact_gradients
 from moe_groups.describe import describe
 from moe_groups.errors import (
+    CostlyGroupsWarning,
     InvalidArgumentError,
     MoEGroupsError,
     OverrideError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CostlyGroupsWarning",
     "ExpertTag",
     "InvalidArgumentError",
     "MoE",

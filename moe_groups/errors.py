@@ -30,6 +30,10 @@ class PlanError(MoEGroupsError, ValueError):
     """No plan fits what was asked for, or a plan was made for other parameters."""
 
 
+class CostlyGroupsWarning(UserWarning):
+    """Groups that need much more memory in the optimizer step than the same level of splitting."""
+
+
 class VerificationError(MoEGroupsError):
     """What an initialized engine steps is not what was asked for.
 

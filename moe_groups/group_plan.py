@@ -170,7 +170,7 @@ def make_group_plan(
 
     step, world = step or StepConfig(), data_parallel_world(data_parallel_size)
     found = list(lines(table.families))
-    costed = _cost_lines(found, table, world)
+    costed = cost_lines(found, table, world)
     curve = trade_off(costed, step.settings)
     chosen = _choose(curve, budget, max_groups, split_by)
     named = name_groups(zip(found, map(_tiles, chosen.cuts), strict=True), table, given.groups)
@@ -209,7 +209,7 @@ def _hints(
     others: list[tuple[str, int]] = []
     if split_by != "parallel_group":
         table = read_table(given, Rules(*rules), "parallel_group")
-        coarse = _cost_lines(list(lines(table.families)), table, world)
+        coarse = cost_lines(list(lines(table.families)), table, world)
         others.append(("split_by='parallel_group' (mixes layers)", best(step, coarse)))
     if step.optimizer in ("for-loop", "foreach"):
         fused = replace(step, optimizer="fused")
@@ -229,7 +229,8 @@ def _tiles(cut: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]] | None:
     return cut if len(cut) > 1 else None
 
 
-def _cost_lines(found: list[Line], table: Table, world: int) -> list["CostLine"]:
+def cost_lines(found: list[Line], table: Table, world: int) -> list["CostLine"]:
+    """The lines as the search wants them: sizes, and where their partitions are."""
     from moe_groups.planning import Line as CostLine
 
     places: dict[str | None, Any] = {}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_groups import _deepspeed
 from moe_groups.caps import Caps
+from moe_groups.cost_warning import warn_if_costly
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
 from moe_groups.plan import LEVELS, Key, PlannedGroup, SplitBy, make_plan
@@ -67,7 +68,8 @@ def create_moe_param_groups(
             all other arguments.
         step_memory_budget: cut and order the groups as :func:`plan_param_groups` does, in
             place of a cap: bytes, a string such as "2GiB", or "auto".
-        step: how the model will be stepped, for ``step_memory_budget``.
+        step: how the model will be stepped: for ``step_memory_budget``, and for the warning
+            where groups cost more than they need to.
 
     Returns:
         Group dicts in the order dense, then experts by layer, expert and tile. Expert
@@ -81,6 +83,10 @@ def create_moe_param_groups(
         TagError: an expert parameter has no layer name, or two layers have the same.
         OverrideError: a pattern matches nothing, or two set different values.
         PlanError: no groups fit the budget, or the plan was made for other parameters.
+
+    Warns:
+        CostlyGroupsWarning: the step over the groups peaks at more than 1.5 times what the
+            same ``split_by`` needs, where the number of ranks is known.
 
     Example:
         >>> groups = create_moe_param_groups(model, split_by="expert", weight_decay=0.1,
@@ -120,7 +126,9 @@ def create_moe_param_groups(
     def make(given: GroupInput) -> list[PlannedGroup]:
         table = read_table(given, Rules(*rules), split_by)
         if step_memory_budget is None:
-            return make_plan(table, caps.of, given.groups)
+            groups = make_plan(table, caps.of, given.groups)
+            warn_if_costly(groups, table, split_by, step, data_parallel_size)
+            return groups
         from moe_groups.group_plan import make_group_plan
 
         made = make_group_plan(

@@ -209,7 +209,9 @@ def estimate(
     )
 
 
-def on_ranks(sizes: tuple[int, ...], parallel_group: str | None, world: int) -> "GroupOnRanks":
+def on_ranks(
+    sizes: tuple[int, ...], parallel_group: str | None, world: int, count: int = 1
+) -> "GroupOnRanks":
     """The group with its partitions; experts of ``ep_size_N`` have world / N of them.
 
     DeepSpeed gives neighbouring ranks different experts (``deepspeed/utils/groups.py``), so
@@ -228,7 +230,7 @@ def on_ranks(sizes: tuple[int, ...], parallel_group: str | None, world: int) -> 
             f"a data-parallel world of {world} ranks cannot hold experts with {parallel_group}: "
             f"data_parallel_size must be a multiple of {ep_size}."
         )
-    return GroupOnRanks(sizes, np.arange(world) // ep_size, world // ep_size)
+    return GroupOnRanks(sizes, np.arange(world) // ep_size, world // ep_size, count)
 
 
 def _held(tiles: Sequence["GroupOnRanks"], step: StepConfig) -> list[int]:

@@ -1,5 +1,6 @@
 """Plans against brute force, against simpler ways to cut, and as a user gives and gets them."""
 
+import warnings
 from itertools import combinations, pairwise, permutations, product
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moe_groups import (
+    CostlyGroupsWarning,
     ExpertTag,
     InvalidArgumentError,
     PlanError,
@@ -22,7 +24,8 @@ from moe_groups import (
     plan_param_groups,
     set_expert_tag,
 )
-from moe_groups.planning import Cut, Line, trade_off
+from moe_groups.least_held import Cut
+from moe_groups.planning import Line, trade_off
 from moe_groups.step_cost import TEMPORARIES, StepSettings, step_cost
 
 SETTINGS = [
@@ -277,3 +280,43 @@ def test_hints_name_what_lowers_the_peak() -> None:
     assert any("compact_gradients" in hint for hint in hints)
     for hint in hints:
         assert "less" in hint
+
+
+def large() -> nn.Module:
+    """Layers whose experts are fewer than the ranks that share them: 96 MiB a matrix."""
+    model = Model(layers=0)
+    for index in range(6):
+        experts = nn.Module()
+        for name in ("w1", "w2", "w3"):
+            param = nn.Parameter(torch.empty(3 << 24, device="meta", dtype=torch.bfloat16))
+            set_expert_tag(param, ExpertTag("ep_size_2", f"layers.{index}", 0, 1))
+            experts.register_parameter(name, param)
+        model.layers.append(experts)
+    return model
+
+
+def test_costly_groups_are_warned_of() -> None:
+    """Groups of one parameter on 32 ranks: each rank holds the whole gradient of all."""
+    with pytest.warns(CostlyGroupsWarning, match=r"19 groups will peak.*'parallel_group'.*enough"):
+        create_moe_param_groups(
+            large(), split_by="parallel_group", max_group_size=3 << 24, data_parallel_size=64
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # the number of ranks is not known
+        {"data_parallel_size": 64, "step_memory_budget": "auto"},
+        {
+            "data_parallel_size": 64,
+            "step": StepConfig(compact_gradients=True),
+            "max_group_size": 3 << 24,
+        },
+        {"data_parallel_size": 3},  # does not fit the experts
+    ],
+)
+def test_no_warning(options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_moe_param_groups(large(), split_by="parallel_group", **options)
