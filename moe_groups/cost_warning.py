@@ -32,7 +32,7 @@ def warn_if_costly(
     config = step or StepConfig()
     if world is None or config.offloads or not _fits(table, world):
         return
-    from moe_groups.group_plan import cost_lines
+    from moe_groups.plan_hints import cost_lines
     from moe_groups.planning import trade_off
     from moe_groups.step_cost import step_cost
 

@@ -1,14 +1,13 @@
 """Plan param groups by what their optimizer step costs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from moe_groups.errors import InvalidArgumentError, PlanError
 from moe_groups.inputs import GroupInput, ParamsInput, read_input
 from moe_groups.plan import (
     LEVELS,
-    Line,
     PlannedGroup,
     SplitBy,
     Table,
@@ -16,23 +15,22 @@ from moe_groups.plan import (
     lines,
     name_groups,
 )
+from moe_groups.plan_hints import cost_lines, hints
 from moe_groups.rules import NoDecay, Overrides, Rules
 from moe_groups.step_config import StepConfig
 from moe_groups.step_memory import (
     StepMemory,
     data_parallel_world,
     estimate_step_memory,
-    on_ranks,
 )
 from moe_groups.table import read_table
 from moe_groups.units import parse_bytes, show_bytes
 
 if TYPE_CHECKING:
     from moe_groups.planning import Candidate
-    from moe_groups.planning import Line as CostLine
 
 GROUP_PRICE = 64 << 20
-"""Bytes that one more group must save for "auto" (16 at least are kept on any model).
+"""Bytes that one more group must save for "auto".
 
 A group costs about 1.7 ms of a step under ZeRO (``benchmarks/group_cost.py``): a tenth of a
 percent of a step of two seconds, priced like a tenth of a percent of 64 GiB of memory.
@@ -184,64 +182,14 @@ def make_group_plan(
         step=step,
         data_parallel_size=world,
         curve=[TradeOff(candidate.groups, candidate.peak) for candidate in curve],
-        hints=_hints(given, rules, split_by, step, world, chosen, costed),
+        hints=hints(given, rules, split_by, step, world, chosen, costed),
         rules=rules,
         made_for=made_for(table),
     )
 
 
-def _hints(
-    given: GroupInput,
-    rules: tuple[float | None, NoDecay | None, Overrides],
-    split_by: SplitBy,
-    step: StepConfig,
-    world: int,
-    chosen: "Candidate",
-    costed: list["CostLine"],
-) -> list[str]:
-    """What else would lower the peak, with no more groups than were chosen."""
-    from moe_groups.planning import price, trade_off
-
-    def best(config: StepConfig, lines_: list["CostLine"]) -> int:
-        curve = trade_off(lines_, config.settings)
-        return min((c.peak for c in curve if c.groups <= chosen.groups), default=chosen.peak)
-
-    others: list[tuple[str, int]] = []
-    if split_by != "parallel_group":
-        table = read_table(given, Rules(*rules), "parallel_group")
-        coarse = cost_lines(list(lines(table.families)), table, world)
-        others.append(("split_by='parallel_group' (mixes layers)", best(step, coarse)))
-    if step.optimizer in ("for-loop", "foreach"):
-        fused = replace(step, optimizer="fused")
-        peak = min(price(costed, chosen.cuts, fused.settings).peak, best(fused, costed))
-        others.append(("AdamW(fused=True)", peak))
-    if not (step.compact_gradients or step.uses_bf16_optimizer or step.grad_accum_dtype == "fp32"):
-        compact = replace(step, compact_gradients=True)
-        others.append(("compact_gradients(engine)", best(compact, costed)))
-    return [
-        f"{what} would peak at {show_bytes(peak)}, {show_bytes(chosen.peak - peak)} less"
-        for what, peak in others
-        if peak < 0.95 * chosen.peak
-    ]
-
-
 def _tiles(cut: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]] | None:
     return cut if len(cut) > 1 else None
-
-
-def cost_lines(found: list[Line], table: Table, world: int) -> list["CostLine"]:
-    """The lines as the search wants them: sizes, and where their partitions are."""
-    from moe_groups.planning import Line as CostLine
-
-    places: dict[str | None, Any] = {}
-    costed = []
-    for key, _, rows in found:
-        if key.parallel_group not in places:
-            places[key.parallel_group] = on_ranks((1,), key.parallel_group, world)
-        place = places[key.parallel_group]
-        sizes = tuple(table.sizes[row] for row in rows)
-        costed.append(CostLine(sizes, place.ranks, place.partition_of))
-    return costed
 
 
 def _choose(
