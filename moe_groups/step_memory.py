@@ -269,20 +269,34 @@ def _offloaded(
     step: StepConfig,
     world: int,
 ) -> StepMemory:
-    """With the optimizer on the host, gradients leave the device in the backward pass."""
+    """With the optimizer on the host, bf16 gradients leave the device in the backward pass.
+
+    Those that accumulate in fp32 stay there as exact partitions, each until its group has
+    stepped (``copy_grads_in_partition``, ``_release_preflattened_grad_buffers``).
+
+    Not counted, for no argument says what it takes: with ``gradient_accumulation_steps``
+    above 1 ZeRO-2 keeps on the host the bf16 gradients of all parameters that reach into a
+    partition; ZeRO-1 with fp32 accumulation keeps its reduce bucket through the step.
+    """
     from moe_groups.step_cost import MASTER
 
     partitions = sum(tile.layout.partition for tile in tiles)
-    largest = max(max(tile.sizes) for tile in tiles)
-    resident = _resident(tiles, step) | {"offload buffer": step.weight_bytes * largest}
+    largest = step.weight_bytes * max(max(tile.sizes) for tile in tiles)
+    resident = _resident(tiles, step) | {"offload buffer": largest}
     host = {
         "master weights": MASTER * partitions,
         "gradients": MASTER * partitions,
-        "optimizer state": 2 * MASTER * partitions,
+        "optimizer state": step.settings.state_bytes * partitions,
         "weights to copy back": step.weight_bytes * partitions,
+        "offload buffer": largest,
     }
+    stays = MASTER if step.grad_accum_dtype == "fp32" else 0
+    held = stays * partitions
     rows = [
-        GroupMemory(name, sum(tile.sizes), tile.ranks, tile.layout.partition, 0, 0)
+        GroupMemory(name, sum(tile.sizes), tile.ranks, size, stays * size, held)
         for (name, *_), tile in zip(named, tiles, strict=True)
+        for size in [tile.layout.partition]
     ]
-    return StepMemory(0, 0, 0, 0, "offloaded", "", 0, 0, resident, host, rows, step, world)
+    return StepMemory(
+        0, held, held, held, "offloaded", "", 0, held, resident, host, rows, step, world
+    )

@@ -1,5 +1,6 @@
 """The predicted memory of a step is the measured one, on gloo ranks and in large worlds."""
 
+import gc
 import random
 from dataclasses import replace
 from itertools import product
@@ -8,10 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from moe_groups import StepConfig
+from moe_groups import StepConfig, StepMemory, estimate_step_memory
+from moe_groups.live_storages import live_storages
 from tests.fake_world import run_as_rank
 from tests.ranks import run_on_ranks
-from tests.step_runs import OPTIONS, Case, Figures, Run, Shape, deepspeed_config, run_all
+from tests.step_runs import (
+    OPTIONS,
+    Case,
+    Figures,
+    Run,
+    Shape,
+    deepspeed_config,
+    run_all,
+    start,
+    steps,
+)
 
 SCALARS = 2048
 """Bytes of norms, step counts and clip factors, which the model leaves out."""
@@ -49,6 +61,7 @@ GROUPS = (
 FAST = [
     Case(StepConfig()),
     Case(StepConfig(zero_stage=1, optimizer="fused"), "stock", 150_000, SHAPES[2], 4, 1.0),
+    Case(StepConfig(optimizer="fused"), "parallel_group"),  # flattening sets its peak
     Case(StepConfig(optimizer="for-loop", compact_gradients=True), "expert", None, SHAPES[1]),
     Case(StepConfig(grad_accum_dtype="fp32"), "planned", 9, SHAPES[3]),
     Case(replace(ACCUMULATIONS[5], optimizer="for-loop"), "module", None, SHAPES[0], 4),
@@ -132,6 +145,28 @@ def test_a_planned_budget_is_met() -> None:
             assert max(figures.step_peak for figures in run.later) <= budget
         assert planned[0].group_count > module.group_count
     assert max(unplanned) > budget
+
+
+def offloaded(case: Case) -> tuple[int, list[Figures], StepMemory]:
+    """Bytes after the first step and figures of each; device and host are one here."""
+    engine, groups = start(case)
+    gc.collect()
+    world = torch.distributed.get_world_size()
+    predicted = estimate_step_memory(groups, step=case.step, data_parallel_size=world)
+    figures = [figures for figures, _ in steps(engine, case, 3)]
+    del groups
+    return sum(storage.nbytes() for storage in live_storages("cpu")), figures, predicted
+
+
+@pytest.mark.parametrize("accumulation", ["bf16", "fp32"])
+def test_offload_to_the_host(accumulation: Any) -> None:
+    step = StepConfig(optimizer="CPUAdam", grad_accum_dtype=accumulation)
+    there, (_, *later), predicted = run_as_rank(5, 8, offloaded, Case(step))
+    stays = sum(predicted.resident.values()) + sum(predicted.host.values())
+    assert abs(there - stays) < SCALARS < stays / 1000
+    expected = Figures(predicted.transient, predicted.held, predicted.step_peak)
+    for figures in later:
+        assert away(figures, expected) < SCALARS
 
 
 @pytest.mark.parametrize("step", WAYS, ids=lambda step: step.label)
