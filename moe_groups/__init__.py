@@ -23,7 +23,8 @@ from moe_groups.param_groups import (
 )
 from moe_groups.rules import is_norm_or_bias
 from moe_groups.step_config import StepConfig
-from moe_groups.step_memory import StepMemory, estimate_step_memory
+from moe_groups.step_memory import estimate_step_memory
+from moe_groups.step_report import StepMemory
 from moe_groups.tags import ExpertTag, copy_expert_tag, get_expert_tag, set_expert_tag
 from moe_groups.verify import verify
 

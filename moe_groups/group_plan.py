@@ -18,11 +18,8 @@ from moe_groups.plan import (
 from moe_groups.plan_hints import cost_lines, hints
 from moe_groups.rules import NoDecay, Overrides, Rules
 from moe_groups.step_config import StepConfig
-from moe_groups.step_memory import (
-    StepMemory,
-    data_parallel_world,
-    estimate_step_memory,
-)
+from moe_groups.step_memory import data_parallel_world, estimate_step_memory
+from moe_groups.step_report import StepMemory
 from moe_groups.table import read_table
 from moe_groups.units import parse_bytes, show_bytes
 

@@ -16,7 +16,8 @@ from moe_groups.plan import SplitBy, lines, make_plan
 from moe_groups.rank_model import shard_for_rank
 from moe_groups.rules import Rules
 from moe_groups.step_config import StepConfig
-from moe_groups.step_memory import StepMemory, estimate
+from moe_groups.step_memory import estimate
+from moe_groups.step_report import StepMemory
 from moe_groups.table import read_table
 
 _Sized = tuple[str, tuple[int, ...], str | None]

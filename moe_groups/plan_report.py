@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.plan_command import PlanReport
-from moe_groups.step_memory import GroupMemory
+from moe_groups.step_report import GroupMemory
 from moe_groups.units import show_bytes
 
 if TYPE_CHECKING:
