@@ -122,6 +122,7 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
     table.show_edge = table.pad_edge = False
     for column in columns:
         right = column.startswith(">")
