@@ -16,6 +16,8 @@ CPU_ONLY = export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 # The profiler, DeepSpeed and torch announce themselves on every rank.
 QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::FutureWarning
 
+BENCHMARKS := grouping_time group_cost group_count_cost step_memory large_world
+
 .PHONY: demo test test-long lint docs bench clean
 
 demo: $(VENV)/.demo unlock
@@ -38,7 +40,7 @@ docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.test
-	set -e; for name in grouping_time group_cost; do $(BIN)/python -m benchmarks.$$name; done
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 
 # A killed process leaves a lock behind on which the next compilation would wait forever.
 .PHONY: unlock

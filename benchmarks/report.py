@@ -12,19 +12,29 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write ``results/<name>.json`` (rows and versions) and the table behind README's mark."""
+def write(name: str, rows: list[dict[str, Any]], shown: list[dict[str, Any]] | None = None) -> None:
+    """Write ``results/<name>.json`` (rows and versions) and the table behind README's mark.
+
+    Args:
+        shown: rows of the table, where it does not show all.
+    """
     import deepspeed
 
     RESULTS.mkdir(exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{device}, {torch.get_num_threads()} threads",
     }
     text = json.dumps({"benchmark": name, "versions": versions, "rows": rows}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")
+    show(name, shown or rows)
+
+
+def show(name: str, rows: list[dict[str, Any]]) -> None:
+    """Print a table and put it behind README's mark."""
     table = tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     print(table)
     readme = HERE / "README.md"

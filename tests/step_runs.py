@@ -91,9 +91,9 @@ class Case(NamedTuple):
 
     Attributes:
         step: what is predicted, and the config that makes it so.
-        groups: a ``split_by``, "stock", "planned" (the lowest peak with ``max_groups``) or
-            "budget" (the fewest groups that meet it).
-        cap: elements of a group; of "budget", bytes.
+        groups: a ``split_by``, "stock", "planned" (the lowest peak), "planned mixed" (the same
+            where groups may mix layers) or "budget" (the fewest groups that meet it).
+        cap: elements of a group; of "planned" the most groups, of "budget" bytes.
         accumulate: micro-batches in a step.
         clip: gradient clipping, 0 for none.
     """
@@ -141,10 +141,11 @@ def make_groups(model: nn.Module, case: Case, world: int) -> list[dict[str, Any]
         # Their order is that of a set; DeepSpeed drops what is empty.
         experts.sort(key=lambda group: str(group["name"]))
         return [group for group in (dense, *experts) if group["params"]]
-    if case.groups in ("planned", "budget"):
-        planned = case.groups == "planned"
+    if case.groups in ("planned", "planned mixed", "budget"):
+        planned = case.groups != "budget"
         plan = plan_param_groups(
             model,
+            split_by="parallel_group" if case.groups == "planned mixed" else "module",
             max_groups=case.cap if planned else None,
             step_memory_budget="auto" if planned or case.cap is None else case.cap,
             step=case.step,
@@ -247,4 +248,5 @@ def run_all(cases: list[Case], count: int = 3) -> list[Run]:
     for case in cases:
         forget_process_groups()
         found.append(run(case, count))
+        gc.collect()  # engines are cycles
     return found

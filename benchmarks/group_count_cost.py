@@ -1,0 +1,110 @@
+"""What does a step cost with 1 to 1,000 groups of one constant total size?
+
+The same dense parameters in more and more groups on 2 gloo ranks, or GPUs where there are
+two: milliseconds of a step, and for compact gradients the ratio to DeepSpeed alone with as many
+groups, both engines stepping in turn.
+
+    python -m benchmarks.group_count_cost [--steps 7]
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.plots import lines
+from benchmarks.report import write
+from moe_groups import StepConfig, compact_gradients, create_moe_param_groups
+from tests.ranks import close_pools, run_in_fresh_processes
+from tests.step_runs import Case, deepspeed_config
+from tests.training import initialize
+
+COUNTS = (1, 4, 10, 40, 100, 250, 1000)  # divisors of the last
+ELEMENTS = 6_000_000
+STEPS = {
+    "ZeRO-2": StepConfig(optimizer="fused"),
+    "ZeRO-2, compact": StepConfig(optimizer="fused", compact_gradients=True),
+    "BF16_Optimizer": StepConfig(optimizer="fused", zero_stage=1, grad_accum_dtype="fp32"),
+}
+
+
+class Weights(torch.nn.Module):
+    """As many parameters as the most groups, so that only their grouping differs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        size = ELEMENTS // COUNTS[-1]
+        self.weights = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16, device=device))
+            for _ in range(COUNTS[-1])
+        )
+
+    def forward(self) -> torch.Tensor:
+        total: torch.Tensor = torch.stack([weight.sum() for weight in self.weights]).float().sum()
+        return total
+
+
+def engine(step: StepConfig, count: int) -> Any:
+    model = Weights()
+    cap = ELEMENTS // count
+    groups = create_moe_param_groups(model, split_by="parallel_group", max_group_size=cap)
+    assert len(groups) == count
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    made = initialize(model, optimizer, deepspeed_config(Case(step)))
+    if step.compact_gradients:
+        compact_gradients(made)
+    return made
+
+
+def timed_step(made: Any) -> float:
+    made.backward(made())
+    torch.distributed.barrier()
+    begin = time.perf_counter()
+    made.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def measure(step: StepConfig, count: int, steps: int) -> tuple[float, float]:
+    """Median milliseconds of a step, and its median ratio to the same without ``compact``."""
+    pair = [engine(step, count)]
+    if step.compact_gradients:
+        pair.append(engine(replace(step, compact_gradients=False), count))
+    times = [[timed_step(made) for made in pair] for _ in range(steps + 2)][2:]
+    median = statistics.median(both[0] for both in times)
+    return median, statistics.median(both[0] / both[-1] for both in times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=7)
+    steps = parser.parse_args().steps
+    rows = []
+    curves: dict[str, list[tuple[float, float]]] = {label: [] for label in STEPS}
+    for count in COUNTS:
+        row: dict[str, Any] = {"groups": count}
+        for label, step in STEPS.items():
+            results = run_in_fresh_processes(2, measure, step, count, steps, timeout=1800)
+            milliseconds, ratio = results[0]
+            row[f"{label}, ms"] = round(milliseconds, 1)
+            if step.compact_gradients:
+                row["compact / ZeRO-2, same groups"] = round(ratio, 2)
+            curves[label].append((count, milliseconds))
+        rows.append(row)
+    close_pools()
+    write("group_count_cost", rows)
+    lines(
+        "group_count_cost",
+        {f"{ELEMENTS:,} elements, 2 ranks": curves},
+        "Time of a step",
+        ("groups", "ms"),
+    )
+
+
+if __name__ == "__main__":
+    main()

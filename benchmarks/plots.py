@@ -1,0 +1,80 @@
+"""Plots of the benchmarks, into ``results/``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.report import RESULTS
+
+# Distinct to colour-blind readers, and in this order in every plot.
+COLOURS = ("#9e9e9e", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#009e73")
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), sharey=columns > 1)
+    for axis in [axes] if columns == 1 else axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return pyplot, figure, axes
+
+
+def _save(pyplot: Any, figure: Any, name: str) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def grouped_bars(name: str, bars: Mapping[str, Mapping[str, float]], title: str) -> None:
+    """A cluster for each key of ``bars``, a bar for each of its values."""
+    pyplot, figure, axis = _figure(11, 4.4)
+    series = list(next(iter(bars.values())))
+    width = 0.8 / len(series)
+    for number, one in enumerate(series):
+        places = [index + (number - (len(series) - 1) / 2) * width for index in range(len(bars))]
+        heights = [values[one] for values in bars.values()]
+        axis.bar(places, heights, 0.92 * width, label=one, color=COLOURS[number])
+    axis.set_xticks(range(len(bars)), [key.replace(", ", ",\n") for key in bars])
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.legend(ncols=len(series), frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    _save(pyplot, figure, name)
+
+
+def lines(
+    name: str,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    title: str,
+    labels: tuple[str, str],
+    points: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    log_y: bool = True,
+) -> None:
+    """A panel for each key of ``panels``, with its curves; ``points`` are drawn on top."""
+    pyplot, figure, axes = _figure(4.2 * len(panels) + 0.6, 4.0, len(panels))
+    for axis, (panel, curves) in zip(
+        [axes] if len(panels) == 1 else axes, panels.items(), strict=True
+    ):
+        for number, (curve, places) in enumerate(curves.items()):
+            axis.plot(*zip(*places, strict=True), "o-", ms=3, label=curve, color=COLOURS[number])
+        for number, (label, found) in enumerate((points or {}).items()):
+            if label == panel:
+                name_ = "measured" if number == 0 else None
+                axis.plot(*zip(*found, strict=True), "kx", ms=7, label=name_)
+        axis.set_xscale("log", base=2 if max(x for c in curves.values() for x, _ in c) > 8 else 10)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        if log_y:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_title(panel, fontsize=10)
+        axis.set_xlabel(labels[0])
+    first = axes if len(panels) == 1 else axes[0]
+    first.set_ylabel(labels[1])
+    handles, names = first.get_legend_handles_labels()
+    figure.legend(
+        handles, names, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.0)
+    )
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    _save(pyplot, figure, name)

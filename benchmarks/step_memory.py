@@ -1,0 +1,199 @@
+"""What does the optimizer step cost in memory, by grouping, wrapper, optimizer and dtype?
+
+Each case runs through unmodified DeepSpeed as the worst rank of 64, with a process group
+that moves nothing, on Mixtral-8x7B's shape with all widths divided; T, R and T + R are
+measured. Step times are those of 2 real ranks on a smaller model, each beside DeepSpeed's
+own split: both engines step in turn.
+
+    python -m benchmarks.step_memory [--scale 16] [--world 64] [--steps 7]
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from benchmarks.models import MODELS, STOCK_CAP
+from benchmarks.plots import grouped_bars
+from benchmarks.report import write
+from moe_groups import StepConfig, estimate_step_memory
+from tests.fake_world import run_as_rank
+from tests.ranks import close_pools, run_in_fresh_processes
+from tests.step_runs import OPTIONS, Case, Model, Run, Shape, make_groups, run_all, start
+
+MIB = 2**20
+WRAPPERS = {
+    "ZeRO-1": StepConfig(zero_stage=1),
+    "ZeRO-1, compact": StepConfig(zero_stage=1, compact_gradients=True),
+    "ZeRO-2": StepConfig(zero_stage=2),
+    "ZeRO-2, compact": StepConfig(zero_stage=2, compact_gradients=True),
+    "ZeRO-2, fp32 gradients": StepConfig(zero_stage=2, grad_accum_dtype="fp32"),
+    "BF16_Optimizer": StepConfig(zero_stage=1, grad_accum_dtype="fp32"),
+    "BF16_Optimizer, immediate": StepConfig(
+        zero_stage=1, grad_accum_dtype="fp32", immediate_grad_update=True
+    ),
+}
+TIMED = ("ZeRO-2", "ZeRO-2, compact", "ZeRO-2, fp32 gradients", "BF16_Optimizer")
+STOCK = "stock, default cap"
+
+
+def groupings(shape: Shape, step: StepConfig, world: int, cap: int) -> dict[str, Case]:
+    """The ways to group, by name; planned ones have no more groups than one per layer."""
+    return {
+        "no cap": Case(step, "stock", None, shape),
+        STOCK: Case(step, "stock", cap, shape),
+        "stock, best cap": Case(step, "stock", best_cap(shape, step, world), shape),
+        "per layer": Case(step, "module", None, shape),
+        "per expert": Case(step, "expert", None, shape),
+        "planned": Case(step, "planned mixed", shape.layers + 1, shape),
+    }
+
+
+def on_meta(shape: Shape) -> torch.nn.Module:
+    with torch.device("meta"):
+        return Model(shape)
+
+
+def best_cap(shape: Shape, step: StepConfig, world: int) -> int:
+    """The cap with which DeepSpeed's split steps in the least memory."""
+    model, expert = on_meta(shape), max(shape.expert)
+    sharers = world // shape.ep_size
+    whole = shape.layers * shape.local * sum(shape.expert)
+    caps = {expert * sharers * k for k in range(1, 13)} | {whole // k for k in range(1, 9)}
+
+    def peak(cap: int) -> int:
+        groups = make_groups(model, Case(step, "stock", cap, shape), world)
+        return estimate_step_memory(groups, step=step, data_parallel_size=world).step_peak
+
+    return min(sorted(caps, reverse=True), key=peak)
+
+
+def worst_rank(case: Case, world: int) -> int:
+    groups = make_groups(on_meta(case.shape), case, world)
+    return estimate_step_memory(groups, step=case.step, data_parallel_size=world).worst_rank
+
+
+def row(wrapper: str, grouping: str, case: Case, rank: int, run: Run) -> dict[str, Any]:
+    measured = run.later[-1]
+    return {
+        "wrapper": wrapper,
+        "optimizer": case.step.optimizer,
+        "groups": grouping,
+        "number of groups": run.group_count,
+        "rank": rank,
+        "T": measured.transient,
+        "R": measured.held,
+        "T + R": measured.step_peak,
+        "predicted T + R": run.expected.step_peak,
+        "first step": run.first.step_peak,
+        "predicted first step": run.expected_first.step_peak,
+    }
+
+
+def memory_rows(shape: Shape, world: int, cap: int) -> list[dict[str, Any]]:
+    """One process for each rank that is the worst of some cases."""
+    cases = [
+        (wrapper, grouping, case)
+        for (wrapper, step), kind in product(WRAPPERS.items(), OPTIONS)
+        for grouping, case in groupings(
+            shape,
+            replace(step, optimizer=kind),  # type: ignore[arg-type]
+            world,
+            cap,
+        ).items()
+    ]
+    by_rank = defaultdict(list)
+    for index, (_, _, case) in enumerate(cases):
+        by_rank[worst_rank(case, world)].append(index)
+    rows: dict[int, dict[str, Any]] = {}
+    for rank, indices in by_rank.items():
+        runs = run_as_rank(rank, world, run_all, [cases[i][2] for i in indices], 2, timeout=3600)
+        rows |= {i: row(*cases[i], rank, run) for i, run in zip(indices, runs, strict=True)}
+    return [rows[index] for index in range(len(cases))]
+
+
+def paired_times(reference: Case, others: list[Case], count: int) -> list[float]:
+    """For each case the median ratio of its step's time to the reference's, step by step."""
+    first, found = start(reference)[0], []
+    for case in others:
+        second, ratios = start(case)[0], []
+        for _ in range(count + 2):
+            times = []
+            for engine in (first, second):
+                engine.backward(engine())
+                torch.distributed.barrier()
+                begin = time.perf_counter()
+                engine.step()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - begin)
+            ratios.append(times[1] / times[0])
+        found.append(statistics.median(ratios[2:]))
+        del second, engine
+        gc.collect()
+    return found
+
+
+def time_rows(shape: Shape, cap: int, count: int) -> list[dict[str, Any]]:
+    rows = []
+    for wrapper in TIMED:
+        step = replace(WRAPPERS[wrapper], optimizer="fused")
+        ways = groupings(shape, step, 2, cap)
+        stock = Case(replace(step, compact_gradients=False), *ways[STOCK][1:])
+        ratios = run_in_fresh_processes(
+            2, paired_times, stock, list(ways.values()), count, timeout=3600
+        )
+        rows.append(
+            {"step time / stock's": wrapper}
+            | {name: round(ratio, 2) for name, ratio in zip(ways, ratios[0], strict=True)}
+        )
+    return rows
+
+
+def pivot(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each wrapper and optimizer, with measured T + R in MiB."""
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in rows:
+        key = one["wrapper"], one["optimizer"]
+        line = lines.setdefault(key, {"T + R, MiB": key[0], "AdamW": key[1], "off by, bytes": 0})
+        line[one["groups"]] = f"{one['T + R'] / MIB:.1f}"
+        away = abs(one["T + R"] - one["predicted T + R"])
+        line["off by, bytes"] = max(away, line.pop("off by, bytes"))
+    return list(lines.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", type=int, default=16)
+    parser.add_argument("--world", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=7)
+    given = parser.parse_args()
+    mixtral = MODELS["Mixtral-8x7B"]
+    rows = memory_rows(
+        mixtral.shape(given.world, given.scale), given.world, STOCK_CAP // given.scale**2
+    )
+    write("step_memory", rows, pivot(rows))
+    foreach = [one for one in rows if one["optimizer"] == "foreach"]
+    bars: dict[str, dict[str, float]] = {wrapper: {} for wrapper in WRAPPERS}
+    for one in foreach:
+        bars[one["wrapper"]][one["groups"]] = one["T + R"] / MIB
+    grouped_bars(
+        "step_memory",
+        bars,
+        f"Step peak T + R, MiB: Mixtral-8x7B's shape / {given.scale}, "
+        f"worst of {given.world} ranks, foreach",
+    )
+    small = mixtral.shape(2, 2 * given.scale)._replace(ep_size=1, local=1)
+    times = time_rows(small, STOCK_CAP // (2 * given.scale) ** 2, given.steps)
+    close_pools()
+    write("step_memory_times", times)
+
+
+if __name__ == "__main__":
+    main()
