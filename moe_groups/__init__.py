@@ -7,6 +7,7 @@ from moe_groups.describe import describe
 from moe_groups.errors import (
     CostlyGroupsWarning,
     InvalidArgumentError,
+    MeasurementError,
     MoEGroupsError,
     OverrideError,
     ParameterInputError,
@@ -17,6 +18,13 @@ from moe_groups.errors import (
 )
 from moe_groups.expert_layers import tag_experts
 from moe_groups.group_plan import ParamGroupPlan, plan_param_groups
+from moe_groups.measure import (
+    MeasuredIteration,
+    MeasuredPhase,
+    MeasuredStep,
+    measure_iteration_memory,
+    measure_step_memory,
+)
 from moe_groups.param_groups import (
     create_moe_param_groups,
     split_params_into_different_moe_groups_for_optimizer,
@@ -37,6 +45,10 @@ __all__ = [
     "CostlyGroupsWarning",
     "ExpertTag",
     "InvalidArgumentError",
+    "MeasuredIteration",
+    "MeasuredPhase",
+    "MeasuredStep",
+    "MeasurementError",
     "MoE",
     "MoEGroupsError",
     "OverrideError",
@@ -55,6 +67,8 @@ __all__ = [
     "estimate_step_memory",
     "get_expert_tag",
     "is_norm_or_bias",
+    "measure_iteration_memory",
+    "measure_step_memory",
     "plan_param_groups",
     "set_expert_tag",
     "split_params_into_different_moe_groups_for_optimizer",

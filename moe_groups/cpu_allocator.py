@@ -9,11 +9,7 @@ import torch
 from torch._C import _autograd
 from torch._C._profiler import RecordScope, _EventType
 
-from moe_groups.errors import MoEGroupsError
-
-
-class MeasurementError(MoEGroupsError):
-    """Memory cannot be measured here, or a measurement is used out of turn."""
+from moe_groups.errors import MeasurementError
 
 
 def start_profiler() -> None:

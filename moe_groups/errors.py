@@ -30,6 +30,10 @@ class PlanError(MoEGroupsError, ValueError):
     """No plan fits what was asked for, or a plan was made for other parameters."""
 
 
+class MeasurementError(MoEGroupsError):
+    """Memory cannot be measured here, or a measurement is used out of turn."""
+
+
 class CostlyGroupsWarning(UserWarning):
     """Groups that need much more memory in the optimizer step than the same level of splitting."""
 

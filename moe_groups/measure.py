@@ -7,18 +7,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from tabulate import tabulate
 
-from moe_groups.cpu_allocator import MeasurementError
-from moe_groups.errors import InvalidArgumentError
+from moe_groups.errors import InvalidArgumentError, MeasurementError
 from moe_groups.memory_recorders import CPURecorder, CUDARecorder, Recording, Segment
-
-__all__ = [
-    "IterationMemory",
-    "MeasurementError",
-    "PhaseMemory",
-    "StepMemory",
-    "measure_iteration_memory",
-    "measure_step_memory",
-]
 
 _Recorder: TypeAlias = CPURecorder | CUDARecorder
 _BETWEEN = "(between)"
@@ -27,7 +17,7 @@ _HEADERS = ["phase", "before", "peak", "after", "peak - before", ""]
 _measuring = False
 
 
-class PhaseMemory:
+class MeasuredPhase:
     """Tensor memory over a phase, in bytes; known when the measurement has ended.
 
     Attributes:
@@ -63,7 +53,7 @@ class PhaseMemory:
         self.before, self.peak, self.after = segment
 
 
-class StepMemory(PhaseMemory):
+class MeasuredStep(MeasuredPhase):
     """Tensor memory over a step, in bytes; known when the step has ended.
 
     Attributes:
@@ -72,7 +62,7 @@ class StepMemory(PhaseMemory):
     """
 
     held: int
-    _figures: ClassVar = (*PhaseMemory._figures, "held")
+    _figures: ClassVar = (*MeasuredPhase._figures, "held")
 
     @property
     def kept(self) -> int:
@@ -92,17 +82,17 @@ class StepMemory(PhaseMemory):
         )
 
 
-class IterationMemory:
+class MeasuredIteration:
     """Tensor memory of an iteration, in bytes and by phase; known when the iteration has ended."""
 
     def __init__(self, mark: Callable[[], None]) -> None:
         self._mark = mark
-        self._uses = [PhaseMemory(_BETWEEN)]
+        self._uses = [MeasuredPhase(_BETWEEN)]
         self._open: str | None = None
         self._ended = False
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[PhaseMemory]:
+    def phase(self, name: str) -> Iterator[MeasuredPhase]:
         """Measure a part of the iteration by itself; names may repeat.
 
         Raises:
@@ -116,17 +106,17 @@ class IterationMemory:
             raise MeasurementError(f"Phase {name!r} begins after the iteration: move it inside.")
         self._open = name
         self._mark()
-        use = PhaseMemory(name)
+        use = MeasuredPhase(name)
         self._uses.append(use)
         try:
             yield use
         finally:
             self._open = None
             self._mark()
-            self._uses.append(PhaseMemory(_BETWEEN))
+            self._uses.append(MeasuredPhase(_BETWEEN))
 
     @property
-    def phases(self) -> list[PhaseMemory]:
+    def phases(self) -> list[MeasuredPhase]:
         """In the order of time; what was allocated or released between them is there too."""
         return [use for use in self._uses if use.name != _BETWEEN or _busy(use)]
 
@@ -146,7 +136,7 @@ class IterationMemory:
         return self._uses[-1].after
 
     @property
-    def peak_phase(self) -> PhaseMemory:
+    def peak_phase(self) -> MeasuredPhase:
         """The phase that sets the peak; the first one of several."""
         return max(self.phases or self._uses, key=lambda use: use.peak)
 
@@ -165,12 +155,12 @@ class IterationMemory:
             use._set(segment)
 
 
-def _busy(use: PhaseMemory) -> bool:
+def _busy(use: MeasuredPhase) -> bool:
     return not use.before == use.peak == use.after
 
 
 @contextmanager
-def measure_step_memory(device: torch.device | str | None = None) -> Iterator[StepMemory]:
+def measure_step_memory(device: torch.device | str | None = None) -> Iterator[MeasuredStep]:
     """Exact tensor memory of the code in the block, as ``engine.step()``.
 
     Counts what PyTorch's allocator of ``device`` hands out, temporaries inside C++ kernels
@@ -193,7 +183,7 @@ def measure_step_memory(device: torch.device | str | None = None) -> Iterator[St
         >>> memory.transient, memory.held, memory.step_peak               # doctest: +SKIP
         (1_048_576, 786_432, 1_835_008)
     """
-    memory = StepMemory("step")
+    memory = MeasuredStep("step")
     with _recording(_recorder(device)) as recordings:
         yield memory
     memory._set(recordings[0].segments[0])
@@ -203,7 +193,7 @@ def measure_step_memory(device: torch.device | str | None = None) -> Iterator[St
 @contextmanager
 def measure_iteration_memory(
     device: torch.device | str | None = None,
-) -> Iterator[IterationMemory]:
+) -> Iterator[MeasuredIteration]:
     """Exact tensor memory of a whole iteration, and the phase that sets its peak.
 
     Args:
@@ -225,7 +215,7 @@ def measure_iteration_memory(
         >>> print(memory)                                                 # doctest: +SKIP
     """
     recorder = _recorder(device)
-    memory = IterationMemory(recorder.mark)
+    memory = MeasuredIteration(recorder.mark)
     with _recording(recorder) as recordings:
         yield memory
     memory._end(recordings[0].segments)

@@ -7,6 +7,7 @@ are added up again.
 """
 
 import ctypes
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -43,6 +44,10 @@ class Recording(NamedTuple):
     released: int
 
 
+_SETTLE = 0.05
+"""Seconds in which gloo's threads let go of the buckets that they have reduced."""
+
+
 class CPURecorder:
     """Follows the blocks of PyTorch's CPU allocator, also those inside C++ kernels.
 
@@ -67,6 +72,8 @@ class CPURecorder:
         Raises:
             MeasurementError: a profiler is running.
         """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            time.sleep(_SETTLE)
         start_profiler()
         try:
             self._reporter.all_threads.value = True

@@ -45,6 +45,9 @@ def test_figures_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "| DeepSpeed's split | {} | {} | {} |".format(*stock) in readme
     assert "| moe-groups, by layer, cap 250,000 | {} | {} | {} |".format(*ours) in readme
+    compact = rows["moe-groups, compact gradients"]
+    assert stock[3] == compact[3], "the loss depends on how gradients are held"
+    assert "| the same with `compact_gradients` | {} | {} | {} |".format(*compact) in readme
 
 
 @pytest.mark.parametrize(

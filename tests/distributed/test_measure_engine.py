@@ -1,7 +1,6 @@
 """Measured memory of real engine steps agrees with the formula, and with another measurement."""
 
 import gc
-import sys
 import time
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from moe_groups import MoE
 from moe_groups.measure import measure_iteration_memory, measure_step_memory
 from tests.models import TinyMoE
-from tests.ranks import ROOT, run_on_ranks
+from tests.ranks import run_on_ranks
+from tests.step_peak import step_peak_bytes
 from tests.training import batches, config, groups_by, initialize
 
 SLACK = 200
@@ -62,12 +62,9 @@ def phase_peaks(engine: Any, step: int) -> tuple[int, int]:
 
 
 def example_peak(engine: Any, step: int) -> int:
-    """T + R as docs/examples/step_peak.py measures it."""
-    sys.path.insert(0, str(ROOT / "docs" / "examples"))
-    from step_peak import step_peak_bytes
-
+    """T + R as tests/step_peak.py measures it."""
     loss = forward(engine, step)
-    return step_peak_bytes(lambda: engine.backward(loss), engine.step, torch.device("cpu"))
+    return step_peak_bytes(lambda: engine.backward(loss), engine.step)
 
 
 def touched_bytes(engine: Any) -> int:

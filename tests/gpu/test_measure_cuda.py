@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_groups.measure import StepMemory, measure_iteration_memory, measure_step_memory
+from moe_groups.measure import MeasuredStep, measure_iteration_memory, measure_step_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,7 +15,7 @@ def block(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
-def figures(memory: StepMemory) -> tuple[int, int, int]:
+def figures(memory: MeasuredStep) -> tuple[int, int, int]:
     return memory.transient, memory.held, memory.kept
 
 

@@ -15,10 +15,9 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from moe_groups import memory_recorders
-from moe_groups.errors import InvalidArgumentError, MoEGroupsError
+from moe_groups.errors import InvalidArgumentError, MeasurementError, MoEGroupsError
 from moe_groups.measure import (
-    MeasurementError,
-    StepMemory,
+    MeasuredStep,
     measure_iteration_memory,
     measure_step_memory,
 )
@@ -29,14 +28,14 @@ def block(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
-def measured(code: Callable[[], Any]) -> StepMemory:
+def measured(code: Callable[[], Any]) -> MeasuredStep:
     """``code`` measured; what it returns is released inside."""
     with measure_step_memory("cpu") as memory:
         code()
     return memory
 
 
-def figures(memory: StepMemory) -> tuple[int, int, int]:
+def figures(memory: MeasuredStep) -> tuple[int, int, int]:
     return memory.transient, memory.held, memory.kept
 
 
@@ -167,7 +166,7 @@ def test_sparse_gradients() -> None:
 
 
 def test_objects_that_gc_froze() -> None:
-    def local() -> StepMemory:
+    def local() -> MeasuredStep:
         old = [block(700), {"deep": (block(60),)}]
         weight = torch.ones(1000, requires_grad=True)
         weight.sum().backward()
@@ -192,7 +191,7 @@ def test_adamw(foreach: bool) -> None:
     params = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
     optimizer = torch.optim.AdamW(params, foreach=foreach)
 
-    def iteration() -> StepMemory:
+    def iteration() -> MeasuredStep:
         sum(param.sum() for param in params).backward()  # type: ignore[union-attr]
         with measure_step_memory() as memory:
             optimizer.step()
