@@ -18,8 +18,10 @@ _POSITIONS = 48
 
 
 @lru_cache(maxsize=1 << 12)
-def least_held(sizes: tuple[int, ...], ranks: int, limit: int, tile_price: float) -> Cut | None:
-    """The cut whose tiles hold least, where each tile costs ``tile_price`` elements more.
+def least_held(
+    sizes: tuple[int, ...], ranks: int, limit: int, tile_prices: tuple[float, ...]
+) -> tuple[Cut | None, ...]:
+    """For each price the cut whose tiles hold least, where a tile costs so many elements more.
 
     Args:
         limit: most elements of a tile; a single parameter may be larger.
@@ -28,28 +30,40 @@ def least_held(sizes: tuple[int, ...], ranks: int, limit: int, tile_price: float
         Of equal cuts the one with the shorter last tile; None where no cut at the positions
         that are considered keeps to the limit.
     """
-    cut = _alike if len(set(sizes)) == 1 else _unlike
-    return cut(sizes, ranks, limit, tile_price)
+    if len(set(sizes)) == 1:
+        return _alike(sizes, ranks, limit, np.array(tile_prices))
+    return tuple(_unlike(sizes, ranks, limit, price) for price in tile_prices)
 
 
-def _alike(sizes: tuple[int, ...], ranks: int, limit: int, tile_price: float) -> Cut | None:
-    """For equal sizes what a tile holds depends on its length alone."""
+def _alike(
+    sizes: tuple[int, ...], ranks: int, limit: int, prices: NDArray[np.float64]
+) -> tuple[Cut, ...]:
+    """For equal sizes what a tile holds depends on its length alone; all prices at once."""
     lengths, held = _lengths(sizes, ranks)
     allowed = (lengths * sizes[0] <= limit) | (lengths == 1)
     lengths, costs = lengths[allowed], held[allowed]
-    best, last = _nothing_yet(len(sizes))
+    each, prices = np.arange(len(prices)), prices[:, None]
+    best = np.zeros((len(prices), len(sizes) + 1))
+    last = np.zeros(best.shape, dtype=np.int64)
     for stop in range(1, len(sizes) + 1):
-        starts = stop - lengths[: int(np.searchsorted(lengths, stop, side="right"))]
-        totals = best[starts] + costs[: len(starts)] + tile_price
-        chosen = int(totals.argmin())
-        best[stop], last[stop] = totals[chosen], starts[chosen]
-    return _tiles(last, range(len(sizes) + 1))
+        if stop >= lengths[-1]:
+            starts = stop - lengths
+        else:
+            starts = stop - lengths[: lengths.searchsorted(stop, side="right")]
+        totals = best.take(starts, axis=1)
+        totals += costs[: len(starts)]
+        totals += prices
+        chosen = totals.argmin(axis=1)
+        best[:, stop], last[:, stop] = totals[each, chosen], starts[chosen]
+    return tuple(_tiles(row, range(len(sizes) + 1)) for row in last)
 
 
 def _unlike(sizes: tuple[int, ...], ranks: int, limit: int, tile_price: float) -> Cut | None:
     positions, elements, held = _pieces(sizes, ranks)
     count = len(positions) - 1
-    best, last = _nothing_yet(count)
+    best = np.full(count + 1, np.inf)
+    best[0] = 0.0
+    last = np.zeros(count + 1, dtype=np.int64)
     for index in range(1, count + 1):
         fits = elements[index, :index] <= limit
         fits[index - 1] |= index == 1 or positions[index] - positions[index - 1] == 1
@@ -57,13 +71,6 @@ def _unlike(sizes: tuple[int, ...], ranks: int, limit: int, tile_price: float) -
         chosen = index - 1 - int(totals[::-1].argmin())
         best[index], last[index] = totals[chosen], chosen
     return None if np.isinf(best[count]) else _tiles(last, positions)
-
-
-def _nothing_yet(count: int) -> tuple[NDArray[np.float64], Ints]:
-    """The cost of the best cut up to each position, and where its last tile starts."""
-    best = np.full(count + 1, np.inf)
-    best[0] = 0.0
-    return best, np.zeros(count + 1, dtype=np.int64)
 
 
 def _tiles(last: Ints, positions: Sequence[int]) -> Cut:

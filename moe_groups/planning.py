@@ -193,8 +193,8 @@ def _search(lines: Sequence[Line], settings: StepSettings) -> Iterator[tuple[Cut
     for bound in _bounds(lines):
         yield tuple(_under_bound(line, bound) for line in lines)
         if settings.wrapper == "zero" and not settings.compact:
-            for tile_price in _tile_prices(lines):
-                yield tuple(_least_held(line, bound, tile_price) for line in lines)
+            prices = tuple(_tile_prices(lines))
+            yield from zip(*(_least_held(line, bound, prices) for line in lines), strict=True)
         if settings.wrapper == "zero" and settings.compact:
             yield _growing(lines, settings, bound)
 
@@ -235,10 +235,11 @@ def _under_bound(line: Line, bound: int) -> Cut:
     return tuple(pack(line.sizes, max(1, bound // 2 * 2 * line.ranks)))
 
 
-def _least_held(line: Line, bound: int, tile_price: float) -> Cut:
-    """The cut that holds the least gradients, where each tile costs ``tile_price`` more."""
+def _least_held(line: Line, bound: int, tile_prices: tuple[float, ...]) -> list[Cut]:
+    """The cuts that hold the least gradients, where each tile costs one of the prices more."""
     limit = bound // 2 * 2 * line.ranks
-    return least_held(line.sizes, line.ranks, limit, tile_price) or _under_bound(line, bound)
+    cuts = least_held(line.sizes, line.ranks, limit, tile_prices)
+    return [cut or _under_bound(line, bound) for cut in cuts]
 
 
 def _growing(lines: Sequence[Line], settings: StepSettings, first: int) -> tuple[Cut, ...]:
