@@ -2,10 +2,10 @@
 
 Predicted for the full sizes, worst rank, ZeRO-2 with bf16 gradients and AdamW (foreach).
 A sample also runs through unmodified DeepSpeed as its worst rank, with a process group
-that moves nothing and all widths divided by ``--scale``; times the square of it these
-are the same figures.
+that moves nothing. There every parameter has one of ``--divisor`` elements, and so has
+every figure.
 
-    python -m benchmarks.large_world [--scale 16] [--run-at 64 1024]
+    python -m benchmarks.large_world [--divisor 256] [--run-at 64 1024]
 """
 
 import argparse
@@ -25,12 +25,12 @@ WORLDS = (16, 32, 64, 128, 256, 512, 1024)
 PLAIN, COMPACT = StepConfig(), StepConfig(compact_gradients=True)
 
 
-def ways(shape: Shape, scale: int) -> dict[str, Case]:
+def ways(shape: Shape, divisor: int) -> dict[str, Case]:
     """The groupings; planned ones may mix layers and have at most as many groups as layers."""
     most = shape.layers + 1
     return {
         "no cap": Case(PLAIN, "stock", None, shape),
-        "stock, default cap": Case(PLAIN, "stock", STOCK_CAP // scale**2, shape),
+        "stock, default cap": Case(PLAIN, "stock", STOCK_CAP // divisor, shape),
         "per layer": Case(PLAIN, "module", None, shape),
         "planned": Case(PLAIN, "planned mixed", most, shape),
         "planned, compact": Case(COMPACT, "planned mixed", most, shape),
@@ -53,22 +53,22 @@ def row(model: str, architecture: Architecture, world: int) -> dict[str, Any]:
     return found
 
 
-def runs(model: str, architecture: Architecture, world: int, scale: int) -> Iterator[Any]:
+def runs(model: str, architecture: Architecture, world: int, divisor: int) -> Iterator[Any]:
     """Measured T + R of a smaller model, and what was predicted for it and for the large one."""
     large = ways(architecture.shape(world), 1)
-    for way, case in ways(architecture.shape(world, scale), scale).items():
+    for way, case in ways(architecture.shape(world).over(divisor), divisor).items():
         memory = predicted(case, world)
         rank = memory.worst_rank
         (run,) = run_as_rank(rank, world, run_all, [case], 2, timeout=1800)
         measured = run.later[-1].step_peak
         yield {
-            "model": f"{model} / {scale}",
+            "model": f"{model} / {divisor}",
             "ranks": world,
             "groups": way,
             "rank": rank,
             "measured, bytes": measured,
             "predicted, bytes": memory.step_peak,
-            "measured at full size, GiB": round(measured * scale**2 / GIB, 3),
+            "measured at full size, GiB": round(measured * divisor / GIB, 3),
             "predicted at full size, GiB": round(predicted(large[way], world).step_peak / GIB, 3),
         }
 
@@ -101,7 +101,7 @@ def plot(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", type=int, default=16)
+    parser.add_argument("--divisor", type=int, default=256)
     parser.add_argument("--run-at", type=int, nargs="*", default=[64, 1024])
     given = parser.parse_args()
     rows = [row(*model, world) for model in MODELS.items() for world in WORLDS]
@@ -113,7 +113,7 @@ def main() -> None:
         one
         for model in MODELS.items()
         for world in given.run_at
-        for one in runs(*model, world, given.scale)
+        for one in runs(*model, world, given.divisor)
     ]
     plot(rows, measured)
     write("large_world_runs", measured)

@@ -58,7 +58,8 @@ def lines(
         [axes] if len(panels) == 1 else axes, panels.items(), strict=True
     ):
         for number, (curve, places) in enumerate(curves.items()):
-            axis.plot(*zip(*places, strict=True), "o-", ms=3, label=curve, color=COLOURS[number])
+            style = {"color": COLOURS[number], "lw": 3.2 - 0.5 * number}  # some curves coincide
+            axis.plot(*zip(*places, strict=True), "o-", ms=3, label=curve, **style)
         for number, (label, found) in enumerate((points or {}).items()):
             if label == panel:
                 name_ = "measured" if number == 0 else None

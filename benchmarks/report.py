@@ -38,7 +38,7 @@ def show(name: str, rows: list[dict[str, Any]]) -> None:
     table = tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     print(table)
     readme = HERE / "README.md"
-    begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
     before, _, rest = readme.read_text().partition(begin)
     after = rest.partition(end)[2]
-    readme.write_text(f"{before}{begin}{table}{end}{after}")
+    readme.write_text(f"{before}{begin}{table}\n{end}{after}")

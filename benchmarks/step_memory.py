@@ -5,7 +5,7 @@ that moves nothing, on Mixtral-8x7B's shape with all widths divided; T, R and T 
 measured. Step times are those of 2 real ranks on a smaller model, each beside DeepSpeed's
 own split: both engines step in turn.
 
-    python -m benchmarks.step_memory [--scale 16] [--world 64] [--steps 7]
+    python -m benchmarks.step_memory [--only memory] [--scale 16] [--world 64]
 """
 
 import argparse
@@ -168,31 +168,35 @@ def pivot(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
+def memory(world: int, scale: int) -> None:
+    rows = memory_rows(MODELS["Mixtral-8x7B"].shape(world, scale), world, STOCK_CAP // scale**2)
+    write("step_memory", rows, pivot(rows))
+    bars: dict[str, dict[str, float]] = {wrapper: {} for wrapper in WRAPPERS}
+    for one in rows:
+        if one["optimizer"] == "foreach":
+            bars[one["wrapper"]][one["groups"]] = one["T + R"] / MIB
+    what = f"Mixtral-8x7B's shape / {scale}, worst of {world} ranks, foreach"
+    grouped_bars("step_memory", bars, f"Step peak T + R, MiB: {what}")
+
+
+def times(scale: int, count: int) -> None:
+    small = MODELS["Mixtral-8x7B"].shape(2, scale)._replace(ep_size=1, local=1)
+    rows = time_rows(small, STOCK_CAP // scale**2, count)
+    close_pools()
+    write("step_memory_times", rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", type=int, default=16)
     parser.add_argument("--world", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--only", choices=("memory", "times"))
     given = parser.parse_args()
-    mixtral = MODELS["Mixtral-8x7B"]
-    rows = memory_rows(
-        mixtral.shape(given.world, given.scale), given.world, STOCK_CAP // given.scale**2
-    )
-    write("step_memory", rows, pivot(rows))
-    foreach = [one for one in rows if one["optimizer"] == "foreach"]
-    bars: dict[str, dict[str, float]] = {wrapper: {} for wrapper in WRAPPERS}
-    for one in foreach:
-        bars[one["wrapper"]][one["groups"]] = one["T + R"] / MIB
-    grouped_bars(
-        "step_memory",
-        bars,
-        f"Step peak T + R, MiB: Mixtral-8x7B's shape / {given.scale}, "
-        f"worst of {given.world} ranks, foreach",
-    )
-    small = mixtral.shape(2, 2 * given.scale)._replace(ep_size=1, local=1)
-    times = time_rows(small, STOCK_CAP // (2 * given.scale) ** 2, given.steps)
-    close_pools()
-    write("step_memory_times", times)
+    if given.only != "times":
+        memory(given.world, given.scale)
+    if given.only != "memory":
+        times(2 * given.scale, given.steps)
 
 
 if __name__ == "__main__":

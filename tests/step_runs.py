@@ -54,6 +54,13 @@ class Shape(NamedTuple):
         dense, expert = ([factor * n for n in sizes] for sizes in (self.dense, self.expert))
         return self._replace(dense=tuple(dense), expert=tuple(expert))
 
+    def over(self, divisor: int) -> "Shape":
+        """The same in small: every parameter has one of ``divisor`` elements."""
+        dense, expert = ([n // divisor for n in sizes] for sizes in (self.dense, self.expert))
+        return self._replace(
+            dense=tuple(dense), expert=tuple(expert), hidden=self.hidden // divisor
+        )
+
 
 class Expert(nn.Module):
     def __init__(self, sizes: tuple[int, ...]) -> None:
