@@ -164,6 +164,11 @@ def make_group_plan(
     from moe_groups.planning import best_order, trade_off
 
     step, world = step or StepConfig(), data_parallel_world(data_parallel_size)
+    if step.offloads:
+        raise InvalidArgumentError(
+            "with the optimizer on the host ('CPUAdam') the step holds next to nothing on the "
+            "device, and grouping changes nothing there: see estimate_step_memory."
+        )
     found = list(lines(table.families))
     costed = cost_lines(found, table, world)
     curve = trade_off(costed, step.settings)

@@ -12,8 +12,8 @@ from moe_groups.table import read_table
 from moe_groups.units import show_bytes
 
 if TYPE_CHECKING:
+    from moe_groups.cut_search import Line as CostLine
     from moe_groups.planning import Candidate
-    from moe_groups.planning import Line as CostLine
 
 
 def hints(
@@ -53,7 +53,7 @@ def hints(
 
 def cost_lines(found: list[Line], table: Table, world: int) -> list["CostLine"]:
     """The lines as the search wants them: sizes, and where their partitions are."""
-    from moe_groups.planning import Line as CostLine
+    from moe_groups.cut_search import Line as CostLine
 
     places: dict[str | None, Any] = {}
     costed = []
