@@ -78,6 +78,7 @@ def _environment(rank: int, world_size: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_PORT),
         "OMP_NUM_THREADS": "1",
+        "KINETO_LOG_LEVEL": "99",  # the profiler announces itself with every measurement
         "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
     }
 
