@@ -103,6 +103,7 @@ def main() -> None:
         {f"{ELEMENTS:,} elements, 2 ranks": curves},
         "Time of a step",
         ("groups", "ms"),
+        base=10,
     )
 
 

@@ -50,9 +50,13 @@ def lines(
     title: str,
     labels: tuple[str, str],
     points: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-    log_y: bool = True,
+    base: int = 2,
 ) -> None:
-    """A panel for each key of ``panels``, with its curves; ``points`` are drawn on top."""
+    """A panel for each key of ``panels``, with its curves; ``points`` are drawn on top.
+
+    Args:
+        base: of the ticks of the logarithmic x axis.
+    """
     pyplot, figure, axes = _figure(4.2 * len(panels) + 0.6, 4.0, len(panels))
     for axis, (panel, curves) in zip(
         [axes] if len(panels) == 1 else axes, panels.items(), strict=True
@@ -64,11 +68,10 @@ def lines(
             if label == panel:
                 name_ = "measured" if number == 0 else None
                 axis.plot(*zip(*found, strict=True), "kx", ms=7, label=name_)
-        axis.set_xscale("log", base=2 if max(x for c in curves.values() for x, _ in c) > 8 else 10)
+        axis.set_xscale("log", base=base)
         axis.xaxis.set_major_formatter("{x:.0f}")
-        if log_y:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(panel, fontsize=10)
         axis.set_xlabel(labels[0])
     first = axes if len(panels) == 1 else axes[0]
