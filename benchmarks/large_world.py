@@ -9,12 +9,13 @@ every figure.
 """
 
 import argparse
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.models import MODELS, STOCK_CAP, Architecture
 from benchmarks.plots import lines
-from benchmarks.report import write
+from benchmarks.report import HERE, RESULTS, write
 from benchmarks.step_memory import on_meta
 from moe_groups import StepConfig, StepMemory, estimate_step_memory
 from tests.fake_world import run_as_rank
@@ -116,6 +117,7 @@ def main() -> None:
         for one in runs(*model, world, given.divisor)
     ]
     plot(rows, measured)
+    shutil.copy(RESULTS / "large_world.png", HERE.parent / "docs" / "assets")  # the page shows it
     write("large_world_runs", measured)
 
 
