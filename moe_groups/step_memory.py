@@ -132,6 +132,7 @@ def estimate(
         groups=rows,
         step=step,
         data_parallel_size=world,
+        rank_peaks=cost.peak.tolist(),
     )
 
 
@@ -224,5 +225,18 @@ def _offloaded(
         for size in [tile.layout.partition]
     ]
     return StepMemory(
-        0, held, held, held, "offloaded", "", 0, held, resident, host, rows, step, world
+        0,
+        held,
+        held,
+        held,
+        "offloaded",
+        "",
+        0,
+        held,
+        resident,
+        host,
+        rows,
+        step,
+        world,
+        [held] * world,
     )

@@ -1,6 +1,6 @@
 """What :func:`moe_groups.estimate_step_memory` returns: figures, and how they are shown."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe_groups.step_config import StepConfig
 from moe_groups.units import show_bytes
@@ -45,6 +45,7 @@ class StepMemory:
         groups: one row for each group, in order.
         step: how the model is stepped.
         data_parallel_size: ranks of the data-parallel world.
+        rank_peaks: step peak of each rank.
     """
 
     transient: int
@@ -60,6 +61,7 @@ class StepMemory:
     groups: list[GroupMemory]
     step: StepConfig
     data_parallel_size: int
+    rank_peaks: list[int] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         rest = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in self.resident.items())

@@ -51,6 +51,7 @@ def test_numbers_by_hand() -> None:
         "master weights": 4 * (250 + 800),
         "optimizer state": 8 * (250 + 800),
     }
+    assert found.rank_peaks == [8400] * 4
     assert found.least == found.step_peak
     assert found.host == {}
     assert "8.20 KiB" in str(found)
