@@ -8,6 +8,7 @@ import torch
 from tabulate import tabulate
 
 from moe_groups.errors import InvalidArgumentError, MeasurementError
+from moe_groups.garbage import no_garbage_collection
 from moe_groups.memory_recorders import CPURecorder, CUDARecorder, Recording, Segment
 
 _Recorder: TypeAlias = CPURecorder | CUDARecorder
@@ -233,12 +234,17 @@ def _recording(recorder: _Recorder) -> Iterator[list[Recording]]:
     recordings: list[Recording] = []
     recorder.start()
     _measuring = True
+    ended = False
     try:
         yield recordings
-        recorder.mark()
+        ended = True
     finally:
         _measuring = False
-        recording = recorder.stop()
+        # What is collected after the last mark was still there in the block.
+        with no_garbage_collection():
+            if ended:
+                recorder.mark()
+            recording = recorder.stop()
     if len(recording.segments) != recorder.marks - 1:
         raise MeasurementError(
             "A profiler ran inside the measurement, which ended the recording: run it elsewhere."

@@ -15,6 +15,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moe_groups.cpu_allocator import reporter, start_profiler, stop_profiler
+from moe_groups.garbage import no_garbage_collection
 from moe_groups.live_storages import live_storages
 
 
@@ -77,14 +78,24 @@ class CPURecorder:
         start_profiler()
         try:
             self._reporter.all_threads.value = True
-            for storage in live_storages("cpu"):
-                address, size = storage.data_ptr(), storage.nbytes()
-                self._old[address] = size, StorageWeakRef(storage)
-                self._reporter.new(address, size)
+            self._announce()
             self.mark()
         except BaseException:
             self.stop()
             raise
+
+    def _announce(self) -> None:
+        """Tell the allocator's table of the blocks that are there.
+
+        What is released meanwhile is not released in the first segment: garbage, unless it
+        waits, and what other threads let go of.
+        """
+        with no_garbage_collection():
+            for storage in live_storages("cpu"):
+                address, size = storage.data_ptr(), storage.nbytes()
+                self._old[address] = size, StorageWeakRef(storage)
+                self._reporter.new(address, size)
+        self._old = {key: old for key, old in self._old.items() if not old[1].expired()}
 
     def mark(self) -> None:
         """End a segment and begin the next."""

@@ -1,14 +1,14 @@
 """Optimizer param groups that know their layer and their expert."""
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_groups import _deepspeed
 from moe_groups.caps import Caps
 from moe_groups.cost_warning import warn_if_costly
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
+from moe_groups.garbage import no_garbage_collection
 from moe_groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
 from moe_groups.plan import LEVELS, Key, PlannedGroup, SplitBy, make_plan
 from moe_groups.rules import NoDecay, Overrides, Rules
@@ -151,7 +151,8 @@ def _make_groups(
     params: ParamsInput, rules: Rules, make: Callable[[GroupInput], list[PlannedGroup]]
 ) -> list[ParamGroup]:
     """Tag, plan with ``make``, and prepare DeepSpeed; all of it or nothing."""
-    with _no_garbage_collection():
+    # The collector would walk a large model over and over, and grouping makes no cycles.
+    with no_garbage_collection():
         given = read_input(params)
         with given.model.written() if given.model else contextlib.nullcontext():
             groups = make(given)
@@ -186,22 +187,6 @@ def split_params_into_different_moe_groups_for_optimizer(
             "or tuple of them. For a module or parameters call create_moe_param_groups."
         )
     return create_moe_param_groups(param_groups, split_by=split_by, max_group_size=max_group_size)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Hold the cyclic collector back: it would walk a large model over and over.
-
-    Grouping makes a few small objects for each parameter and no cycles.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _group_dicts(plan: list[PlannedGroup], given: GroupInput, rules: Rules) -> list[ParamGroup]:

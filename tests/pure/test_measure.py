@@ -45,6 +45,26 @@ def test_nothing() -> None:
     assert memory.before == memory.peak == memory.after
 
 
+def test_garbage_that_is_collected_at_any_time() -> None:
+    """In the region or after it, even while the measurement ends."""
+    thresholds = gc.get_threshold()
+    try:
+        for wait in range(1, 150):
+            gc.disable()
+            cycle: list[Any] = [block(40)]
+            cycle.append(cycle)
+            with measure_step_memory("cpu") as memory:
+                del cycle
+                gc.set_threshold(gc.get_count()[0] + wait)
+                gc.enable()
+            gc.set_threshold(*thresholds)
+            assert memory.kept == 0
+            assert memory.held in (0, 40)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+
+
 def test_made_and_dropped() -> None:
     assert figures(measured(lambda: block(1000))) == (1000, 0, 0)
 
