@@ -29,12 +29,14 @@ class Line:
         ranks: ranks that share them.
         partition_of: the partition that each rank of the data-parallel world owns.
         count: lines that are all like this one.
+        dense: no experts.
     """
 
     sizes: tuple[int, ...]
     ranks: int
     partition_of: Ints
     count: int = 1
+    dense: bool = False
 
     def tile(self, start: int, stop: int) -> GroupOnRanks:
         return GroupOnRanks(self.sizes[start:stop], self.partition_of, self.ranks, self.count)
@@ -59,7 +61,7 @@ def _simple(lines: Sequence[Line]) -> Iterator[tuple[Cut, ...]]:
     """
     whole = tuple(((0, len(line.sizes)),) for line in lines)
     yield whole
-    dense = [line.ranks == len(line.partition_of) for line in lines]
+    dense = [line.dense for line in lines]
     for cut in (_so_many, _even, _greedy):
         for number in _numbers(lines, cut is _so_many):
             tiles = tuple(cut(line, number) for line in lines)

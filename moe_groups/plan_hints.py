@@ -62,5 +62,6 @@ def cost_lines(found: list[Line], table: Table, world: int) -> list["CostLine"]:
             places[key.parallel_group] = on_ranks((1,), key.parallel_group, world)
         place = places[key.parallel_group]
         sizes = tuple(table.sizes[row] for row in rows)
-        costed.append(CostLine(sizes, place.ranks, place.partition_of))
+        dense = key.parallel_group is None
+        costed.append(CostLine(sizes, place.ranks, place.partition_of, dense=dense))
     return costed

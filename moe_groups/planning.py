@@ -114,9 +114,9 @@ def _best(found: Iterable[Candidate]) -> list[Candidate]:
 
 def _bundle(lines: Sequence[Line]) -> tuple[list[Line], list[int]]:
     """Lines that are alike as few lines with a count, and the bundle of each line."""
-    alike: dict[tuple[tuple[int, ...], int, bytes], list[int]] = {}
+    alike: dict[tuple[tuple[int, ...], int, bytes, bool], list[int]] = {}
     for index, line in enumerate(lines):
-        key = line.sizes, line.ranks, line.partition_of.tobytes()
+        key = line.sizes, line.ranks, line.partition_of.tobytes(), line.dense
         alike.setdefault(key, []).append(index)
     bundles: list[Line] = []
     member_of = [0] * len(lines)

@@ -59,7 +59,6 @@ def test_garbage_that_is_collected_at_any_time() -> None:
                 gc.enable()
             gc.set_threshold(*thresholds)
             assert memory.kept == 0
-            assert memory.held in (0, 40)
     finally:
         gc.set_threshold(*thresholds)
         gc.enable()
