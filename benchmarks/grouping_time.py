@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.report import write
 from moe_groups import ExpertTag, create_moe_param_groups, set_expert_tag
+from moe_groups.param_groups import DEEPSPEED_MAX_GROUP_SIZE
 
 HIDDEN, INNER = 7168, 2048
 
@@ -60,7 +61,7 @@ def main() -> None:
     create_moe_param_groups(small.parameters())  # imports DeepSpeed's wrappers once
     rows = []
     for split_by in ("parallel_group", "module", "expert"):
-        for cap in (None, 178_956_971):
+        for cap in (None, DEEPSPEED_MAX_GROUP_SIZE):
             times: dict[str, list[float]] = {"stock": [], "ours": [], "quarter": [], "module": []}
             for _ in range(repeats):
                 stock = {"params": list(large.parameters()), "name": "dense"}

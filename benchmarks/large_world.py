@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.models import MODELS, STOCK_CAP, Architecture
+from benchmarks.models import MODELS, Architecture
 from benchmarks.plots import lines
 from benchmarks.report import HERE, RESULTS, write
 from benchmarks.step_memory import on_meta
 from moe_groups import StepConfig, StepMemory, estimate_step_memory
+from moe_groups.param_groups import DEEPSPEED_MAX_GROUP_SIZE
 from tests.fake_world import run_as_rank
 from tests.step_runs import Case, Shape, make_groups, run_all
 
@@ -31,7 +32,7 @@ def ways(shape: Shape, divisor: int) -> dict[str, Case]:
     most = shape.layers + 1
     return {
         "no cap": Case(PLAIN, "stock", None, shape),
-        "stock, default cap": Case(PLAIN, "stock", STOCK_CAP // divisor, shape),
+        "stock, default cap": Case(PLAIN, "stock", DEEPSPEED_MAX_GROUP_SIZE // divisor, shape),
         "per layer": Case(PLAIN, "module", None, shape),
         "planned": Case(PLAIN, "planned mixed", most, shape),
         "planned, compact": Case(COMPACT, "planned mixed", most, shape),

@@ -84,6 +84,3 @@ MODELS = {
         dense_inner=18432,
     ),
 }
-
-STOCK_CAP = 178956971
-"""Elements of a group in DeepSpeed's split, unless told."""

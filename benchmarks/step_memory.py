@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import MODELS, STOCK_CAP
+from benchmarks.models import MODELS
 from benchmarks.plots import grouped_bars
 from benchmarks.report import write
 from moe_groups import StepConfig, estimate_step_memory
+from moe_groups.param_groups import DEEPSPEED_MAX_GROUP_SIZE
 from tests.fake_world import run_as_rank
 from tests.ranks import close_pools, run_in_fresh_processes
 from tests.step_runs import OPTIONS, Case, Model, Run, Shape, make_groups, run_all, start
@@ -169,7 +170,9 @@ def pivot(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def memory(world: int, scale: int) -> None:
-    rows = memory_rows(MODELS["Mixtral-8x7B"].shape(world, scale), world, STOCK_CAP // scale**2)
+    rows = memory_rows(
+        MODELS["Mixtral-8x7B"].shape(world, scale), world, DEEPSPEED_MAX_GROUP_SIZE // scale**2
+    )
     write("step_memory", rows, pivot(rows))
     bars: dict[str, dict[str, float]] = {wrapper: {} for wrapper in WRAPPERS}
     for one in rows:
@@ -181,7 +184,7 @@ def memory(world: int, scale: int) -> None:
 
 def times(scale: int, count: int) -> None:
     small = MODELS["Mixtral-8x7B"].shape(2, scale)._replace(ep_size=1, local=1)
-    rows = time_rows(small, STOCK_CAP // scale**2, count)
+    rows = time_rows(small, DEEPSPEED_MAX_GROUP_SIZE // scale**2, count)
     close_pools()
     write("step_memory_times", rows)
 

@@ -3,10 +3,9 @@
 from numbers import Real
 from typing import TYPE_CHECKING
 
-import torch
-
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.plan import largest_group
+from moe_groups.world import sharing_ranks, world_size
 
 if TYPE_CHECKING:
     from moe_groups.plan import Key
@@ -27,20 +26,20 @@ class Caps:
         self.nbytes = _cap("max_group_bytes", nbytes)
         self.world = _cap("data_parallel_size", world)
         if self.nbytes is not None and self.world is None:
-            if not torch.distributed.is_initialized():
+            self.world = world_size()
+            if self.world is None:
                 raise InvalidArgumentError(
                     "max_group_bytes counts the bytes on one rank, but the number of ranks is not "
                     "known yet: call deepspeed.init_distributed() first or pass "
                     "data_parallel_size."
                 )
-            self.world = torch.distributed.get_world_size()
 
     def of(self, key: "Key") -> int | None:
         """The cap of groups with this key, in elements."""
         if self.nbytes is None:
             return self.size
         assert self.world is not None
-        ranks = _ranks(key.parallel_group, self.world)
+        ranks = sharing_ranks(key.parallel_group, self.world)
         most = max(1, largest_group(self.nbytes, key.dtype.itemsize, ranks))
         return most if self.size is None else min(most, self.size)
 
@@ -51,16 +50,3 @@ def _cap(name: str, value: int | float | None) -> int | None:
     if isinstance(value, bool) or not isinstance(value, Real) or not value >= 1:
         raise InvalidArgumentError(f"{name}={value!r} must be a number of at least 1, or None.")
     return int(value)
-
-
-def _ranks(parallel_group: str | None, world: int) -> int:
-    """Ranks that share a parameter: the data-parallel world, for experts by their EP size."""
-    if parallel_group is None:
-        return world
-    ep_size = int(parallel_group.removeprefix("ep_size_"))
-    if world % ep_size:
-        raise InvalidArgumentError(
-            f"a data-parallel world of {world} ranks cannot hold experts with "
-            f"{parallel_group}: data_parallel_size must be a multiple of {ep_size}."
-        )
-    return world // ep_size

@@ -4,13 +4,12 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-
 from moe_groups.errors import CostlyGroupsWarning
 from moe_groups.plan import PlannedGroup, SplitBy, Table, lines
 from moe_groups.step_config import StepConfig
 from moe_groups.step_memory import on_ranks
 from moe_groups.units import show_bytes
+from moe_groups.world import ep_size_of, world_size
 
 FACTOR = 1.5
 WORTH_A_WORD = 64 << 20
@@ -28,7 +27,7 @@ def warn_if_costly(
 
     Silent where the number of ranks is not known, or does not fit the experts.
     """
-    world = data_parallel_size or _world_size()
+    world = data_parallel_size or world_size()
     config = step or StepConfig()
     if world is None or config.offloads or not _fits(table, world):
         return
@@ -36,9 +35,7 @@ def warn_if_costly(
     from moe_groups.planning import trade_off
     from moe_groups.step_cost import step_cost
 
-    alike = Counter(
-        (tuple(table.sizes[row] for row in rows), key.parallel_group) for _, key, _, rows in groups
-    )
+    alike = Counter((table.sizes_of(rows), key.parallel_group) for _, key, _, rows in groups)
     tiles = [on_ranks(*tile, world, count) for tile, count in alike.items()]
     peak = int(step_cost(tiles, config.settings).peak.max())
     if peak < WORTH_A_WORD:
@@ -56,12 +53,5 @@ def warn_if_costly(
         )
 
 
-def _world_size() -> int | None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return None
-
-
 def _fits(table: Table, world: int) -> bool:
-    names = {key.parallel_group for key in table.families if key.parallel_group}
-    return all(world % int(name.removeprefix("ep_size_")) == 0 for name in names)
+    return all(world % ep_size_of(key.parallel_group) == 0 for key in table.families)

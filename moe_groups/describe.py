@@ -16,6 +16,7 @@ from moe_groups.tags import (
     numel_of,
     parallel_group_of,
 )
+from moe_groups.world import ep_size_of, world_size
 
 _Pairs: TypeAlias = list[tuple[Mapping[str, Any], list[torch.Tensor]]]
 
@@ -51,7 +52,7 @@ def describe(
         )
     else:
         pairs = _read_pairs(getattr(groups, "param_groups", groups))
-        world = data_parallel_size or _world_size()
+        world = data_parallel_size or world_size() or 1
     rows = [_row(i, group, params, world) for i, (group, params) in enumerate(pairs) if params]
     return GroupTable(rows, max_rows)
 
@@ -84,7 +85,7 @@ def _row(index: int, group: Mapping[str, Any], params: list[torch.Tensor], world
     name = tag.parallel_group if tag else parallel_group_of(str(group.get("name")))
     if moe and PARALLEL_GROUP.fullmatch(name):
         known = _deepspeed.expert_data_parallel_size(name)
-        ranks = known or max(1, world // int(name.removeprefix("ep_size_")))
+        ranks = known or max(1, world // ep_size_of(name))
         ep_rank = _deepspeed.expert_parallel_rank(name)
         if number is not None and ep_rank is not None and tag is not None:
             number = tag.global_number(ep_rank)
@@ -100,11 +101,6 @@ def _row(index: int, group: Mapping[str, Any], params: list[torch.Tensor], world
         lr=_number(group.get("lr")),
         weight_decay=_number(group.get("weight_decay")),
     )
-
-
-def _world_size() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
 
 
 def _number(value: Any) -> float | None:

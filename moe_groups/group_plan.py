@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moe_groups.arguments import check_one_of
 from moe_groups.errors import InvalidArgumentError, PlanError
 from moe_groups.inputs import GroupInput, ParamsInput, read_input
 from moe_groups.plan import (
@@ -134,10 +135,7 @@ def plan_param_groups(
         ...                          data_parallel_size=64)              # doctest: +SKIP
         >>> groups = create_moe_param_groups(model, plan=plan)           # doctest: +SKIP
     """
-    if split_by not in LEVELS:
-        raise InvalidArgumentError(
-            f"split_by={split_by!r} is unknown: use one of {', '.join(map(repr, LEVELS))}."
-        )
+    check_one_of("split_by", split_by, LEVELS)
     if max_groups is not None and (step_memory_budget != "auto" or max_groups < 1):
         raise InvalidArgumentError(
             f"max_groups={max_groups!r} must be at least 1, and goes without step_memory_budget."

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_groups import _deepspeed
+from moe_groups.arguments import check_one_of
 from moe_groups.caps import Caps
 from moe_groups.cost_warning import warn_if_costly
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
@@ -111,10 +112,7 @@ def create_moe_param_groups(
                 f"given here beside it ({', '.join(key for key, set_ in beside.items() if set_)})."
             )
         return _groups_of_plan(params, plan)
-    if split_by not in LEVELS:
-        raise InvalidArgumentError(
-            f"split_by={split_by!r} is unknown: use one of {', '.join(map(repr, LEVELS))}."
-        )
+    check_one_of("split_by", split_by, LEVELS)
     caps = Caps(max_group_size, max_group_bytes, data_parallel_size)
     if step_memory_budget is not None and (max_group_size or max_group_bytes) is not None:
         raise InvalidArgumentError(

@@ -50,6 +50,10 @@ class Table:
     sizes: list[int]
     families: Families
 
+    def sizes_of(self, rows: Rows) -> tuple[int, ...]:
+        """Elements of each parameter in these rows."""
+        return tuple(self.sizes[row] for row in rows)
+
 
 PlannedGroup: TypeAlias = tuple[str, Key, int | None, Rows]
 """Name (unique, for experts a valid process-group key), key, expert number and rows."""

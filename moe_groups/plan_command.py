@@ -19,6 +19,7 @@ from moe_groups.step_config import StepConfig
 from moe_groups.step_memory import estimate
 from moe_groups.step_report import StepMemory
 from moe_groups.table import read_table
+from moe_groups.world import ep_size_of
 
 _Sized = tuple[str, tuple[int, ...], str | None]
 """Name, sizes of the parameters and parallel group of a group."""
@@ -172,8 +173,8 @@ def _measured(model: nn.Module, pp_rank: int | None, total: int | None) -> RankM
     in_experts: Counter[str] = Counter()
     for key, _, rows in lines(table.families):
         if key.parallel_group:
-            in_experts[key.parallel_group] += sum(table.sizes[row] for row in rows)
-    sizes = sorted(int(name.removeprefix("ep_size_")) for name in in_experts)
+            in_experts[key.parallel_group] += sum(table.sizes_of(rows))
+    sizes = sorted(ep_size_of(name) for name in in_experts)
     return RankModel(model, pp_rank, total, held, in_experts.total(), sizes)
 
 
@@ -194,7 +195,7 @@ def _capped(rank: RankModel, request: PlanRequest, cap: int | None) -> StepMemor
     given = read_input(rank.model)
     table = read_table(given, Rules(None, None, ()), request.split_by)
     named = [
-        (name, tuple(table.sizes[row] for row in rows), key.parallel_group)
+        (name, table.sizes_of(rows), key.parallel_group)
         for name, key, _, rows in make_plan(table, lambda key: cap, given.groups)
     ]
     return estimate(named, request.step, request.data_parallel_size)
@@ -209,7 +210,7 @@ def _stock(model: nn.Module) -> list[_Sized]:
     table = read_table(read_input(model), Rules(None, None, ()), "parallel_group")
     found: list[_Sized] = []
     for key, _, rows in lines(table.families):
-        sizes = [table.sizes[row] for row in rows]
+        sizes = table.sizes_of(rows)
         name = key.parallel_group or "dense"
         tiles = _filled(sizes, DEEPSPEED_MAX_GROUP_SIZE) if key.parallel_group else [sizes]
         found += [(name, tuple(tile), key.parallel_group) for tile in tiles]

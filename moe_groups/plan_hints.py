@@ -61,7 +61,7 @@ def cost_lines(found: list[Line], table: Table, world: int) -> list["CostLine"]:
         if key.parallel_group not in places:
             places[key.parallel_group] = on_ranks((1,), key.parallel_group, world)
         place = places[key.parallel_group]
-        sizes = tuple(table.sizes[row] for row in rows)
         dense = key.parallel_group is None
+        sizes = table.sizes_of(rows)
         costed.append(CostLine(sizes, place.ranks, place.partition_of, dense=dense))
     return costed

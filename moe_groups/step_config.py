@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from moe_groups.arguments import check_one_of
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.step_cost import MASTER, TEMPORARIES, StepSettings
 
@@ -46,9 +47,9 @@ class StepConfig:
     weight_bytes: int = 2
 
     def __post_init__(self) -> None:
-        _one_of("zero_stage", self.zero_stage, (1, 2))
-        _one_of("optimizer", self.optimizer, tuple(_KINDS))
-        _one_of("grad_accum_dtype", self.grad_accum_dtype, ("bf16", "fp32"))
+        check_one_of("zero_stage", self.zero_stage, (1, 2))
+        check_one_of("optimizer", self.optimizer, tuple(_KINDS))
+        check_one_of("grad_accum_dtype", self.grad_accum_dtype, ("bf16", "fp32"))
         if self.compact_gradients and (self.bf16_optimizer or self.offloads):
             raise InvalidArgumentError(
                 "compact_gradients=True is for ZeRO-1 and ZeRO-2 with the optimizer on the device: "
@@ -139,10 +140,3 @@ def optimizer_kind(optimizer: torch.optim.Optimizer | None) -> OptimizerKind:
     foreach = optimizer.defaults.get("foreach")
     on_gpu = any(p.is_cuda for group in optimizer.param_groups for p in group["params"])
     return "foreach" if foreach or (foreach is None and on_gpu) else "for-loop"
-
-
-def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        raise InvalidArgumentError(
-            f"{name}={value!r} is unknown: use one of {', '.join(map(repr, known))}."
-        )

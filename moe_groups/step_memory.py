@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.step_config import StepConfig
 from moe_groups.step_report import GroupMemory, StepMemory
 from moe_groups.tags import get_expert_tag, numel_of, parallel_group_of
+from moe_groups.world import sharing_ranks, world_size
 
 if TYPE_CHECKING:
     from moe_groups.step_cost import GroupOnRanks
@@ -65,8 +64,9 @@ def data_parallel_world(size: int | None) -> int:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InvalidArgumentError(f"data_parallel_size={size!r} must be at least 1.")
         return size
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
+    known = world_size()
+    if known is not None:
+        return known
     raise InvalidArgumentError(
         "the number of ranks is not known yet: pass data_parallel_size, or call "
         "deepspeed.init_distributed() first."
@@ -151,13 +151,8 @@ def on_ranks(
 
     from moe_groups.step_cost import GroupOnRanks
 
-    ep_size = int(parallel_group.removeprefix("ep_size_")) if parallel_group else 1
-    if world % ep_size:
-        raise InvalidArgumentError(
-            f"a data-parallel world of {world} ranks cannot hold experts with {parallel_group}: "
-            f"data_parallel_size must be a multiple of {ep_size}."
-        )
-    return GroupOnRanks(sizes, np.arange(world) // ep_size, world // ep_size, count)
+    ranks = sharing_ranks(parallel_group, world)
+    return GroupOnRanks(sizes, np.arange(world) // (world // ranks), ranks, count)
 
 
 def _held(tiles: Sequence["GroupOnRanks"], step: StepConfig) -> list[int]:
