@@ -9,7 +9,6 @@ groups, both engines stepping in turn.
 
 import argparse
 import statistics
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 from benchmarks.plots import lines
 from benchmarks.report import write
+from benchmarks.timing import milliseconds
 from moe_groups import StepConfig, compact_gradients, create_moe_param_groups
 from tests.ranks import close_pools, run_in_fresh_processes
 from tests.step_runs import Case, deepspeed_config
@@ -62,12 +62,7 @@ def engine(step: StepConfig, count: int) -> Any:
 
 def timed_step(made: Any) -> float:
     made.backward(made())
-    torch.distributed.barrier()
-    begin = time.perf_counter()
-    made.step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - begin)
+    return milliseconds(made.step)
 
 
 def measure(step: StepConfig, count: int, steps: int) -> tuple[float, float]:
@@ -90,11 +85,11 @@ def main() -> None:
         row: dict[str, Any] = {"groups": count}
         for label, step in STEPS.items():
             results = run_in_fresh_processes(2, measure, step, count, steps, timeout=1800)
-            milliseconds, ratio = results[0]
-            row[f"{label}, ms"] = round(milliseconds, 1)
+            median, ratio = results[0]
+            row[f"{label}, ms"] = round(median, 1)
             if step.compact_gradients:
                 row["compact / ZeRO-2, same groups"] = round(ratio, 2)
-            curves[label].append((count, milliseconds))
+            curves[label].append((count, median))
         rows.append(row)
     close_pools()
     write("group_count_cost", rows)

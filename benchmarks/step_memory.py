@@ -11,7 +11,6 @@ own split: both engines step in turn.
 import argparse
 import gc
 import statistics
-import time
 from collections import defaultdict
 from dataclasses import replace
 from itertools import product
@@ -22,6 +21,7 @@ import torch
 from benchmarks.models import MODELS
 from benchmarks.plots import grouped_bars
 from benchmarks.report import write
+from benchmarks.timing import milliseconds
 from moe_groups import StepConfig, estimate_step_memory
 from moe_groups.param_groups import DEEPSPEED_MAX_GROUP_SIZE
 from tests.fake_world import run_as_rank
@@ -128,12 +128,7 @@ def paired_times(reference: Case, others: list[Case], count: int) -> list[float]
             times = []
             for engine in (first, second):
                 engine.backward(engine())
-                torch.distributed.barrier()
-                begin = time.perf_counter()
-                engine.step()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - begin)
+                times.append(milliseconds(engine.step))
             ratios.append(times[1] / times[0])
         found.append(statistics.median(ratios[2:]))
         del second, engine
