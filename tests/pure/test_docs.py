@@ -14,6 +14,7 @@ space does not count when text is compared. Other Python blocks must compile.
 
 import contextlib
 import io
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,3 +150,13 @@ def test_api_page_has_every_public_name() -> None:
     page = (ROOT / "docs/api.md").read_text()
     documented = re.findall(r"^::: moe_groups\.(?:\w+\.)*(\w+)$", page, re.MULTILINE)
     assert set(moe_groups.__all__) <= set(documented)
+
+
+def test_readme_quotes_the_benchmark() -> None:
+    """Mixtral's figures are those of ``benchmarks/large_world.py``, to two digits."""
+    results = json.loads((ROOT / "benchmarks/results/large_world.json").read_text())
+    found = {(row["model"], row["ranks"]): row for row in results["rows"]}
+    small, large = found["Mixtral-8x7B", 64], found["Mixtral-8x7B", 128]
+    table = (ROOT / "README.md").read_text().partition("| | 64 ranks | 128 ranks |")[2]
+    for key in ("stock, default cap", "no cap", "planned", "planned, compact"):
+        assert f"| {small[key]:.2f} GiB | {large[key]:.2f} GiB |" in table, key
