@@ -15,12 +15,15 @@ train as before, bit for bit):
   norms where ranks that share an expert disagree: names are merged to one per parallel
   group before the norm and the reduction see them, and all experts count. Sums are then
   those of DeepSpeed's own names, bit for bit;
+* ``save_checkpoint`` and ``load_checkpoint`` write and compare what the groups were
+  (``checkpoint_guard.py``);
 * ``BF16_Optimizer`` collects garbage and prints the memory twice for each group while it
   is set up, 0.3 s a group: not for more groups than a handful.
 """
 
 import functools
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -33,7 +36,7 @@ from moe_groups.errors import (
     ParameterInputError,
     UnsupportedDeepSpeedError,
 )
-from moe_groups.tags import is_expert_parameter, parallel_group_of
+from moe_groups.tags import is_expert_parameter, numel_of, parallel_group_of
 
 TESTED_VERSION = "0.19.8"
 _DICTS = (
@@ -165,6 +168,10 @@ def _remember(engine: Any, optimizer: Any) -> None:
         record = Given(str(group.get("name", "")), options, group.get("lr") != default)
         given.update((id(param), record) for param in group["params"])
     setattr(engine, _GIVEN, given)
+    if guard_of(engine) is None:
+        from moe_groups.checkpoint_guard import Guard
+
+        set_guard(engine, Guard())
 
 
 def scheduled_peaks(engine: Any) -> list[float] | None:
@@ -177,6 +184,113 @@ def is_engine(value: object) -> bool:
     """Is ``value`` a DeepSpeed engine (its pipeline engine included)?"""
     module = sys.modules.get("deepspeed.runtime.engine")
     return module is not None and isinstance(value, module.DeepSpeedEngine)
+
+
+# ---- checkpoints ----------------------------------------------------------------------
+
+_GUARD = "_moe_groups_guard"
+
+
+class LaidOut(NamedTuple):
+    """A group as this rank's wrapper laid it out.
+
+    Attributes:
+        options: the dict of the optimizer.
+        members: ``(name, parameter, first element in the group's flat buffer)``.
+        ranks: data-parallel ranks that share it, in the order of their partitions.
+    """
+
+    options: dict[str, Any]
+    members: list[tuple[str, torch.Tensor, int]]
+    ranks: list[int]
+
+
+def laid_out_groups(engine: Any) -> list[LaidOut]:
+    """This rank's groups in order, with the names that DeepSpeed writes into checkpoints.
+
+    ZeRO-1/2 may reorder a group (``round_robin_gradients``) and align parameters
+    (``parameter_alignment``); the other wrappers lay parameters behind each other.
+    """
+    optimizer = engine.optimizer
+    data_parallel = torch.distributed.get_process_group_ranks(_data_parallel_group(engine))
+    position = {rank: index for index, rank in enumerate(data_parallel)}
+    groups = []
+    for index, (options, params) in enumerate(stepped_groups(engine)):
+        if hasattr(optimizer, "round_robin_bit16_groups"):
+            params = optimizer.round_robin_bit16_groups[index]
+            offsets = optimizer.round_robin_bit16_offsets[index]
+        else:
+            sizes = [numel_of(param) for param in params]
+            offsets = [0, *itertools.accumulate(sizes)][: len(sizes)]
+        shared = getattr(optimizer, "real_dp_process_group", None)
+        if shared:
+            ranks = torch.distributed.get_process_group_ranks(shared[index])
+        else:
+            ranks = _sharing_ranks(options) or data_parallel
+        names = (engine.param_names.get(param, "?") for param in params)
+        members = list(zip(names, params, offsets, strict=True))
+        groups.append(LaidOut(options, members, [position[rank] for rank in ranks]))
+    return groups
+
+
+def _data_parallel_group(engine: Any) -> Any:
+    group = getattr(engine.optimizer, "dp_process_group", None)
+    return engine_data_parallel_group(engine) if group is None else group
+
+
+def _sharing_ranks(options: Mapping[str, Any]) -> list[int] | None:
+    from deepspeed.utils import groups
+
+    base = parallel_group_of(str(options.get("name", "")))
+    known = groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.get(base) if options.get("moe") else None
+    return None if known is None else list(known)
+
+
+def checkpoint_rank(engine: Any) -> tuple[int, int]:
+    """``(model-parallel rank, data-parallel rank)``, which name this rank's files."""
+    return engine.checkpoint_mp_rank, torch.distributed.get_rank(_data_parallel_group(engine))
+
+
+def wrapper_name(engine: Any) -> str:
+    """Who steps: "ZeRO-1", "ZeRO-2", "BF16_Optimizer", or the class of another wrapper."""
+    optimizer = engine.optimizer
+    name = type(optimizer).__name__
+    if name == "DeepSpeedZeroOptimizer":
+        return "ZeRO-2" if optimizer.partition_gradients else "ZeRO-1"
+    return name
+
+
+def checkpoint_tag(engine: Any, tag: object) -> str:
+    """The name under which ``save_checkpoint`` saves."""
+    return f"global_step{engine.global_steps}" if tag is None else str(tag)
+
+
+def guard_of(engine: Any) -> Any:
+    """What :func:`set_guard` set; None where the engine's checkpoints are not guarded."""
+    return getattr(engine, _GUARD, None)
+
+
+def set_guard(engine: Any, guard: Any) -> None:
+    """Guard the engine's checkpoints (``checkpoint_guard.py`` says with what)."""
+    setattr(engine, _GUARD, guard)
+
+
+def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
+    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from moe_groups.checkpoint_guard import guarded_save
+
+        return guarded_save(self, functools.partial(original, self), args, kwargs)
+
+    return save_checkpoint
+
+
+def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from moe_groups.checkpoint_guard import guarded_load
+
+        return guarded_load(self, functools.partial(original, self), args, kwargs)
+
+    return load_checkpoint
 
 
 # ---- unique names in DeepSpeed's wrappers ----------------------------------------------
@@ -326,6 +440,8 @@ _BF16 = "deepspeed.runtime.bf16_optimizer"
 _CHANGES: tuple[tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]]], ...] = (
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_broadcast_model", _wrap_broadcast),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_do_optimizer_sanity_check", _wrap_sanity_check),
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "save_checkpoint", _wrap_save),
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "load_checkpoint", _wrap_load),
     (f"{_BF16}:BF16_Optimizer", "_setup_for_real_optimizer", _wrap_setup),
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_norm", _wrap_grads_for_norm),
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_reduction", _wrap_grads_for_reduction),

@@ -34,6 +34,31 @@ class MeasurementError(MoEGroupsError):
     """Memory cannot be measured here, or a measurement is used out of turn."""
 
 
+class CheckpointError(MoEGroupsError):
+    """A checkpoint cannot be read, converted or written; nothing has been changed by it."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """A checkpoint was saved with other groups than the engine has; it was not loaded.
+
+    Attributes:
+        lines: what differs, one line for each.
+        target: file that holds the engine's groups, for ``moe-groups regroup-checkpoint``;
+            None where converting does not help.
+    """
+
+    def __init__(self, message: str, lines: list[str], target: str | None = None) -> None:
+        self.message, self.lines, self.target = message, lines, target
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type, tuple[str, list[str], str | None]]:
+        return type(self), (self.message, self.lines, self.target)
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was saved, but without the file that says what its groups are."""
+
+
 class CostlyGroupsWarning(UserWarning):
     """Groups that need much more memory in the optimizer step than the same level of splitting."""
 

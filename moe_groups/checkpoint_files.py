@@ -1,0 +1,99 @@
+"""The files of a DeepSpeed checkpoint, found by their names (``runtime/engine.py``)."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_groups.errors import CheckpointError
+from moe_groups.flat_layout import Rank
+from moe_groups.manifest import FILE_NAME
+
+_SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+LATEST = "latest"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """What is in the folder of one tag.
+
+    Attributes:
+        directory: what ``load_checkpoint`` is given.
+        tag: name of the folder in it.
+        shards: optimizer states by rank.
+        models: dense weights and counters by model-parallel rank.
+    """
+
+    directory: Path
+    tag: str
+    shards: Mapping[Rank, Path]
+    models: Mapping[int, Path]
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self.directory / self.tag
+
+    @property
+    def manifest(self) -> Path:
+        """Our file, whether it is there or not."""
+        return self.folder / FILE_NAME
+
+    def others(self) -> list[Path]:
+        """Files that hold no optimizer state and no groups: experts' weights, scripts."""
+        known = {*self.shards.values(), *self.models.values(), self.manifest}
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        return sorted(path for path in found if path not in known)
+
+
+def find_checkpoint(directory: str | Path, tag: str | None = None) -> CheckpointFiles:
+    """The checkpoint in ``directory``, or the one whose own folder that is.
+
+    Args:
+        directory: as for ``load_checkpoint``, or the folder of a tag.
+        tag: None for what the file ``latest`` says.
+
+    Raises:
+        CheckpointError: no checkpoint is there.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory.")
+    if tag is None and not (directory / LATEST).is_file():
+        if any(map(_is_optimizer_state, directory.iterdir())):
+            whole = directory.resolve()
+            return _list(whole.parent, whole.name)
+        raise CheckpointError(
+            f"{directory} is no checkpoint of DeepSpeed: it has neither the file {LATEST!r} nor "
+            "optimizer states. A checkpoint that was not saved to its end has no such file; give "
+            "the tag if you know it."
+        )
+    tag = (directory / LATEST).read_text().strip() if tag is None else tag
+    if not (directory / tag).is_dir():
+        raise CheckpointError(f"{directory} has no checkpoint {tag!r}: there is no such folder.")
+    return _list(directory, tag)
+
+
+def _is_optimizer_state(path: Path) -> bool:
+    return _SHARD.fullmatch(path.name) is not None
+
+
+def _list(directory: Path, tag: str) -> CheckpointFiles:
+    shards: dict[Rank, Path] = {}
+    models: dict[int, Path] = {}
+    for path in sorted((directory / tag).iterdir()):
+        if match := _SHARD.fullmatch(path.name):
+            shards[Rank(int(match[2]), int(match[1]))] = path
+        elif match := _MODEL.fullmatch(path.name):
+            models[int(match[1])] = path
+    return CheckpointFiles(directory, tag, shards, models)
+
+
+def shard_name(like: Path, rank: Rank) -> str:
+    """The file name of another rank's optimizer state in the same checkpoint."""
+    match = _SHARD.fullmatch(like.name)
+    assert match is not None
+    prefix = like.name[: match.start(1)]
+    middle = like.name[match.end(1) : match.start(2)]
+    return f"{prefix}{rank.data}{middle}{rank.model:02d}{like.name[match.end(2) :]}"

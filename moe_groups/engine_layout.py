@@ -1,0 +1,108 @@
+"""The layout of a running engine: of this rank, and gathered from all."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import distributed
+
+import moe_groups
+from moe_groups import _deepspeed
+from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, merge_ranks
+from moe_groups.manifest import Manifest
+from moe_groups.plan import fingerprint
+from moe_groups.tags import get_expert_tag, parallel_group_of, shape_of
+
+LABELS = ("expert_group_name", "expert_number")
+_NOT_OPTIONS = ("params", "name", "moe", "param_names", *LABELS)
+
+
+def own_groups(engine: Any) -> tuple[Rank, list[FlatGroup]]:
+    """This rank and its groups, in the order of the optimizer; no communication."""
+    rank = Rank(*_deepspeed.checkpoint_rank(engine))
+    return rank, [_flat_group(laid_out, rank) for laid_out in _deepspeed.laid_out_groups(engine)]
+
+
+def _flat_group(laid_out: _deepspeed.LaidOut, rank: Rank) -> FlatGroup:
+    options = laid_out.options
+    parallel_group = parallel_group_of(str(options["name"])) if options.get("moe") else None
+    ep_rank = parallel_group and _deepspeed.expert_parallel_rank(parallel_group)
+    return FlatGroup(
+        name=str(options.get("name", "")),
+        ranks=tuple(laid_out.ranks),
+        params=tuple(_flat_param(*member, ep_rank) for member in laid_out.members),
+        model_rank=rank.model,
+        parallel_group=parallel_group,
+        ep_rank=ep_rank,
+        labels={key: options[key] for key in LABELS if options.get(key) is not None},
+        options=readable_options(options),
+    )
+
+
+def _flat_param(name: str, param: torch.Tensor, offset: int, ep_rank: int | None) -> FlatParam:
+    tag = get_expert_tag(param, name)
+    expert = None if tag is None or ep_rank is None else tag.global_number(ep_rank)
+    shape = tuple(shape_of(param))
+    dtype = str(param.dtype).removeprefix("torch.")
+    return FlatParam(name, math.prod(shape), offset, shape, dtype, expert)
+
+
+def readable_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters of a group as JSON holds them; what JSON cannot hold, in words."""
+    return {
+        key: _readable(value) for key, value in options.items() if key not in _NOT_OPTIONS
+    }
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, tuple | list):
+        return [_readable(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def gather_layout(engine: Any) -> Layout | None:
+    """The layout of all ranks, on the first one; None elsewhere. All ranks call it together.
+
+    A group is sent by one of the ranks that share it, so what the first rank receives grows
+    with the model and not with the number of ranks.
+    """
+    rank, groups = own_groups(engine)
+    keys = [fingerprint((group.name, group.place())) for group in groups]
+    world = distributed.get_world_size()
+    heads: list[Any] = [None] * world
+    distributed.all_gather_object(heads, (rank, keys))
+    sender: dict[bytes, int] = {}
+    for index, (_, named) in enumerate(heads):
+        for key in named:
+            sender.setdefault(key, index)
+    me = distributed.get_rank()
+    mine = {key: group for key, group in zip(keys, groups, strict=True) if sender[key] == me}
+    sent: list[Any] | None = [None] * world if me == 0 else None
+    distributed.gather_object(mine, sent)
+    if sent is None:
+        return None
+    known = {key: group for some in sent for key, group in some.items()}
+    return merge_ranks([(head, [known[key] for key in named]) for head, named in heads])
+
+
+def describe_run(engine: Any, layout: Layout) -> Manifest:
+    """The manifest of a running engine, without files."""
+    import deepspeed
+
+    about = {
+        "step": engine.global_steps,
+        "world": {
+            "ranks": distributed.get_world_size(),
+            "data_parallel": layout.data_parallel_size,
+            "model_parallel": len(layout.model_ranks),
+        },
+        "versions": {
+            "moe_groups": moe_groups.__version__,
+            "deepspeed": deepspeed.__version__,
+            "torch": str(torch.__version__),
+        },
+    }
+    return Manifest(layout, _deepspeed.wrapper_name(engine), about)

@@ -1,0 +1,206 @@
+"""What lies where in the flat buffers of an optimizer: pure data and arithmetic.
+
+ZeRO-1, ZeRO-2 and BF16_Optimizer lay the parameters of a group behind each other in one
+buffer and give each rank that shares the group an equal partition of it. A checkpoint
+holds the partitions and finds parameters in them by position alone, so this layout is what
+must be the same where it is loaded.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from moe_groups.plan import fingerprint, padded_partition
+
+
+class Rank(NamedTuple):
+    """Coordinates by which DeepSpeed names the files of a rank.
+
+    Attributes:
+        model: model-parallel rank (``mp_rank`` in file names; pipeline and tensor parallel).
+        data: data-parallel rank (``zero_pp_rank``).
+    """
+
+    model: int
+    data: int
+
+
+class FlatParam(NamedTuple):
+    """One parameter in the flat buffer of its group.
+
+    Attributes:
+        name: qualified name on the ranks that hold it (experts are numbered per rank).
+        numel: elements.
+        offset: first element in the group's buffer.
+        shape: None where a checkpoint does not tell.
+        dtype: of the model's parameter, such as "bfloat16"; None where not told.
+        expert: number of the expert over all ranks; None for what is not one expert's.
+    """
+
+    name: str
+    numel: int
+    offset: int
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+    expert: int | None = None
+
+    @property
+    def end(self) -> int:
+        """Index behind the last element in the group's buffer."""
+        return self.offset + self.numel
+
+
+@dataclass(frozen=True, slots=True)
+class FlatGroup:
+    """One optimizer group as the ranks that share it have it.
+
+    Attributes:
+        name: of the group.
+        ranks: data-parallel ranks in the order of their partitions.
+        params: in the order of their offsets.
+        model_rank: the model-parallel rank of all of them.
+        parallel_group: ``ep_size_<N>`` for experts, None for dense groups.
+        ep_rank: place of these ranks in the expert-parallel group; None for dense groups.
+        labels: our keys of the group: ``expert_group_name`` and ``expert_number``.
+        options: hyperparameters, for the reader.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    params: tuple[FlatParam, ...]
+    model_rank: int = 0
+    parallel_group: str | None = None
+    ep_rank: int | None = None
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        """Elements up to the end of the last parameter, gaps for alignment included."""
+        return max((param.end for param in self.params), default=0)
+
+    @property
+    def partition(self) -> int:
+        """Elements of one rank's partition, with padding."""
+        return padded_partition(self.numel, len(self.ranks))
+
+    def filled(self, rank: int) -> int:
+        """Elements of a data-parallel rank's partition without the padding at the group's end."""
+        start = self.ranks.index(rank) * self.partition
+        return min(max(self.numel - start, 0), self.partition)
+
+    def place(self) -> tuple[Any, ...]:
+        """All that decides where an element is; names of groups do not."""
+        rows = tuple((param.name, param.numel, param.offset) for param in self.params)
+        return self.model_rank, self.ranks, rows
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The groups of all ranks of a run.
+
+    Attributes:
+        groups: each once, however many ranks share it.
+        order: indices into ``groups`` for each rank, in the order of its optimizer.
+    """
+
+    groups: tuple[FlatGroup, ...]
+    order: Mapping[Rank, tuple[int, ...]]
+
+    def of(self, rank: Rank) -> list[FlatGroup]:
+        """This rank's groups in the order of its optimizer."""
+        return [self.groups[index] for index in self.order[rank]]
+
+    def home(self, rank: Rank) -> dict[str, tuple[FlatGroup, FlatParam]]:
+        """Where each parameter of this rank is, by name."""
+        return {param.name: (group, param) for group in self.of(rank) for param in group.params}
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Data-parallel ranks."""
+        return 1 + max((rank.data for rank in self.order), default=-1)
+
+    @property
+    def model_ranks(self) -> list[int]:
+        """Model-parallel ranks, ascending."""
+        return sorted({rank.model for rank in self.order})
+
+    def fingerprint(self) -> str:
+        """Equal for two runs in which every element is at the same place; hexadecimal."""
+        return fingerprint(
+            (rank, [group.place() for group in self.of(rank)]) for rank in sorted(self.order)
+        ).hex()
+
+
+Columns: TypeAlias = Sequence[tuple[Rank, Sequence[FlatGroup]]]
+"""Each rank with its groups."""
+
+
+def merge_ranks(columns: Columns) -> Layout:
+    """The layout of ranks that were described one by one."""
+    index_of: dict[Any, int] = {}
+    groups: list[FlatGroup] = []
+    order: dict[Rank, tuple[int, ...]] = {}
+    for rank, own in columns:
+        places = []
+        for group in own:
+            key = group.name, group.place()
+            if key not in index_of:
+                index_of[key] = len(groups)
+                groups.append(group)
+            places.append(index_of[key])
+        order[rank] = tuple(places)
+    return Layout(tuple(groups), order)
+
+
+def lay_out(params: Sequence[FlatParam], alignment: int = 1) -> tuple[FlatParam, ...]:
+    """The parameters behind each other, each but the first at a multiple of ``alignment``."""
+    placed: list[FlatParam] = []
+    offset = 0
+    for param in params:
+        offset = math.ceil(offset / alignment) * alignment
+        placed.append(param._replace(offset=offset))
+        offset += param.numel
+    return tuple(placed)
+
+
+class Piece(NamedTuple):
+    """A run of elements of one parameter in one rank's partition.
+
+    Attributes:
+        param: the parameter.
+        rank: data-parallel rank whose partition holds it.
+        start: first element in that partition.
+        skip: elements of the parameter that come before.
+        numel: elements.
+    """
+
+    param: FlatParam
+    rank: int
+    start: int
+    skip: int
+    numel: int
+
+
+def pieces(
+    group: FlatGroup, param: FlatParam, start: int = 0, stop: int | None = None
+) -> Iterator[Piece]:
+    """Where the elements ``start`` to ``stop`` of a parameter are, in order."""
+    size = group.partition
+    at = param.offset + start
+    end = param.offset + (param.numel if stop is None else stop)
+    while at < end:
+        index = at // size
+        count = min(end, (index + 1) * size) - at
+        yield Piece(param, group.ranks[index], at - index * size, at - param.offset, count)
+        at += count
+
+
+def fragments(group: FlatGroup, rank: int) -> Iterator[Piece]:
+    """What of each parameter is in this rank's partition; nothing of those that are elsewhere."""
+    first = group.ranks.index(rank) * group.partition
+    for param in group.params:
+        start, stop = max(first, param.offset), min(first + group.partition, param.end)
+        if start < stop:
+            yield Piece(param, rank, start - first, start - param.offset, stop - start)

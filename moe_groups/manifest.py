@@ -1,0 +1,197 @@
+"""``moe_groups.json``: what the groups of a checkpoint were, beside DeepSpeed's files."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_groups.errors import CheckpointError
+from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank
+
+FILE_NAME = "moe_groups.json"
+SCHEMA = 1
+_FORMAT = "moe-groups manifest"
+_COLUMNS = ("name", "shape", "dtype", "expert", "offset", "numel")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The groups of a run, and what else a reader of its checkpoint wants to know.
+
+    Attributes:
+        layout: of all ranks.
+        wrapper: who steps: "ZeRO-1", "ZeRO-2", "BF16_Optimizer" or the name of a class.
+        about: versions, world sizes, step and time, for the reader.
+        files: name and bytes of each file of the checkpoint; empty for a manifest that
+            describes a run and no checkpoint.
+    """
+
+    layout: Layout
+    wrapper: str
+    about: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, int] = field(default_factory=dict)
+
+
+def write_manifest(manifest: Manifest, path: Path) -> None:
+    """Write the file in one piece: under ``path`` is the old content or all of the new.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.writelines(_lines(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """The process's mask; there is no way to read it but to set it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read what :func:`write_manifest` wrote.
+
+    Raises:
+        CheckpointError: no such file, damaged, or written by a later release.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged, it is not JSON: {error}. Without the file, or under another name, "
+            "the groups are read from DeepSpeed's own files."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is no manifest of moe-groups.")
+    if not isinstance(content.get("schema"), int) or content["schema"] > SCHEMA:
+        raise CheckpointError(
+            f"{path} has schema {content.get('schema')!r}; this release reads up to {SCHEMA}. "
+            "Install the release of moe-groups that wrote it "
+            f"({content.get('versions', {}).get('moe_groups', 'a later one')})."
+        )
+    try:
+        manifest = _parse(content)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {type(error).__name__} {error}. Without the file, or under "
+            "another name, the groups are read from DeepSpeed's own files."
+        ) from error
+    if manifest.layout.fingerprint() != content["fingerprint"]:
+        raise CheckpointError(
+            f"{path} was changed after it was written: its fingerprint does not match. Without "
+            "the file, or under another name, the groups are read from DeepSpeed's own files."
+        )
+    return manifest
+
+
+def _lines(manifest: Manifest) -> Iterator[str]:
+    """JSON with one parameter, one rank or one file a line, so that it can be read and compared."""
+    layout = manifest.layout
+    head = {
+        "format": _FORMAT,
+        "schema": SCHEMA,
+        "fingerprint": layout.fingerprint(),
+        "wrapper": manifest.wrapper,
+        **manifest.about,
+        "params": _COLUMNS,
+    }
+    yield "{\n"
+    for key, value in head.items():
+        yield f" {json.dumps(key)}: {json.dumps(value)},\n"
+    yield ' "ranks": ' + _list(map(json.dumps, _rank_rows(layout))) + ",\n"
+    yield ' "groups": [\n'
+    for index, group in enumerate(layout.groups):
+        yield "  {" + ", ".join(
+            f"{json.dumps(key)}: {json.dumps(value)}" for key, value in _group_row(group).items()
+        )
+        yield ',\n   "params": ' + _list((json.dumps(_param_row(p)) for p in group.params), 4)
+        yield "}" + (",\n" if index + 1 < len(layout.groups) else "\n")
+    yield ' ],\n "files": {'
+    files = (f"\n  {json.dumps(name)}: {size}" for name, size in sorted(manifest.files.items()))
+    yield ",".join(files) + "}\n}\n"
+
+
+def _list(rows: Iterator[str], indent: int = 2) -> str:
+    lead = "\n" + " " * indent
+    return "[" + ",".join(lead + row for row in rows) + "]"
+
+
+def _rank_rows(layout: Layout) -> Iterator[dict[str, Any]]:
+    """Ranks with the same groups in the same order share a row."""
+    same: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for rank in sorted(layout.order):
+        same.setdefault((rank.model, layout.order[rank]), []).append(rank.data)
+    for (model, groups), data in same.items():
+        yield {"model_parallel_rank": model, "data_parallel_ranks": data, "groups": groups}
+
+
+def _group_row(group: FlatGroup) -> dict[str, Any]:
+    row = {
+        "name": group.name,
+        "key": group.parallel_group,
+        **group.labels,
+        "ep_rank": group.ep_rank,
+        "model_parallel_rank": group.model_rank,
+        "data_parallel_ranks": group.ranks,
+        "numel": group.numel,
+        "partition": group.partition,
+        "options": group.options,
+    }
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _param_row(param: FlatParam) -> list[Any]:
+    return [param.name, param.shape, param.dtype, param.expert, param.offset, param.numel]
+
+
+_NOT_LABELS = (
+    *("name", "key", "ep_rank", "model_parallel_rank", "data_parallel_ranks", "numel"),
+    *("partition", "options", "params"),
+)
+
+
+def _parse(content: dict[str, Any]) -> Manifest:
+    groups = tuple(map(_parse_group, content["groups"]))
+    order = {
+        Rank(row["model_parallel_rank"], data): tuple(row["groups"])
+        for row in content["ranks"]
+        for data in row["data_parallel_ranks"]
+    }
+    layout = Layout(groups, order)
+    for rank in order:
+        layout.of(rank)
+    known = ("format", "schema", "fingerprint", "wrapper", "params", "ranks", "groups", "files")
+    about = {key: value for key, value in content.items() if key not in known}
+    return Manifest(layout, content["wrapper"], about, content["files"])
+
+
+def _parse_group(row: dict[str, Any]) -> FlatGroup:
+    params = []
+    for name, shape, dtype, expert, offset, numel in row["params"]:
+        shape = None if shape is None else tuple(shape)
+        params.append(FlatParam(name, numel, offset, shape, dtype, expert))
+    return FlatGroup(
+        name=row["name"],
+        ranks=tuple(row["data_parallel_ranks"]),
+        params=tuple(params),
+        model_rank=row["model_parallel_rank"],
+        parallel_group=row.get("key"),
+        ep_rank=row.get("ep_rank"),
+        labels={key: value for key, value in row.items() if key not in _NOT_LABELS},
+        options=row["options"],
+    )

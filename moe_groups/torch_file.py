@@ -1,0 +1,175 @@
+"""Files of ``torch.save`` without their tensors' bytes: what is in them, and where.
+
+Such a file is a zip archive of uncompressed records, one for each storage (torch's notes on
+serialization). Loaded under ``FakeTensorMode`` it gives its content with tensors that have no
+bytes but know where in the file these are; saved under ``skip_data`` it gets records whose
+bytes are still to be written. So tensors of any size go from file to file through a small
+buffer, and nothing is ever held whole.
+"""
+
+import os
+import struct
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import skip_data
+
+from moe_groups.errors import CheckpointError
+
+_FAKE = threading.RLock()  # the modes are switched for the process
+_LOCAL_HEADER = struct.Struct("<26xHH")
+_CENTRAL_HEADER = struct.Struct("<4s12xI8xHHH12x")
+_DESCRIPTOR = b"PK\x07\x08"
+_HAS_DESCRIPTOR = 0x08
+
+
+class Record(NamedTuple):
+    """A record of the archive.
+
+    Attributes:
+        name: without the archive's folder: ``data/0`` is a storage.
+        start: offset of its first byte in the file.
+        size: bytes.
+        crc: CRC-32 that the archive states.
+    """
+
+    name: str
+    start: int
+    size: int
+    crc: int
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file, in the order of the file.
+
+    Raises:
+        CheckpointError: it is missing, cut off, or not an archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            records = []
+            for info in archive.infolist():
+                file.seek(info.header_offset)
+                name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+                start = info.header_offset + _LOCAL_HEADER.size + name + extra
+                short = info.filename.partition("/")[2]
+                records.append(Record(short, start, info.file_size, info.CRC))
+            return records
+    except (OSError, zipfile.BadZipFile, struct.error) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_skeleton(path: Path) -> Any:
+    """The content of a file with fake tensors in place of the tensors.
+
+    Unpickles, as DeepSpeed does when it loads: only for files that you trust.
+
+    Raises:
+        CheckpointError: it is missing, cut off, damaged, or in torch's format from before 1.6.
+    """
+    if path.exists() and not zipfile.is_zipfile(path):
+        raise _unreadable(path, "it is no zip archive; cut off, or in an old format of torch")
+    try:
+        with _FAKE, FakeTensorMode():
+            return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # damaged pickles raise anything
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, why: object) -> CheckpointError:
+    if isinstance(why, FileNotFoundError):
+        return CheckpointError(f"{path} is missing.")
+    lines = str(why).strip().splitlines()
+    kind = f"{type(why).__name__}: " if isinstance(why, Exception) else ""
+    return CheckpointError(f"{path} cannot be read ({kind}{lines[0] if lines else ''}).")
+
+
+def fake_like(dtype: torch.dtype, numel: int) -> torch.Tensor:
+    """A tensor without bytes, for a skeleton that is to be written."""
+    with _FAKE, FakeTensorMode():
+        return torch.empty(numel, dtype=dtype)
+
+
+def tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples, in a fixed order."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from tensors_in(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from tensors_in(value)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """A number that tensors with one storage share, while they live."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def storage_start(tensor: torch.Tensor) -> int:
+    """Offset of a loaded fake tensor's storage in its file."""
+    return int(tensor.untyped_storage()._checkpoint_offset)
+
+
+def tensor_start(tensor: torch.Tensor) -> int:
+    """Offset of a loaded fake tensor's first element in its file."""
+    assert tensor.is_contiguous()
+    return storage_start(tensor) + tensor.storage_offset() * tensor.itemsize
+
+
+def write_skeleton(content: Any, path: Path) -> dict[int, Record]:
+    """Save ``content`` without bytes; the record of each storage, by :func:`storage_of`.
+
+    Raises:
+        CheckpointError: a tensor is hidden in an object that is no dict, list or tuple.
+        OSError: the file cannot be written.
+    """
+    with _FAKE, FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        torch.save(content, path)
+    written = read_skeleton(path)
+    record_at = {record.start: record for record in read_records(path)}
+    found = {
+        storage_of(tensor): record_at[storage_start(again)]
+        for tensor, again in zip(tensors_in(content), tensors_in(written), strict=True)
+    }
+    storages = sum(record.name.startswith("data/") for record in record_at.values())
+    if len(found) != storages:
+        raise CheckpointError(
+            f"{path.name} holds tensors inside of objects of its own, which cannot be converted."
+        )
+    return found
+
+
+def write_crcs(path: Path, crcs: Mapping[int, int]) -> None:
+    """State the CRC of records whose bytes were written later, by the record's start."""
+    with zipfile.ZipFile(path) as archive:
+        infos, central = archive.infolist(), archive.start_dir
+    with open(path, "r+b") as file:
+        for info, record in zip(infos, read_records(path), strict=True):
+            file.seek(central)
+            header = file.read(_CENTRAL_HEADER.size)
+            signature, _, name, extra, comment = _CENTRAL_HEADER.unpack(header)
+            assert signature == b"PK\x01\x02"
+            crc = crcs.get(record.start)
+            if crc is not None:
+                file.seek(central + 16)
+                file.write(struct.pack("<I", crc))
+                end = record.start + record.size
+                if info.flag_bits & _HAS_DESCRIPTOR:
+                    file.seek(end)
+                    assert file.read(4) == _DESCRIPTOR
+                    file.write(struct.pack("<I", crc))
+            central += _CENTRAL_HEADER.size + name + extra + comment
+
+
+def read_small(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+    """The real tensor of a loaded fake one; for counters and the like."""
+    with open(path, "rb") as file:
+        data = os.pread(file.fileno(), tensor.numel() * tensor.itemsize, tensor_start(tensor))
+    return torch.frombuffer(bytearray(data), dtype=tensor.dtype).reshape(tensor.shape)
