@@ -1,0 +1,194 @@
+"""One rank's optimizer state in the new groups."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_groups.copying import Chunk, Copier
+from moe_groups.engine_layout import LABELS
+from moe_groups.errors import CheckpointError
+from moe_groups.flat_layout import FlatGroup, Layout, Rank, fragments
+from moe_groups.regroup_source import RegroupSource, real
+from moe_groups.shard import (
+    ALIGNMENT,
+    CONTENT,
+    COUNTS,
+    MASTER,
+    PADDINGS,
+    SLICES,
+    STATE,
+)
+from moe_groups.torch_file import (
+    fake_like,
+    storage_of,
+    storage_start,
+    tensors_in,
+    write_crcs,
+    write_skeleton,
+)
+
+_NAMES = ("params", "name", "moe", *LABELS)
+
+
+class NewShard(NamedTuple):
+    """A file that is to be written.
+
+    Attributes:
+        content: with fake tensors.
+        fills: where the bytes of each storage come from.
+    """
+
+    content: dict[str, Any]
+    fills: dict[int, list[Chunk]]
+
+
+def new_shard(source: RegroupSource, target: Layout, rank: Rank) -> NewShard:
+    """What a rank's file holds in the new groups.
+
+    Raises:
+        CheckpointError: groups with other hyperparameters or counters would become one, or the
+            source is damaged.
+    """
+    like = source.shard(Rank(rank.model, rank.data % source.layout.data_parallel_size))
+    lean = ALIGNMENT in like.optimizer  # ZeRO saves master weights without padding
+    fills: dict[int, list[Chunk]] = {}
+    master, states, param_groups = [], {}, []
+    groups = target.of(rank)
+    for index, group in enumerate(groups):
+        size = group.filled(rank.data) if lean else group.partition
+        tensor = fake_like(source.master_dtype(group), size)
+        fills[storage_of(tensor)] = _flat(source, group, rank, None, size, tensor.itemsize)
+        master.append(tensor)
+        state, more = _state(source, group, rank)
+        fills.update(more)
+        if state:
+            states[index] = state
+        param_groups.append({**_options(source, group), "params": [index]})
+    optimizer = {
+        **like.optimizer,
+        STATE: {**like.optimizer[STATE], "state": states, "param_groups": param_groups},
+        MASTER: master,
+        PADDINGS: [_padding(group, rank.data, lean) for group in groups],
+        COUNTS: [len(group.ranks) for group in groups],
+        SLICES: [_slices(group, rank.data) for group in groups],
+    }
+    if lean:
+        optimizer[ALIGNMENT] = [_gaps(group) for group in groups]
+    content = {**like.content, CONTENT: optimizer}
+    for tensor in tensors_in(content):  # the rest stays as it was
+        whole = tensor.untyped_storage()
+        if storage_of(tensor) not in fills:
+            chunk = Chunk(like.path, storage_start(tensor), whole.nbytes())
+            fills[storage_of(tensor)] = [chunk]
+    return NewShard(content, fills)
+
+
+def _flat(
+    source: RegroupSource, group: FlatGroup, rank: Rank, key: str | None, size: int, itemsize: int
+) -> list[Chunk]:
+    """The bytes of a partition: its parameters, and zeros between and behind them."""
+    chunks: list[Chunk] = []
+    at = 0
+    for piece in fragments(group, rank.data):
+        if piece.start > at:
+            chunks.append(Chunk(None, 0, (piece.start - at) * itemsize))
+        chunks.extend(source.chunks(group, piece, key))
+        at = piece.start + piece.numel
+    if at < size:
+        chunks.append(Chunk(None, 0, (size - at) * itemsize))
+    return chunks
+
+
+def _state(
+    source: RegroupSource, group: FlatGroup, rank: Rank
+) -> tuple[dict[str, Any], dict[int, list[Chunk]]]:
+    """Optimizer state of a group: what has the size of a partition is laid out anew."""
+    olds = [source.states(old) for old in source.homes(group)]
+    first, partition, path = olds[0]
+    if len({frozenset(states) for states, _, _ in olds}) > 1:
+        raise CheckpointError(
+            f"group {group.name!r} of the new groups would hold parameters with different optimizer "
+            f"state ({' and '.join(sorted({str(sorted(s)) for s, _, _ in olds}))}): their old groups "
+            "cannot become one."
+        )
+    state: dict[str, Any] = {}
+    fills: dict[int, list[Chunk]] = {}
+    for key, value in first.items():
+        if isinstance(value, torch.Tensor) and value.dim() and value.numel() == partition:
+            tensor = fake_like(value.dtype, group.partition)
+            size = group.partition
+            fills[storage_of(tensor)] = _flat(source, group, rank, key, size, tensor.itemsize)
+            state[key] = tensor
+            continue
+        values = [real(states[key], at) for states, _, at in olds]
+        _check_equal(group, f"optimizer state {key!r}", values)
+        state[key] = values[0]
+        if isinstance(value, torch.Tensor):
+            state[key], start = fake_like(value.dtype, value.numel()).reshape(value.shape), 0
+            start = storage_start(value) + value.storage_offset() * value.itemsize
+            size = value.numel() * value.itemsize
+            fills[storage_of(state[key])] = [Chunk(path, start, size)]
+    return state, fills
+
+
+def _options(source: RegroupSource, group: FlatGroup) -> dict[str, Any]:
+    """Hyperparameters from the old groups, name and labels of the new one."""
+    olds = [source.options(old) for old in source.homes(group)]
+    for key in sorted(set().union(*olds) - set(_NAMES)):
+        _check_equal(group, key, [old.get(key) for old in olds])
+    kept = {key: value for key, value in olds[0].items() if key not in _NAMES}
+    names: dict[str, Any] = {"name": group.name}
+    if group.parallel_group is not None:
+        names |= {"moe": True, **group.labels}
+    return {**names, **kept}
+
+
+def _check_equal(group: FlatGroup, what: str, values: Sequence[Any]) -> None:
+    first = values[0]
+    for value in values[1:]:
+        tensors = isinstance(first, torch.Tensor) and isinstance(value, torch.Tensor)
+        if not (torch.equal(first, value) if tensors else first == value):
+            raise CheckpointError(
+                f"group {group.name!r} of the new groups would hold parameters with {what} "
+                f"{first} and {value}: their old groups cannot become one."
+            )
+
+
+def _padding(group: FlatGroup, data_rank: int, lean: bool) -> int:
+    """As ``runtime/zero/stage_1_and_2.py`` and ``runtime/bf16_optimizer.py`` count it."""
+    if lean:
+        return group.partition - group.filled(data_rank)
+    last = data_rank == group.ranks[-1]
+    used = sum(param.numel for param in group.params)
+    return group.partition * len(group.ranks) - used if last else 0
+
+
+def _gaps(group: FlatGroup) -> list[int]:
+    """Elements between each parameter and the next one; 0 behind the last."""
+    starts = [param.offset for param in group.params[1:]]
+    return [start - param.end for param, start in zip(group.params, starts, strict=False)] + [0]
+
+
+def _slices(group: FlatGroup, data_rank: int) -> Mapping[str, Any]:
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return OrderedDict(
+        (piece.param.name, fragment_address(start=piece.start, numel=piece.numel))
+        for piece in fragments(group, data_rank)
+    )
+
+
+def write_shard(shard: NewShard, path: Path, copier: Copier) -> None:
+    """Write the file; nothing else writes to ``path``.
+
+    Raises:
+        CheckpointError: the source is cut off, or holds tensors where they cannot be seen.
+        OSError: the file cannot be written.
+    """
+    records = write_skeleton(shard.content, path)
+    wanted = [(record, shard.fills[storage]) for storage, record in records.items()]
+    crcs = copier.fill(path, wanted)
+    write_crcs(path, crcs)
