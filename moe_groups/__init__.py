@@ -2,9 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moe_groups.checkpoint_guard import protect_checkpoints
 from moe_groups.compact import compact_gradients
 from moe_groups.describe import describe
 from moe_groups.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointWarning,
     CostlyGroupsWarning,
     InvalidArgumentError,
     MeasurementError,
@@ -29,6 +33,7 @@ from moe_groups.param_groups import (
     create_moe_param_groups,
     split_params_into_different_moe_groups_for_optimizer,
 )
+from moe_groups.regroup import Regrouped, regroup_checkpoint
 from moe_groups.rules import is_norm_or_bias
 from moe_groups.step_config import StepConfig
 from moe_groups.step_memory import estimate_step_memory
@@ -42,6 +47,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
+    "CheckpointMismatchError",
+    "CheckpointWarning",
     "CostlyGroupsWarning",
     "ExpertTag",
     "InvalidArgumentError",
@@ -55,6 +63,7 @@ __all__ = [
     "ParamGroupPlan",
     "ParameterInputError",
     "PlanError",
+    "Regrouped",
     "StepConfig",
     "StepMemory",
     "TagError",
@@ -70,6 +79,8 @@ __all__ = [
     "measure_iteration_memory",
     "measure_step_memory",
     "plan_param_groups",
+    "protect_checkpoints",
+    "regroup_checkpoint",
     "set_expert_tag",
     "split_params_into_different_moe_groups_for_optimizer",
     "tag_experts",

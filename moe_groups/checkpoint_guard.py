@@ -12,7 +12,7 @@ from torch import distributed
 from moe_groups import _deepspeed
 from moe_groups.arguments import check_one_of
 from moe_groups.checkpoint_files import LATEST
-from moe_groups.engine_layout import LABELS, describe_run, gather_layout, own_groups
+from moe_groups.engine_layout import LABELS, describe_run, gather_layout
 from moe_groups.errors import CheckpointWarning, InvalidArgumentError
 from moe_groups.flat_layout import Layout
 from moe_groups.manifest import FILE_NAME, Manifest, write_manifest
@@ -145,11 +145,14 @@ def guarded_load(
     from moe_groups.checkpoint_check import checked
 
     names = _names(engine)
-    with checked(engine, guard, Path(given["load_dir"]), tag) as directory:
+    load_dir = given["load_dir"]
+    with checked(engine, guard, Path(load_dir), tag) as directory:
         given["load_dir"] = str(directory)
-        result = load(*call.args, **call.kwargs)
+        path, client_state = load(*call.args, **call.kwargs)
     _restore_names(engine, names)
-    return result
+    if path is not None:  # of the converted checkpoint, which is gone
+        path = str(path).replace(str(directory), str(load_dir), 1)
+    return path, client_state
 
 
 def _tag(load_dir: Any, tag: object) -> str | None:

@@ -119,7 +119,8 @@ class Copier:
         if path not in self.files:
             if len(self.files) >= 64:
                 self.close()
-            self.files[path] = self.stack.enter_context(open(path, "rb")).fileno()
+            self.files[path] = os.open(path, os.O_RDONLY)
+            self.stack.callback(os.close, self.files[path])
         return self.files[path]
 
     def cover(

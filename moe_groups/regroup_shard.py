@@ -108,11 +108,11 @@ def _state(
     """Optimizer state of a group: what has the size of a partition is laid out anew."""
     olds = [source.states(old) for old in source.homes(group)]
     first, partition, path = olds[0]
-    if len({frozenset(states) for states, _, _ in olds}) > 1:
+    kinds = sorted({str(sorted(states)) for states, _, _ in olds})
+    if len(kinds) > 1:
         raise CheckpointError(
-            f"group {group.name!r} of the new groups would hold parameters with different optimizer "
-            f"state ({' and '.join(sorted({str(sorted(s)) for s, _, _ in olds}))}): their old groups "
-            "cannot become one."
+            f"group {group.name!r} of the new groups would hold parameters with optimizer state "
+            f"{' and '.join(kinds)}: their old groups cannot become one."
         )
     state: dict[str, Any] = {}
     fills: dict[int, list[Chunk]] = {}

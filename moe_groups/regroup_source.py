@@ -135,10 +135,8 @@ class RegroupSource:
         group, param = self.home(target, piece.param)
         for part in pieces(group, param, piece.skip, piece.skip + piece.numel):
             shard, index = self.place(group, part.rank)
-            if key is None:
-                tensor = shard.optimizer[MASTER][index]
-            else:
-                tensor = shard.states(index)[key]
+            states = shard.states(index)
+            tensor = shard.optimizer[MASTER][index] if key is None else states[key]
             size = tensor.itemsize
             yield Chunk(shard.path, tensor_start(tensor) + part.start * size, part.numel * size)
 
