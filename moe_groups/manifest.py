@@ -2,11 +2,11 @@
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank
@@ -15,6 +15,11 @@ FILE_NAME = "moe_groups.json"
 SCHEMA = 1
 _FORMAT = "moe-groups manifest"
 _COLUMNS = ("name", "shape", "dtype", "expert", "offset", "numel")
+_WITHOUT = (
+    "Without the file, or under another name, the groups are read from DeepSpeed's own files."
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,7 @@ class Manifest:
     Attributes:
         layout: of all ranks.
         wrapper: who steps: "ZeRO-1", "ZeRO-2", "BF16_Optimizer" or the name of a class.
-        about: versions, world sizes, step and time, for the reader.
+        about: versions, world sizes and step, for the reader.
         files: name and bytes of each file of the checkpoint; empty for a manifest that
             describes a run and no checkpoint.
     """
@@ -41,24 +46,16 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "w") as file:
+        with open(temporary, "x") as file:
             file.writelines(_lines(manifest))
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    """The process's mask; there is no way to read it but to set it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -71,32 +68,33 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is damaged, it is not JSON: {error}. Without the file, or under another name, "
-            "the groups are read from DeepSpeed's own files."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged, it is not JSON: {error}. {_WITHOUT}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no manifest of moe-groups.")
-    if not isinstance(content.get("schema"), int) or content["schema"] > SCHEMA:
-        raise CheckpointError(
-            f"{path} has schema {content.get('schema')!r}; this release reads up to {SCHEMA}. "
-            "Install the release of moe-groups that wrote it "
-            f"({content.get('versions', {}).get('moe_groups', 'a later one')})."
-        )
+    _check_schema(path, content)
     try:
         manifest = _parse(content)
+        same = manifest.layout.fingerprint() == _as(str, content["fingerprint"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(
-            f"{path} is damaged: {type(error).__name__} {error}. Without the file, or under "
-            "another name, the groups are read from DeepSpeed's own files."
+            f"{path} is damaged: {type(error).__name__} {error}. {_WITHOUT}"
         ) from error
-    if manifest.layout.fingerprint() != content["fingerprint"]:
+    if not same:
         raise CheckpointError(
-            f"{path} was changed after it was written: its fingerprint does not match. Without "
-            "the file, or under another name, the groups are read from DeepSpeed's own files."
+            f"{path} was changed after it was written: its fingerprint does not match. {_WITHOUT}"
         )
     return manifest
+
+
+def _check_schema(path: Path, content: Mapping[str, Any]) -> None:
+    schema, versions = content.get("schema"), content.get("versions")
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
+        writer = versions.get("moe_groups") if isinstance(versions, dict) else None
+        raise CheckpointError(
+            f"{path} has schema {schema!r}; this release reads up to {SCHEMA}. Install the release "
+            f"of moe-groups that wrote it ({writer or 'a later one'})."
+        )
 
 
 def _lines(manifest: Manifest) -> Iterator[str]:
@@ -165,33 +163,55 @@ _NOT_LABELS = (
 )
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
+def _parse(content: Mapping[str, Any]) -> Manifest:
     groups = tuple(map(_parse_group, content["groups"]))
     order = {
-        Rank(row["model_parallel_rank"], data): tuple(row["groups"])
+        Rank(_as(int, row["model_parallel_rank"]), data): _integers(row["groups"])
         for row in content["ranks"]
-        for data in row["data_parallel_ranks"]
+        for data in _integers(row["data_parallel_ranks"])
     }
-    layout = Layout(groups, order)
-    for rank in order:
-        layout.of(rank)
+    if unknown := {index for own in order.values() for index in own} - {*range(len(groups))}:
+        raise IndexError(f"there is no group {min(unknown)}")
     known = ("format", "schema", "fingerprint", "wrapper", "params", "ranks", "groups", "files")
     about = {key: value for key, value in content.items() if key not in known}
-    return Manifest(layout, content["wrapper"], about, content["files"])
+    files = {name: _as(int, size) for name, size in _as(dict, content["files"]).items()}
+    return Manifest(Layout(groups, order), _as(str, content["wrapper"]), about, files)
 
 
-def _parse_group(row: dict[str, Any]) -> FlatGroup:
-    params = []
-    for name, shape, dtype, expert, offset, numel in row["params"]:
-        shape = None if shape is None else tuple(shape)
-        params.append(FlatParam(name, numel, offset, shape, dtype, expert))
+def _parse_group(row: Mapping[str, Any]) -> FlatGroup:
     return FlatGroup(
-        name=row["name"],
-        ranks=tuple(row["data_parallel_ranks"]),
-        params=tuple(params),
-        model_rank=row["model_parallel_rank"],
-        parallel_group=row.get("key"),
-        ep_rank=row.get("ep_rank"),
+        name=_as(str, row["name"]),
+        ranks=_integers(row["data_parallel_ranks"]),
+        params=tuple(map(_parse_param, row["params"])),
+        model_rank=_as(int, row["model_parallel_rank"]),
+        parallel_group=_maybe(str, row.get("key")),
+        ep_rank=_maybe(int, row.get("ep_rank")),
         labels={key: value for key, value in row.items() if key not in _NOT_LABELS},
-        options=row["options"],
+        options=_as(dict, row["options"]),
     )
+
+
+def _parse_param(row: Iterable[Any]) -> FlatParam:
+    name, shape, dtype, expert, offset, numel = row
+    return FlatParam(
+        _as(str, name),
+        _as(int, numel),
+        _as(int, offset),
+        None if shape is None else _integers(shape),
+        _maybe(str, dtype),
+        _maybe(int, expert),
+    )
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    return tuple(_as(int, value) for value in _as(list, values))
+
+
+def _maybe(kind: type[T], value: Any) -> T | None:
+    return None if value is None else _as(kind, value)
+
+
+def _as(kind: type[T], value: Any) -> T:
+    if type(value) is not kind:  # isinstance takes True for an int
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
