@@ -91,9 +91,10 @@ def regroup_checkpoint(
     with Unfinished(files, Path(destination), target) as work:
         job = _Job(files, RegroupSource(files, layout), target, work.path / files.tag)
         job.run(workers or 4, progress or (lambda done, total: None))
-        written = _finish(job, work.path)
+        _finish(job, work.path)
         work.publish()
-    return Regrouped(Path(destination), len(written), sum(written), time.monotonic() - start)
+    sizes = [path.stat().st_size for path in Path(destination).rglob("*") if path.is_file()]
+    return Regrouped(Path(destination), len(sizes), sum(sizes), time.monotonic() - start)
 
 
 @dataclass(slots=True)
@@ -200,8 +201,8 @@ class _Meter:
             self.report(self.done, self.total)
 
 
-def _finish(job: _Job, directory: Path) -> list[int]:
-    """Write what makes the folder a checkpoint; sizes of its files."""
+def _finish(job: _Job, directory: Path) -> None:
+    """Write what makes the folder a checkpoint."""
     files = job.files
     sizes = {
         str(path.relative_to(job.folder)): path.stat().st_size
@@ -224,4 +225,3 @@ def _finish(job: _Job, directory: Path) -> list[int]:
                 copier.close()
     with finished_file(directory / LATEST) as part:
         part.write_text(files.tag)
-    return [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
