@@ -35,7 +35,7 @@ def _flat_group(laid_out: _deepspeed.LaidOut, rank: Rank) -> FlatGroup:
         model_rank=rank.model,
         parallel_group=parallel_group,
         ep_rank=ep_rank,
-        labels={key: options[key] for key in LABELS if options.get(key) is not None},
+        labels={key: options[key] for key in LABELS if key in options},
         options=readable_options(options),
     )
 

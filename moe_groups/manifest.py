@@ -150,7 +150,7 @@ def _group_row(group: FlatGroup) -> dict[str, Any]:
         "partition": group.partition,
         "options": group.options,
     }
-    return {key: value for key, value in row.items() if value is not None}
+    return {k: value for k, value in row.items() if value is not None or k in group.labels}
 
 
 def _param_row(param: FlatParam) -> list[Any]:

@@ -68,7 +68,7 @@ def _build(
         model_rank=model,
         parallel_group=parallel_group,
         ep_rank=None if parallel_group is None else _ep_rank(ranks),
-        labels={key: options[key] for key in LABELS if options.get(key) is not None},
+        labels={key: options[key] for key in LABELS if key in options},
         options=readable_options(options),
     )
     if group.partition != partition:

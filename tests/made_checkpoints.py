@@ -189,6 +189,6 @@ def same(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
-    if hasattr(one, "__dict__"):
+    if type(one).__name__ in ("fragment_address", "LossScaler", "DynamicLossScaler"):
         return type(one) is type(other) and same(vars(one), vars(other))
     return bool(one == other)

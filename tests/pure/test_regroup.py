@@ -1,5 +1,6 @@
 """Conversion of checkpoints: random models, random pairs of groupings."""
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ def partitions(draw: Any, params: list[tuple[str, int]]) -> list[list[tuple[str,
     order = draw(st.permutations(params))
     cuts = draw(st.lists(st.integers(1, len(order)), max_size=len(order)))
     edges = sorted({0, len(order), *cuts})
-    return [order[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [order[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @st.composite
