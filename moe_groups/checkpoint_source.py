@@ -11,6 +11,8 @@ from moe_groups.shard import read_shard
 from moe_groups.shard_layout import layout_of_shards
 from moe_groups.torch_file import read_skeleton
 
+_SWAPPED = "offloaded_tensors"
+
 
 def read_layout(files: CheckpointFiles) -> Layout:
     """The groups of all ranks.
@@ -19,7 +21,12 @@ def read_layout(files: CheckpointFiles) -> Layout:
         CheckpointError: the manifest is damaged, or there is none and DeepSpeed's files are
             incomplete, damaged, or of a wrapper that does not say what lies where.
     """
-    if files.manifest.is_file():
+    if (files.folder / _SWAPPED).is_dir():
+        raise CheckpointError(
+            f"{files.folder} holds optimizer states that were offloaded to NVMe ({_SWAPPED}), which "
+            "are files of DeepSpeed's swapper and no checkpoint of groups."
+        )
+    if files.manifest.is_file() and files.shards:
         return read_manifest(files.manifest).layout
     if not files.shards:
         raise CheckpointError(

@@ -253,6 +253,17 @@ def test_other_parameters_are_refused(source: Path, place: Path) -> None:
     refused(source, place, sharded, "expert-")
 
 
+def test_what_is_no_state_of_groups_is_refused(source: Path, place: Path) -> None:
+    (source / "global_step7/offloaded_tensors").mkdir()
+    refused(source, place, MANY, "offloaded to NVMe")
+    (source / "global_step7/offloaded_tensors").rmdir()
+    paths = list(source.glob("*/*optim*"))
+    for path in paths:
+        path.unlink()
+    write_manifest(Manifest(ONE, "FP16_Optimizer"), source / "global_step7/moe_groups.json")
+    refused(source, place, MANY, "no optimizer states of ZeRO-1, ZeRO-2 or BF16_Optimizer")
+
+
 def test_names_and_files_that_mean_nothing_are_refused(source: Path, place: Path) -> None:
     refused(source, place, "modules", "is none of stock, parallel_group, module, expert")
     refused(source, place, source, "is none of stock")
