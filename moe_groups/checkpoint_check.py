@@ -161,11 +161,11 @@ def _refuse(engine: Any, load_dir: Path, tag: str, running: list[FlatGroup]) -> 
 
 
 def _refusal(run: Manifest, load_dir: Path, tag: str) -> CheckpointMismatchError:
-    saved = read_layout(find_checkpoint(load_dir, tag))
-    lines, convertible = _differences(saved, run.layout)
+    files = find_checkpoint(load_dir, tag)
+    lines, convertible = _differences(read_layout(files), run.layout)
     where = f"{load_dir} ({tag})"
     target = None
-    if convertible:
+    if convertible and files.shards:
         target = _write_target(run, load_dir)
         source, made = shlex.quote(str(load_dir)), shlex.quote(f"{load_dir}-regrouped")
         way_out = (

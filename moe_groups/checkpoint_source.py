@@ -21,21 +21,30 @@ def read_layout(files: CheckpointFiles) -> Layout:
         CheckpointError: the manifest is damaged, or there is none and DeepSpeed's files are
             incomplete, damaged, or of a wrapper that does not say what lies where.
     """
-    if (files.folder / _SWAPPED).is_dir():
-        raise CheckpointError(
-            f"{files.folder} holds optimizer states that were offloaded to NVMe ({_SWAPPED}), which "
-            "are files of DeepSpeed's swapper and no checkpoint of groups."
-        )
-    if files.manifest.is_file() and files.shards:
+    if files.manifest.is_file():
         return read_manifest(files.manifest).layout
-    if not files.shards:
-        raise CheckpointError(
-            f"{files.folder} has no optimizer states of ZeRO-1, ZeRO-2 or BF16_Optimizer "
-            "(*_optim_states.pt)."
-        )
+    check_states(files)
     shards = {rank: read_shard(path) for rank, path in files.shards.items()}
     shapes = {model: _shapes(read_skeleton(path)) for model, path in files.models.items()}
     return layout_of_shards(shards, shapes)
+
+
+def check_states(files: CheckpointFiles) -> None:
+    """Refuse a checkpoint whose optimizer states are not in files of ZeRO-1, ZeRO-2 or BF16.
+
+    Raises:
+        CheckpointError: says what they are in.
+    """
+    if (files.folder / _SWAPPED).is_dir():
+        raise CheckpointError(
+            f"{files.folder} holds optimizer states that were offloaded to NVMe ({_SWAPPED}): files "
+            "of DeepSpeed's swapper, in which no groups can be told apart."
+        )
+    if not files.shards:
+        raise CheckpointError(
+            f"{files.folder} has no optimizer states of ZeRO-1, ZeRO-2 or BF16_Optimizer "
+            "(zero_pp_rank_*_optim_states.pt)."
+        )
 
 
 def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ import torch
 
 from moe_groups.checkpoint_check import holds
 from moe_groups.checkpoint_files import CheckpointFiles
+from moe_groups.checkpoint_source import check_states
 from moe_groups.copying import Chunk
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Piece, Rank, pieces
@@ -32,9 +33,13 @@ class RegroupSource:
     Args:
         files: the checkpoint.
         layout: of its groups.
+
+    Raises:
+        CheckpointError: its optimizer states are not in files of ZeRO-1, ZeRO-2 or BF16_Optimizer.
     """
 
     def __init__(self, files: CheckpointFiles, layout: Layout) -> None:
+        check_states(files)
         self.files = files
         self.layout = layout
         self._index = {id(group): index for index, group in enumerate(layout.groups)}
