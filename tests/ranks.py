@@ -8,6 +8,7 @@ nothing else, so that fresh processes take a second and not ten.
 
 import faulthandler
 import fcntl
+import gc
 import importlib
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSIONS = ROOT / ".cache" / "torch_extensions"
 START_TIMEOUT = 900.0  # DeepSpeed's communication op is compiled at first use
+_MANY_THREADS = 60
 PRELOAD = ["deepspeed", "deepspeed.moe.layer", "torch._dynamo", "torch._inductor.compile_fx"]
 
 
@@ -243,7 +245,10 @@ def _join_world() -> None:
 
 
 def forget_process_groups() -> None:
-    """Bring DeepSpeed's registry of expert process groups into the state of a fresh process."""
+    """Bring DeepSpeed's registry of expert process groups into the state of a fresh process.
+
+    Engines of the past are let go: each holds process groups, whose threads never rest.
+    """
     import torch
     from deepspeed.utils import groups
 
@@ -254,3 +259,6 @@ def forget_process_groups() -> None:
     groups._EXPERT_PARALLEL_GROUP_RANKS.clear()
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.clear()
     groups.mpu = None
+    if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
+        gc.unfreeze()  # an engine's start froze what was there
+        gc.collect()
