@@ -78,7 +78,7 @@ class FlatGroup:
     @property
     def numel(self) -> int:
         """Elements up to the end of the last parameter, gaps for alignment included."""
-        return max((param.end for param in self.params), default=0)
+        return self.params[-1].end if self.params else 0
 
     @property
     def partition(self) -> int:
@@ -200,7 +200,8 @@ def pieces(
 def fragments(group: FlatGroup, rank: int) -> Iterator[Piece]:
     """What of each parameter is in this rank's partition; nothing of those that are elsewhere."""
     first = group.ranks.index(rank) * group.partition
+    end = first + group.partition
     for param in group.params:
-        start, stop = max(first, param.offset), min(first + group.partition, param.end)
+        start, stop = max(first, param.offset), min(end, param.end)
         if start < stop:
             yield Piece(param, rank, start - first, start - param.offset, stop - start)
