@@ -13,7 +13,7 @@ import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,9 +22,9 @@ from torch.serialization import skip_data
 from moe_groups.errors import CheckpointError
 
 _FAKE = threading.RLock()  # the modes are switched for the process
-_LOCAL_HEADER = struct.Struct("<26xHH")
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
 _CENTRAL_HEADER = struct.Struct("<4s12xI8xHHH12x")
-_DESCRIPTOR = b"PK\x07\x08"
+_LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _HAS_DESCRIPTOR = 0x08
 
 
@@ -52,33 +52,46 @@ def read_records(path: Path) -> list[Record]:
     """
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            records = []
-            for info in archive.infolist():
-                file.seek(info.header_offset)
-                name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-                start = info.header_offset + _LOCAL_HEADER.size + name + extra
-                short = info.filename.partition("/")[2]
-                records.append(Record(short, start, info.file_size, info.CRC))
-            return records
-    except (OSError, zipfile.BadZipFile, struct.error) as error:
+            return [_record(archive, info, file) for info in archive.infolist()]
+    except Exception as error:  # a damaged directory makes zipfile raise anything
         raise _unreadable(path, error) from error
+
+
+def _record(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes]) -> Record:
+    file.seek(info.header_offset)
+    signature, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    start = info.header_offset + _LOCAL_HEADER.size + name + extra
+    stored = info.compress_type == zipfile.ZIP_STORED
+    if signature != _LOCAL or not stored or start + info.file_size > archive.start_dir:
+        raise zipfile.BadZipFile(f"{info.filename} is not where the archive's directory says")
+    return Record(info.filename.partition("/")[2], start, info.file_size, info.CRC)
 
 
 def read_skeleton(path: Path) -> Any:
     """The content of a file with fake tensors in place of the tensors.
 
+    Tensors that shared a storage have one each, as torch remembers no storage without bytes.
     Unpickles, as DeepSpeed does when it loads: only for files that you trust.
 
     Raises:
         CheckpointError: it is missing, cut off, damaged, or in torch's format from before 1.6.
     """
-    if path.exists() and not zipfile.is_zipfile(path):
-        raise _unreadable(path, "it is no zip archive; cut off, or in an old format of torch")
     try:
+        _check_pickle(path)
         with _FAKE, FakeTensorMode():
             return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # damaged pickles raise anything
         raise _unreadable(path, error) from error
+
+
+def _check_pickle(path: Path) -> None:
+    """Does it have its CRC? Changed bytes could make anything of it; torch does not look."""
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise zipfile.BadZipFile("no zip archive: cut off, or in an old format of torch")
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.filename.endswith("/data.pkl") and info.CRC:  # 0 where torch stated none
+                archive.read(info)
 
 
 def _unreadable(path: Path, why: object) -> CheckpointError:
@@ -114,17 +127,21 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 def storage_start(tensor: torch.Tensor) -> int:
     """Offset of a loaded fake tensor's storage in its file."""
-    return int(tensor.untyped_storage()._checkpoint_offset)
+    start = tensor.untyped_storage()._checkpoint_offset
+    assert start is not None
+    return start
 
 
 def tensor_start(tensor: torch.Tensor) -> int:
     """Offset of a loaded fake tensor's first element in its file."""
     assert tensor.is_contiguous()
-    return storage_start(tensor) + tensor.storage_offset() * tensor.itemsize
+    return storage_start(tensor) + int(tensor.storage_offset()) * tensor.itemsize
 
 
 def write_skeleton(content: Any, path: Path) -> dict[int, Record]:
     """Save ``content`` without bytes; the record of each storage, by :func:`storage_of`.
+
+    Parameters become tensors, and tensors lose attributes that somebody gave them.
 
     Raises:
         CheckpointError: a tensor is hidden in an object that is no dict, list or tuple.
@@ -132,11 +149,20 @@ def write_skeleton(content: Any, path: Path) -> dict[int, Record]:
     """
     with _FAKE, FakeTensorMode(), skip_data(materialize_fake_tensors=True):
         torch.save(content, path)
-    written = read_skeleton(path)
+    return storage_records(content, path)
+
+
+def storage_records(content: Any, path: Path) -> dict[int, Record]:
+    """The record of each storage of ``content`` in a file that has the same content.
+
+    Raises:
+        CheckpointError: it has not, or holds tensors where they cannot be seen.
+    """
+    written = list(tensors_in(read_skeleton(path)))  # as long as they live, their numbers differ
     record_at = {record.start: record for record in read_records(path)}
     found = {
         storage_of(tensor): record_at[storage_start(again)]
-        for tensor, again in zip(tensors_in(content), tensors_in(written), strict=True)
+        for tensor, again in zip(tensors_in(content), written, strict=True)
     }
     storages = sum(record.name.startswith("data/") for record in record_at.values())
     if len(found) != storages:
@@ -155,21 +181,27 @@ def write_crcs(path: Path, crcs: Mapping[int, int]) -> None:
             file.seek(central)
             header = file.read(_CENTRAL_HEADER.size)
             signature, _, name, extra, comment = _CENTRAL_HEADER.unpack(header)
-            assert signature == b"PK\x01\x02"
-            crc = crcs.get(record.start)
-            if crc is not None:
-                file.seek(central + 16)
-                file.write(struct.pack("<I", crc))
-                end = record.start + record.size
-                if info.flag_bits & _HAS_DESCRIPTOR:
-                    file.seek(end)
-                    assert file.read(4) == _DESCRIPTOR
-                    file.write(struct.pack("<I", crc))
+            assert signature == _CENTRAL
+            if record.start in crcs:
+                crc = struct.pack("<I", crcs[record.start])
+                os.pwrite(file.fileno(), crc, central + 16)
+                os.pwrite(file.fileno(), crc, _other_crc(info, record, file))
             central += _CENTRAL_HEADER.size + name + extra + comment
+
+
+def _other_crc(info: zipfile.ZipInfo, record: Record, file: IO[bytes]) -> int:
+    """Where the CRC is said a second time: behind the record, or in the header before it."""
+    if not info.flag_bits & _HAS_DESCRIPTOR:
+        return info.header_offset + 14
+    end = record.start + record.size
+    assert os.pread(file.fileno(), 4, end) == _DESCRIPTOR
+    return end + 4
 
 
 def read_small(path: Path, tensor: torch.Tensor) -> torch.Tensor:
     """The real tensor of a loaded fake one; for counters and the like."""
+    if not tensor.numel():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
     with open(path, "rb") as file:
         data = os.pread(file.fileno(), tensor.numel() * tensor.itemsize, tensor_start(tensor))
     return torch.frombuffer(bytearray(data), dtype=tensor.dtype).reshape(tensor.shape)
