@@ -55,9 +55,17 @@ def find_checkpoint(directory: str | Path, tag: str | None = None) -> Checkpoint
         tag: None for what the file ``latest`` says.
 
     Raises:
-        CheckpointError: no checkpoint is there.
+        CheckpointError: no checkpoint is there, or it cannot be read.
     """
-    directory = Path(directory)
+    try:
+        return _find(Path(directory), tag)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or directory} cannot be read: {error.strerror}."
+        ) from error
+
+
+def _find(directory: Path, tag: str | None) -> CheckpointFiles:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory.")
     if tag is None and not (directory / LATEST).is_file():
@@ -69,10 +77,22 @@ def find_checkpoint(directory: str | Path, tag: str | None = None) -> Checkpoint
             "optimizer states. A checkpoint that was not saved to its end has no such file; give "
             "the tag if you know it."
         )
-    tag = (directory / LATEST).read_text().strip() if tag is None else tag
+    tag = _latest(directory / LATEST) if tag is None else tag
+    if not tag:
+        raise CheckpointError(
+            f"{directory / LATEST} is empty: a save was stopped while it was written. Give the tag "
+            "of a checkpoint that was saved to its end."
+        )
     if not (directory / tag).is_dir():
         raise CheckpointError(f"{directory} has no checkpoint {tag!r}: there is no such folder.")
     return _list(directory, tag)
+
+
+def _latest(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
 
 
 def _is_optimizer_state(path: Path) -> bool:

@@ -1,7 +1,9 @@
 """Put a file's records together from runs of bytes of other files."""
 
+import itertools
 import os
 import threading
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -106,12 +108,12 @@ class Copier:
             part = self.buffer[: min(len(self.buffer), chunk.size - done)]
             if source is None:
                 part[:] = bytes(len(part))
-            elif os.preadv(source, [part], chunk.start + done) != len(part):
-                raise CheckpointError(f"{chunk.path} is cut off.")
+            else:
+                _read(chunk, source, part, done)
             crc = zlib.crc32(part, crc)
             if target is not None:
                 _write(target, part, at + done)
-                self.progress(len(part))
+            self.progress(0 if target is None else len(part))
             done += len(part)
         return crc
 
@@ -119,7 +121,10 @@ class Copier:
         if path not in self.files:
             if len(self.files) >= 64:
                 self.close()
-            self.files[path] = os.open(path, os.O_RDONLY)
+            try:
+                self.files[path] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
             self.stack.callback(os.close, self.files[path])
         return self.files[path]
 
@@ -140,17 +145,53 @@ class Copier:
             parts.append((self._copy(Chunk(path, at, end - at), None, 0), end - at))
         return parts
 
+    def kept(self, path: Path, records: Iterable[tuple[Record, Sequence[Chunk]]]) -> bool:
+        """Has a file that :meth:`fill` wrote earlier the bytes that it states?
+
+        Then its bytes count as read from where they came from: what they were when that was read
+        is compared with what that states too.
+        """
+        runs = []
+        for record, chunks in records:
+            at, parts = record.start, []
+            for chunk in chunks:
+                crc = self._copy(Chunk(path, at, chunk.size), None, 0)
+                runs.append((chunk, crc))
+                parts.append((crc, chunk.size))
+                at += chunk.size
+            if at != record.start + record.size or combine(parts) != record.crc:
+                return False
+        for chunk, crc in runs:
+            self.sums.add(chunk, crc)
+        return True
+
     def copy_file(self, source: Path, target: Path) -> None:
-        """Copy a whole file, its mode too.
+        """Copy a whole file, its mode too; an archive only if it has the bytes that it states.
 
         Raises:
-            OSError: it cannot be read or written.
+            CheckpointError: it cannot be read, or is a damaged archive.
+            OSError: the target cannot be written.
         """
-        size = source.stat().st_size
+        status = source.stat()
+        archive = source.name.endswith("_states.pt") or zipfile.is_zipfile(source)
+        records = read_records(source) if archive else []
+        edges = {0, status.st_size}.union(*((r.start, r.start + r.size) for r in records))
         with open(target, "wb") as file:
-            self._copy(Chunk(source, 0, size), file.fileno(), 0)
-            os.fsync(file.fileno())
-        os.chmod(target, source.stat().st_mode)
+            for start, end in itertools.pairwise(sorted(edges)):
+                chunk = Chunk(source, start, end - start)
+                self.sums.add(chunk, self._copy(chunk, file.fileno(), start))
+        if archive:
+            self.sums.check(source, self)
+        os.chmod(target, status.st_mode)
+
+
+def _read(chunk: Chunk, source: int, part: memoryview, skip: int) -> None:
+    try:
+        count = os.preadv(source, [part], chunk.start + skip)
+    except OSError as error:
+        raise CheckpointError(f"{chunk.path} cannot be read: {error.strerror}.") from error
+    if count != len(part):
+        raise CheckpointError(f"{chunk.path} is cut off.")
 
 
 def _write(target: int, data: memoryview, at: int) -> None:

@@ -12,6 +12,8 @@ from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank
 
 FILE_NAME = "moe_groups.json"
+UNFINISHED = FILE_NAME + ".unfinished"
+"""Is beside it while a checkpoint is saved."""
 SCHEMA = 1
 _FORMAT = "moe-groups manifest"
 _COLUMNS = ("name", "shape", "dtype", "expert", "offset", "numel")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_groups.copying import Chunk, Copier
+from moe_groups.crc import combine
 from moe_groups.engine_layout import LABELS
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, Layout, Rank, fragments
@@ -23,7 +24,9 @@ from moe_groups.shard import (
 )
 from moe_groups.torch_file import (
     fake_like,
+    read_records,
     storage_of,
+    storage_records,
     storage_start,
     tensors_in,
     write_crcs,
@@ -99,7 +102,19 @@ def _flat(
         at = piece.start + piece.numel
     if at < size:
         chunks.append(Chunk(None, 0, (size - at) * itemsize))
-    return chunks
+    return _joined(chunks)
+
+
+def _joined(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Runs that follow each other in one file as one: parameters mostly keep their neighbours."""
+    joined = list(chunks[:1])
+    for chunk in chunks[1:]:
+        last = joined[-1]
+        if chunk.start == last.start + last.size and chunk.path == last.path:
+            joined[-1] = last._replace(size=last.size + chunk.size)
+        else:
+            joined.append(chunk)
+    return joined
 
 
 def _state(
@@ -189,6 +204,18 @@ def write_shard(shard: NewShard, path: Path, copier: Copier) -> None:
         OSError: the file cannot be written.
     """
     records = write_skeleton(shard.content, path)
-    wanted = [(record, shard.fills[storage]) for storage, record in records.items()]
-    crcs = copier.fill(path, wanted)
+    crcs = copier.fill(path, [(record, shard.fills[of]) for of, record in records.items()])
     write_crcs(path, crcs)
+
+
+def shard_is_kept(shard: NewShard, path: Path, copier: Copier) -> bool:
+    """Did :func:`write_shard` write all of this file, and is it as it was then?"""
+    try:
+        records = storage_records(shard.content, path)
+        starts = {record.start for record in records.values()}
+        rest = [record for record in read_records(path) if record.start not in starts]
+        wanted = [(record, shard.fills[of]) for of, record in records.items()]
+    except (CheckpointError, ValueError):  # cut off, damaged, or with other tensors
+        return False
+    sound = all(combine(copier.cover(path, record, [])) == record.crc for record in rest)
+    return sound and copier.kept(path, wanted)

@@ -17,6 +17,7 @@ from moe_groups.plan import fingerprint
 
 _LOCK = ".lock"
 _JOB = ".job.json"
+_RESULT = "checkpoint"
 _PART = ".part"
 
 
@@ -32,8 +33,27 @@ def finished_file(path: Path) -> Iterator[Path]:
     os.replace(part, path)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the disk as errors that say which file, and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        torch_save = "torch.save could not write all bytes"  # it does not say why
+        why = error.strerror if isinstance(error, OSError) else torch_save
+        raise CheckpointError(
+            f"{path} cannot be written: {why}. What is there already is kept: make room and call "
+            "again, or remove it."
+        ) from error
+
+
 class Unfinished:
     """The work of one conversion, in ``<destination>.incomplete``; one process at a time.
+
+    What belongs to the result is in a directory of its own there, which is renamed when it is
+    complete. So a reader sees all of the destination or nothing, and it holds nothing else.
 
     Args:
         files: the checkpoint that is converted.
@@ -43,8 +63,10 @@ class Unfinished:
 
     def __init__(self, files: CheckpointFiles, destination: Path, target: Layout) -> None:
         self.files = files
+        self.target = target
         self.destination = Path(os.path.abspath(destination))
-        self.path = self.destination.with_name(self.destination.name + ".incomplete")
+        self.place = self.destination.with_name(self.destination.name + ".incomplete")
+        self.path = self.place / _RESULT
         self.job = _job(files, target)
         self.lock = -1
 
@@ -55,17 +77,14 @@ class Unfinished:
             CheckpointError: the destination cannot be used, or another process is at it.
         """
         self._check_destination()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.place):
             self._take_lock()
             try:
-                self._check_job()
-                self._check_space()
+                self._check_destination()  # the process before may have finished since
+                self._begin()
             except BaseException:
-                os.close(self.lock)
+                self._leave()
                 raise
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error.strerror}.") from error
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -84,50 +103,79 @@ class Unfinished:
             )
 
     def _take_lock(self) -> None:
-        path = self.path / _LOCK
-        self.lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the process before may have finished since: then the directory has moved away
-            if not path.exists() or not os.path.samestat(os.fstat(self.lock), path.stat()):
-                raise BlockingIOError
-        except BlockingIOError:
-            os.close(self.lock)
-            raise CheckpointError(
-                f"another process is writing {self.destination} now (it holds {path})."
-            ) from None
-
-    def _check_job(self) -> None:
-        path = self.path / _JOB
-        if path.is_file():
+        path = self.place / _LOCK
+        while True:
+            self.place.mkdir(parents=True, exist_ok=True)
             try:
-                same = json.loads(path.read_text()) == self.job
-            except ValueError:
-                same = False
-            if not same:
+                self.lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+            except FileNotFoundError:  # the process before finished, and removed the directory
+                continue
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(self.lock), path.stat()):
+                    return
+            except BlockingIOError:
+                os.close(self.lock)
                 raise CheckpointError(
-                    f"{self.path} holds an unfinished conversion of another checkpoint or to other "
-                    "groups: remove it, or choose another destination."
-                )
-            return
-        with finished_file(path) as part:
-            part.write_text(json.dumps(self.job, indent=1))
+                    f"another process is writing {self.destination} now (it holds {path})."
+                ) from None
+            except FileNotFoundError:
+                pass
+            os.close(self.lock)
+
+    def _begin(self) -> None:
+        path = self.place / _JOB
+        if path.is_file() and not self._same_job(path):
+            raise CheckpointError(
+                f"{self.place} holds an unfinished conversion of another checkpoint or to other "
+                "groups, or the checkpoint has changed since: remove it, or choose another "
+                "destination."
+            )
+        self._check_space()
+        if not path.is_file():
+            with finished_file(path) as part:
+                part.write_text(json.dumps(self.job, indent=1))
+        self.path.mkdir(exist_ok=True)
+
+    def _same_job(self, path: Path) -> bool:
+        try:
+            return bool(json.loads(path.read_bytes()) == self.job)
+        except ValueError:
+            return False
 
     def _check_space(self) -> None:
-        held = sum(path.stat().st_blocks * 512 for path in self.path.rglob("*") if path.is_file())
+        held = sum(path.stat().st_blocks * 512 for path in self.place.rglob("*") if path.is_file())
         needed = self.job["bytes"] - held
-        free = shutil.disk_usage(self.path).free
+        free = shutil.disk_usage(self.place).free
         if free < needed:
             raise CheckpointError(
-                f"{self.path} needs {needed:,} bytes, but only {free:,} are free on its disk."
+                f"{self.place} needs {needed:,} bytes, but only {free:,} are free on its disk: "
+                "make room and call again, or choose another destination."
             )
+
+    def _leave(self) -> None:
+        """Remove what nobody needs; work of an earlier process stays."""
+        if not (self.place / _JOB).exists():
+            self._remove_place()
+        os.close(self.lock)
+
+    def _remove_place(self) -> None:
+        with contextlib.suppress(OSError):  # another process may be looking in
+            for name in (_JOB, _LOCK):
+                (self.place / name).unlink(missing_ok=True)
+            self.place.rmdir()
 
     def publish(self) -> None:
         """Give the directory its name: from now on it is a checkpoint.
 
         Raises:
-            CheckpointError: the destination has appeared meanwhile.
+            CheckpointError: the source has changed meanwhile, or the destination has appeared.
         """
+        if _job(self.files, self.target) != self.job:
+            raise CheckpointError(
+                f"{self.files.folder} was changed while it was converted: remove {self.place} and "
+                "convert again."
+            )
         try:
             os.rename(self.path, self.destination)
         except OSError as error:
@@ -135,8 +183,7 @@ class Unfinished:
                 f"{self.path} is complete, but cannot be renamed to {self.destination}: "
                 f"{error.strerror}."
             ) from error
-        for name in (_JOB, _LOCK):
-            (self.destination / name).unlink(missing_ok=True)
+        self._remove_place()
         parent = os.open(self.destination.parent, os.O_RDONLY)
         try:
             os.fsync(parent)
@@ -149,7 +196,7 @@ def _job(files: CheckpointFiles, target: Layout) -> dict[str, Any]:
     paths = [*files.shards.values(), *files.models.values(), *files.others()]
     stats = [(str(path), path.stat()) for path in paths]
     rows = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    names = [group.name for group in target.groups]
+    names = [(group.name, sorted(group.labels.items())) for group in target.groups]
     return {
         "moe_groups": moe_groups.__version__,
         "source": str(files.folder.resolve()),
