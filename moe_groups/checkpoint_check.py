@@ -16,10 +16,10 @@ from moe_groups.checkpoint_files import CheckpointFiles, find_checkpoint
 from moe_groups.checkpoint_source import read_layout
 from moe_groups.engine_layout import describe_run, gather_layout, own_groups
 from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
-from moe_groups.flat_layout import FlatGroup, Layout, Rank, fragments
+from moe_groups.flat_layout import FlatGroup, Layout, Rank
 from moe_groups.layout_diff import compare_groups, moved_parameters
 from moe_groups.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
-from moe_groups.shard import Fragment, Shard, read_shard
+from moe_groups.shard import COUNTS, MASTER, Shard, read_shard, stated_fragments
 
 if TYPE_CHECKING:
     from moe_groups.checkpoint_guard import Guard
@@ -121,7 +121,7 @@ def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> F
                 f"(model-parallel rank {rank.model}).",
             )
         return Finding("world")
-    shard = read_shard(files.shards[rank])
+    shard = read_shard(files.shards[rank], elastic=True)
     if holds(shard, rank, running):
         return Finding("same")
     if files.manifest.is_file():
@@ -135,12 +135,12 @@ def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> F
 
 def holds(shard: Shard, rank: Rank, groups: list[FlatGroup]) -> bool:
     """Is in the shard what these groups put into the rank's partitions?"""
-    if len(shard.options) != len(groups):
+    if len(shard.optimizer[MASTER]) != len(groups):
         return False
     return all(
         shard.partition(index) == group.partition
-        and shard.fragments(index)
-        == [Fragment(piece.param.name, piece.start, piece.numel) for piece in fragments(group, rank.data)]
+        and int(shard.optimizer[COUNTS][index]) == len(group.ranks)
+        and shard.fragments(index) == stated_fragments(group, rank.data, shard.reorders)
         for index, group in enumerate(groups)
     )
 
@@ -194,7 +194,9 @@ def _differences(saved: Layout, running: Layout) -> tuple[list[str], bool]:
             f"{len(running.model_ranks)}"
         ], False
     if sizes := _expert_parallel_sizes(saved) ^ _expert_parallel_sizes(running):
-        return [f"one of them has experts with {', '.join(sorted(sizes))}, the other has not"], False
+        return [
+            f"one of them has experts with {', '.join(sorted(sizes))}, the other has not"
+        ], False
     worlds = saved.data_parallel_size, running.data_parallel_size
     lines = []
     if worlds[0] != worlds[1]:

@@ -9,7 +9,7 @@ must be the same where it is loaded.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from moe_groups.plan import fingerprint, padded_partition
 
@@ -163,6 +163,14 @@ def lay_out(params: Sequence[FlatParam], alignment: int = 1) -> tuple[FlatParam,
         placed.append(param._replace(offset=offset))
         offset += param.numel
     return tuple(placed)
+
+
+T = TypeVar("T")
+
+
+def round_robin(params: Sequence[T], ranks: int) -> list[T]:
+    """The order into which ZeRO's ``round_robin_gradients`` brings a group for so many ranks."""
+    return [param for first in range(ranks) for param in params[first::ranks]]
 
 
 class Piece(NamedTuple):

@@ -21,6 +21,7 @@ from moe_groups.shard import (
     PADDINGS,
     SLICES,
     STATE,
+    stated_fragments,
 )
 from moe_groups.torch_file import (
     fake_like,
@@ -56,7 +57,7 @@ def new_shard(source: RegroupSource, target: Layout, rank: Rank) -> NewShard:
             source is damaged.
     """
     like = source.shard(Rank(rank.model, rank.data % source.layout.data_parallel_size))
-    lean = ALIGNMENT in like.optimizer  # ZeRO saves master weights without padding
+    lean = like.lean
     fills: dict[int, list[Chunk]] = {}
     master, states, param_groups = [], {}, []
     groups = target.of(rank)
@@ -76,7 +77,7 @@ def new_shard(source: RegroupSource, target: Layout, rank: Rank) -> NewShard:
         MASTER: master,
         PADDINGS: [_padding(group, rank.data, lean) for group in groups],
         COUNTS: [len(group.ranks) for group in groups],
-        SLICES: [_slices(group, rank.data) for group in groups],
+        SLICES: [_slices(group, rank.data, like.reorders) for group in groups],
     }
     if lean:
         optimizer[ALIGNMENT] = [_gaps(group) for group in groups]
@@ -187,12 +188,12 @@ def _gaps(group: FlatGroup) -> list[int]:
     return [start - param.end for param, start in zip(group.params, starts, strict=False)] + [0]
 
 
-def _slices(group: FlatGroup, data_rank: int) -> Mapping[str, Any]:
+def _slices(group: FlatGroup, data_rank: int, reorders: bool) -> Mapping[str, Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return OrderedDict(
-        (piece.param.name, fragment_address(start=piece.start, numel=piece.numel))
-        for piece in fragments(group, data_rank)
+        (name, fragment_address(start=start, numel=numel))
+        for name, start, numel in stated_fragments(group, data_rank, reorders)
     )
 
 

@@ -1,11 +1,12 @@
 """One rank's optimizer state in a checkpoint of ZeRO-1, ZeRO-2 or BF16_Optimizer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_groups.errors import CheckpointError
+from moe_groups.flat_layout import FlatGroup, fragments, lay_out, round_robin
 from moe_groups.tags import parallel_group_of
 from moe_groups.torch_file import read_skeleton
 from moe_groups.world import ep_size_of
@@ -17,6 +18,7 @@ SLICES = "param_slice_mappings"
 ALIGNMENT = "param_alignment_paddings"
 COUNTS = "partition_count"
 CONTENT = "optimizer_state_dict"
+_STAGE = "zero_stage"
 
 
 class Fragment(NamedTuple):
@@ -57,14 +59,21 @@ class Shard:
         found: dict[str, Any] = self.optimizer[STATE]["state"].get(key, {})
         return found
 
+    @property
+    def lean(self) -> bool:
+        """Are the master weights without padding, as ZeRO saves them and BF16_Optimizer not?"""
+        return _STAGE in self.optimizer
+
     def partition(self, index: int) -> int:
         """Elements of the rank's partition of a group, with padding."""
         saved = int(self.optimizer[MASTER][index].numel())
-        # ZeRO saves its master weights without padding, BF16_Optimizer with it
-        return saved + (int(self.optimizer[PADDINGS][index]) if ALIGNMENT in self.optimizer else 0)
+        return saved + (int(self.optimizer[PADDINGS][index]) if self.lean else 0)
 
     def fragments(self, index: int) -> list[Fragment]:
-        """The parameters in the rank's partition of a group, by their place in it."""
+        """The parameters in the rank's partition of a group, by their place in it.
+
+        They are elsewhere if the run reordered them: see :func:`stated_fragments`.
+        """
         mapping: Mapping[str, Any] = self.optimizer[SLICES][index]
         found = (Fragment(name, at.start, at.numel) for name, at in mapping.items())
         return sorted(found, key=lambda fragment: fragment.start)
@@ -81,12 +90,22 @@ class Shard:
         ``use_data_before_expert_parallelism``.
         """
         ep_size, world = ep_size_of(self.parallel_group(index)), self.data_parallel_size
-        config = self.content.get("ds_config") or {}
-        if config.get("use_data_before_expert_parallelism", False):
+        if self._config.get("use_data_before_expert_parallelism", False):
             share = world // ep_size
             first = rank // share * share
             return tuple(range(first, first + share))
         return tuple(range(rank % ep_size, world, ep_size))
+
+    @property
+    def reorders(self) -> bool:
+        """Was it saved by a run with ``round_robin_gradients``?"""
+        zero = self._config.get("zero_optimization")
+        return self.lean and isinstance(zero, dict) and bool(zero.get("round_robin_gradients"))
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        config = self.content.get("ds_config")
+        return config if isinstance(config, dict) else {}
 
     def parallel_group(self, index: int) -> str | None:
         """``ep_size_<N>`` for a group of experts."""
@@ -94,20 +113,39 @@ class Shard:
         return parallel_group_of(str(options["name"])) if options.get("moe") else None
 
 
-def read_shard(path: Path) -> Shard:
+def stated_fragments(group: FlatGroup, rank: int, reorders: bool) -> list[Fragment]:
+    """What the file of a rank says of a group (``param_slice_mappings``).
+
+    DeepSpeed makes that in the order of the optimizer's list, also where
+    ``round_robin_gradients`` has brought the parameters into another one; only gaps between
+    them, for ``parameter_alignment``, make it look.
+    """
+    if reorders and group.numel == sum(param.numel for param in group.params):
+        order = round_robin(range(len(group.params)), len(group.ranks))
+        listed = [param for _, param in sorted(zip(order, group.params, strict=True))]
+        group = replace(group, params=lay_out(listed))
+    return [Fragment(p.param.name, p.start, p.numel) for p in fragments(group, rank)]
+
+
+def read_shard(path: Path, elastic: bool = False) -> Shard:
     """Read what the file says about its groups, without the tensors.
+
+    Args:
+        path: the file.
+        elastic: may it be saved with ``elastic_checkpoint``? It has no :attr:`Shard.options`
+            then, and no states of groups.
 
     Raises:
         CheckpointError: the file cannot be read, or does not say what lies where.
     """
     content = read_skeleton(path)
-    problem = _problem(content)
+    problem = _problem(content, elastic)
     if problem:
         raise CheckpointError(f"{path}: {problem}.")
     return Shard(path, content)
 
 
-def _problem(content: Any) -> str | None:
+def _problem(content: Any, elastic: bool) -> str | None:
     if not isinstance(content, dict) or not isinstance(content.get(CONTENT), dict):
         return "no optimizer state of ZeRO-1, ZeRO-2 or BF16_Optimizer"
     optimizer = content[CONTENT]
@@ -116,14 +154,14 @@ def _problem(content: Any) -> str | None:
         return f"no optimizer state of ZeRO-1, ZeRO-2 or BF16_Optimizer: it has no {missing[0]!r}"
     if SLICES not in optimizer:
         return (
-            f"it does not say which parameters it holds (no {SLICES!r}; DeepSpeed writes that since "
-            "0.7.5)"
+            f"it does not say which parameters it holds (no {SLICES!r}; DeepSpeed writes that "
+            "since 0.7.5)"
         )
-    if not isinstance(optimizer[STATE], dict):
-        return 'it was saved with "elastic_checkpoint": true, which is not supported'
     counts = {key: len(optimizer[key]) for key in (MASTER, PADDINGS, COUNTS, SLICES)}
-    counts["param_groups"] = len(optimizer[STATE]["param_groups"])
+    if isinstance(optimizer[STATE], dict):
+        counts["param_groups"] = len(optimizer[STATE]["param_groups"])
+    elif not elastic:
+        return 'it was saved with "elastic_checkpoint": true, and does not say what its groups are'
     if len(set(counts.values())) > 1:
         return f"it disagrees with itself about the number of groups: {counts}"
     return None
-

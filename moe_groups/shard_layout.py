@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 
 from moe_groups.engine_layout import LABELS, readable_options
 from moe_groups.errors import CheckpointError
-from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, merge_ranks
+from moe_groups.flat_layout import (
+    FlatGroup,
+    FlatParam,
+    Layout,
+    Rank,
+    lay_out,
+    merge_ranks,
+    round_robin,
+)
 from moe_groups.shard import Shard
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -59,6 +67,8 @@ def _build(
     first = column[0]
     partition = first.partition(index)
     params = _join_fragments(column, index, partition)
+    if first.reorders and not _has_gaps(params):
+        params = list(lay_out(round_robin(params, len(ranks))))
     options = first.options[index]
     parallel_group = first.parallel_group(index)
     group = FlatGroup(
@@ -102,6 +112,11 @@ def _join_fragments(column: Sequence[Shard], index: int, partition: int) -> list
                 )
             found[name] = known._replace(numel=known.numel + numel)
     return sorted(found.values(), key=lambda param: param.offset)
+
+
+def _has_gaps(params: Sequence[FlatParam]) -> bool:
+    """See :func:`moe_groups.shard.stated_fragments`."""
+    return params[-1].end > sum(param.numel for param in params) if params else False
 
 
 def _ep_rank(ranks: tuple[int, ...]) -> int:
