@@ -10,12 +10,18 @@ from typing import Any, TypeVar
 
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank
+from moe_groups.plan import fingerprint
 
 FILE_NAME = "moe_groups.json"
 UNFINISHED = FILE_NAME + ".unfinished"
 """Is beside it while a checkpoint is saved."""
 SCHEMA = 1
 _FORMAT = "moe-groups manifest"
+_END = "\n}\n"
+_KNOWN = (
+    *("format", "schema", "fingerprint", "checksum", "wrapper"),
+    *("params", "ranks", "groups", "files"),
+)
 _COLUMNS = ("name", "shape", "dtype", "expert", "offset", "numel")
 _WITHOUT = (
     "Without the file, or under another name, the groups are read from DeepSpeed's own files."
@@ -49,9 +55,10 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
         OSError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    text = _text(manifest)
     try:
         with open(temporary, "x") as file:
-            file.writelines(_lines(manifest))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -78,13 +85,14 @@ def read_manifest(path: Path) -> Manifest:
     try:
         manifest = _parse(content)
         same = manifest.layout.fingerprint() == _as(str, content["fingerprint"])
+        same &= _checksum(content) == _as(str, content["checksum"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"{path} is damaged: {type(error).__name__} {error}. {_WITHOUT}"
         ) from error
     if not same:
         raise CheckpointError(
-            f"{path} was changed after it was written: its fingerprint does not match. {_WITHOUT}"
+            f"{path} was changed after it was written: its checksum does not match. {_WITHOUT}"
         )
     return manifest
 
@@ -97,6 +105,18 @@ def _check_schema(path: Path, content: Mapping[str, Any]) -> None:
             f"{path} has schema {schema!r}; this release reads up to {SCHEMA}. Install the release "
             f"of moe-groups that wrote it ({writer or 'a later one'})."
         )
+
+
+def _text(manifest: Manifest) -> str:
+    text = "".join(_lines(manifest))
+    checksum = _checksum(json.loads(text))
+    return f'{text.removesuffix(_END)},\n "checksum": {json.dumps(checksum)}{_END}'
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of all values, however they are spaced."""
+    values = {key: value for key, value in content.items() if key != "checksum"}
+    return fingerprint([json.dumps(values, sort_keys=True)]).hex()
 
 
 def _lines(manifest: Manifest) -> Iterator[str]:
@@ -123,7 +143,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         yield "}" + (",\n" if index + 1 < len(layout.groups) else "\n")
     yield ' ],\n "files": {'
     files = (f"\n  {json.dumps(name)}: {size}" for name, size in sorted(manifest.files.items()))
-    yield ",".join(files) + "}\n}\n"
+    yield ",".join(files) + "}" + _END
 
 
 def _list(rows: Iterator[str], indent: int = 2) -> str:
@@ -174,8 +194,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
     }
     if unknown := {index for own in order.values() for index in own} - {*range(len(groups))}:
         raise IndexError(f"there is no group {min(unknown)}")
-    known = ("format", "schema", "fingerprint", "wrapper", "params", "ranks", "groups", "files")
-    about = {key: value for key, value in content.items() if key not in known}
+    about = {key: value for key, value in content.items() if key not in _KNOWN}
     files = {name: _as(int, size) for name, size in _as(dict, content["files"]).items()}
     return Manifest(Layout(groups, order), _as(str, content["wrapper"]), about, files)
 
