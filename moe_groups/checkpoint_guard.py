@@ -1,5 +1,6 @@
 """Checkpoints that say what their groups were, and are not loaded into other groups."""
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,9 +12,8 @@ from torch import distributed
 
 from moe_groups import _deepspeed
 from moe_groups.arguments import check_one_of
-from moe_groups.checkpoint_files import LATEST
-from moe_groups.engine_layout import LABELS, describe_run, gather_layout
-from moe_groups.errors import CheckpointWarning, InvalidArgumentError
+from moe_groups.engine_layout import LABELS, describe_run, gather_layout, with_options_of
+from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
 from moe_groups.flat_layout import Layout
 from moe_groups.manifest import FILE_NAME, Manifest, write_manifest
 
@@ -82,42 +82,62 @@ def guarded_save(
     guard: Guard | None = _deepspeed.guard_of(engine)
     call = inspect.signature(save).bind(*args, **kwargs)
     save_dir = call.arguments.get("save_dir")
-    if guard is None or guard.regroup == "off" or not save_dir:
+    if not save_dir:
         return save(*args, **kwargs)
     call.arguments["tag"] = tag = _deepspeed.checkpoint_tag(engine, call.arguments.get("tag"))
     folder = Path(save_dir) / tag
-    manifest = _manifest(engine, guard)
-    if manifest is not None:  # that of a checkpoint of the same name, which is written over now
-        (folder / FILE_NAME).unlink(missing_ok=True)
+    if guard is not None and guard.regroup == "off":
+        guard = None
+    layout = None if guard is None else _layout(engine, guard)
+    if _writes(engine):  # that of a checkpoint of the same name is wrong from now on
+        with contextlib.suppress(OSError):
+            (folder / FILE_NAME).unlink()
     result = save(*call.args, **call.kwargs)
-    if manifest is not None:
+    if guard is not None:
         try:
-            write_manifest(_with_files(engine, manifest, folder), folder / FILE_NAME)
-        except OSError as error:
-            warnings.warn(
-                f"{folder} was saved, but {FILE_NAME} could not be written ({error.strerror}): the "
-                "checkpoint can be loaded and converted as one of a run without moe-groups.",
-                CheckpointWarning,
-                stacklevel=2,
-            )
-    distributed.barrier()
+            if layout is not None and _writes(engine):
+                _write(engine, layout, folder)
+        finally:  # the others wait, also for what a filter makes of a warning
+            distributed.barrier()
     return result
 
 
-def _manifest(engine: Any, guard: Guard) -> Manifest | None:
-    """What to write, on the ranks that write it."""
-    local = engine.use_node_local_storage()
+def _writes(engine: Any) -> bool:
+    """Does this rank write the file?"""
+    rank = engine.local_rank if engine.use_node_local_storage() else distributed.get_rank()
+    return bool(rank == 0)
+
+
+def _layout(engine: Any, guard: Guard) -> Layout | None:
+    """Of all ranks, on the ranks that write it; nobody raises, as DeepSpeed can save without."""
     if not guard.gathered:
-        guard.layout = gather_layout(engine)
-        if local:
+        guard.gathered = True
+        try:
+            guard.layout = gather_layout(engine)
+        except CheckpointError as error:
+            _warn(f"{FILE_NAME} is not written, as {error}")
+        if engine.use_node_local_storage():
             box = [guard.layout]
             distributed.broadcast_object_list(box)
             guard.layout = box[0]
-        guard.gathered = True
-    writes = (engine.local_rank if local else distributed.get_rank()) == 0
-    if not writes or guard.layout is None:
-        return None
-    return describe_run(engine, guard.layout)
+    return guard.layout
+
+
+def _write(engine: Any, layout: Layout, folder: Path) -> None:
+    try:
+        manifest = describe_run(engine, with_options_of(engine, layout))
+        write_manifest(_with_files(engine, manifest, folder), folder / FILE_NAME)
+    except Exception as error:
+        _warn(f"{folder} was saved, but {FILE_NAME} could not be written ({error})")
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"{what.rstrip('.')}: the checkpoint can be loaded and converted as one of a run without "
+        "moe-groups.",
+        CheckpointWarning,
+        stacklevel=5,  # the caller of save_checkpoint
+    )
 
 
 def _with_files(engine: Any, manifest: Manifest, folder: Path) -> Manifest:
@@ -139,28 +159,19 @@ def guarded_load(
     call = inspect.signature(load).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
-    tag = _tag(given["load_dir"], given["tag"])
-    if guard is None or guard.regroup == "off" or tag is None or not _loads_state(engine, given):
+    if guard is None or guard.regroup == "off" or not _loads_state(engine, given):
         return load(*args, **kwargs)
     from moe_groups.checkpoint_check import checked
 
     names = _names(engine)
-    load_dir = given["load_dir"]
-    with checked(engine, guard, Path(load_dir), tag) as directory:
+    load_dir, tag = given["load_dir"], given["tag"]
+    with checked(engine, guard, Path(load_dir), None if tag is None else str(tag)) as directory:
         given["load_dir"] = str(directory)
         path, client_state = load(*call.args, **call.kwargs)
     _restore_names(engine, names)
     if path is not None:  # of the converted checkpoint, which is gone
         path = str(path).replace(str(directory), str(load_dir), 1)
     return path, client_state
-
-
-def _tag(load_dir: Any, tag: object) -> str | None:
-    """The tag that DeepSpeed will load; None where it finds none and says so itself."""
-    latest = Path(load_dir) / LATEST
-    if tag is not None:
-        return str(tag)
-    return latest.read_text().strip() if latest.is_file() else None
 
 
 def _loads_state(engine: Any, given: Mapping[str, Any]) -> bool:
@@ -173,14 +184,17 @@ def _loads_state(engine: Any, given: Mapping[str, Any]) -> bool:
     )
 
 
+_NAMES = ("name", *LABELS)
+
+
 def _names(engine: Any) -> list[dict[str, Any]]:
-    keys = ("name", *LABELS)
-    return [{k: group[k] for k in keys if k in group} for group in engine.optimizer.param_groups]
+    groups = engine.optimizer.param_groups
+    return [{key: group[key] for key in _NAMES if key in group} for group in groups]
 
 
 def _restore_names(engine: Any, names: list[dict[str, Any]]) -> None:
     """DeepSpeed takes the names from the checkpoint; those of the run are registered."""
     for group, own in zip(engine.optimizer.param_groups, names, strict=True):
-        for key in LABELS:
+        for key in _NAMES:
             group.pop(key, None)
         group.update(own)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import distributed
 
 import moe_groups
 from moe_groups import _deepspeed
+from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, merge_ranks
 from moe_groups.manifest import Manifest
 from moe_groups.plan import fingerprint
@@ -27,7 +29,7 @@ def own_groups(engine: Any) -> tuple[Rank, list[FlatGroup]]:
 def _flat_group(laid_out: _deepspeed.LaidOut, rank: Rank) -> FlatGroup:
     options = laid_out.options
     parallel_group = parallel_group_of(str(options["name"])) if options.get("moe") else None
-    ep_rank = parallel_group and _deepspeed.expert_parallel_rank(parallel_group)
+    ep_rank = None if parallel_group is None else _deepspeed.expert_parallel_rank(parallel_group)
     return FlatGroup(
         name=str(options.get("name", "")),
         ranks=tuple(laid_out.ranks),
@@ -50,9 +52,7 @@ def _flat_param(name: str, param: torch.Tensor, offset: int, ep_rank: int | None
 
 def readable_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Hyperparameters of a group as JSON holds them; what JSON cannot hold, in words."""
-    return {
-        key: _readable(value) for key, value in options.items() if key not in _NOT_OPTIONS
-    }
+    return {key: _readable(value) for key, value in options.items() if key not in _NOT_OPTIONS}
 
 
 def _readable(value: Any) -> Any:
@@ -68,14 +68,20 @@ def gather_layout(engine: Any) -> Layout | None:
 
     A group is sent by one of the ranks that share it, so what the first rank receives grows
     with the model and not with the number of ranks.
+
+    Raises:
+        CheckpointError: on all ranks, where one of them cannot say what its groups are.
     """
-    rank, groups = own_groups(engine)
+    rank, groups, problem = _own_groups_or_problem(engine)
     keys = [fingerprint((group.name, group.place())) for group in groups]
     world = distributed.get_world_size()
     heads: list[Any] = [None] * world
-    distributed.all_gather_object(heads, (rank, keys))
+    distributed.all_gather_object(heads, (rank, keys, problem))
+    for index, (*_, problem) in enumerate(heads):
+        if problem is not None:
+            raise CheckpointError(f"the groups of rank {index} cannot be described: {problem}.")
     sender: dict[bytes, int] = {}
-    for index, (_, named) in enumerate(heads):
+    for index, (_, named, _) in enumerate(heads):
         for key in named:
             sender.setdefault(key, index)
     me = distributed.get_rank()
@@ -85,7 +91,31 @@ def gather_layout(engine: Any) -> Layout | None:
     if sent is None:
         return None
     known = {key: group for some in sent for key, group in some.items()}
-    return merge_ranks([(head, [known[key] for key in named]) for head, named in heads])
+    return merge_ranks([(head, [known[key] for key in named]) for head, named, _ in heads])
+
+
+def _own_groups_or_problem(engine: Any) -> tuple[Rank | None, list[FlatGroup], str | None]:
+    """The others wait for this rank, whatever is wrong with it."""
+    try:
+        return *own_groups(engine), None
+    except Exception as error:
+        return None, [], f"{type(error).__name__}: {error}"
+
+
+def with_options_of(engine: Any, layout: Layout) -> Layout:
+    """The layout with the hyperparameters that the engine's groups have now.
+
+    Groups stand at the same place of all ranks, so this rank's tell those of the others too.
+    """
+    now = {
+        (place, str(group.get("name", ""))): readable_options(group)
+        for place, group in enumerate(engine.optimizer.param_groups)
+    }
+    groups = list(layout.groups)
+    for place, index in {pair for own in layout.order.values() for pair in enumerate(own)}:
+        if options := now.get((place, groups[index].name)):
+            groups[index] = replace(groups[index], options=options)
+    return Layout(tuple(groups), layout.order)
 
 
 def describe_run(engine: Any, layout: Layout) -> Manifest:
