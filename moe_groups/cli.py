@@ -1,17 +1,16 @@
-"""The command line: ``moe-groups plan`` shows the step's memory before there is a machine."""
+"""The command line ``moe-groups``, and its command ``plan``: the step's memory, foretold."""
 
 import argparse
-import contextlib
-import logging
 import re
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, get_args
 
+from moe_groups.checkpoint_commands import add_commands
 from moe_groups.errors import InvalidArgumentError, MoEGroupsError
 from moe_groups.plan import LEVELS
 from moe_groups.plan_command import PlanRequest, make_report
+from moe_groups.quiet import quiet
 from moe_groups.step_config import OptimizerKind, StepConfig
 from moe_groups.units import parse_bytes
 
@@ -47,26 +46,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``moe-groups`` with these arguments, or those of the process.
 
     Returns:
-        The exit status: 0, or 2 for input that cannot be used, with one line on stderr.
+        The exit status: 0, 1 for a checkpoint that was inspected and is damaged, or 2 for input
+        that cannot be used, with one line on stderr.
         Options that cannot be parsed raise ``SystemExit(2)``, as argparse does.
     """
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
-    except MoEGroupsError as error:
-        print(f"moe-groups {args.command}: error: {_in_options(str(error))}", file=sys.stderr)
-        return 2
+        return int(args.run(args) or 0)
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
         return 0
-    return 0
+    except MoEGroupsError as error:
+        message = _in_options(str(error), args.names)
+    except OSError as error:
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}."
+    print(f"moe-groups {args.command}: error: {message}", file=sys.stderr)
+    return 2
 
 
-def _in_options(message: str) -> str:
+def _in_options(message: str, options: Mapping[str, str]) -> str:
     """The message in one line, with options where it names arguments of the library."""
-    names = "|".join(_OPTIONS)
-    message = re.sub(rf"\b({names})=True\b", lambda found: _OPTIONS[found[1]], message)
-    message = re.sub(rf"\b({names})=", lambda found: f"{_OPTIONS[found[1]]} ", message)
+    names = "|".join(options)
+    message = re.sub(rf"\b({names})=True\b", lambda found: options[found[1]], message)
+    message = re.sub(rf"\b({names})=", lambda found: f"{options[found[1]]} ", message)
     return " ".join(message.split())
 
 
@@ -79,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_plan, names=_OPTIONS)
     plan.add_argument("source", metavar="SOURCE", help="config.json, model type, module:function")
     _add_topology(plan)
     _add_step(plan)
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     output = plan.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON in place of tables")
     output.add_argument("--plot", metavar="FILE", help="draw the curve: .png or .html")
+    add_commands(commands, _count)
     return parser
 
 
@@ -153,7 +156,7 @@ def _plan(args: argparse.Namespace) -> None:
         check_tables()
     if args.plot is not None:
         check_plot(args.plot)
-    with _quiet():
+    with quiet():
         report = make_report(_request(args))
     if args.plot is not None:
         write_plot(report, args.plot)
@@ -181,19 +184,6 @@ def _request(args: argparse.Namespace) -> PlanRequest:
     }
     budget = args.budget if args.budget == "auto" else parse_bytes(args.budget, "--budget")
     return PlanRequest(**taken, step=step, budget=budget, max_groups=args.max_groups, cap=args.cap)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep stdout for the result: DeepSpeed logs to it, and a model's function may print."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 if __name__ == "__main__":
