@@ -1,14 +1,15 @@
 """Put a file's records together from runs of bytes of other files."""
 
 import itertools
+import mmap
 import os
 import threading
-import zipfile
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from moe_groups.crc import combine
 from moe_groups.errors import CheckpointError
@@ -52,7 +53,9 @@ class Sums:
         """
         runs = sorted(self._of.pop(path, []))
         for record in read_records(path):
-            inside = [run for run in runs if record.start <= run[0] < record.start + record.size]
+            edges = record.start, record.start + record.size
+            first, end = (bisect_left(runs, (edge,)) for edge in edges)
+            inside = runs[first:end]
             if record.crc and combine(copier.cover(path, record, inside)) != record.crc:
                 raise CheckpointError(
                     f"{path} is damaged: the bytes of its record {record.name} do not have the "
@@ -71,7 +74,8 @@ class Copier:
     def __init__(self, sums: Sums, progress: Progress) -> None:
         self.sums = sums
         self.progress = progress
-        self.buffer = memoryview(bytearray(_BUFFER))
+        # pages of it come when they are used: most files are small
+        self.buffer = memoryview(mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE))
         self.files: dict[Path, int] = {}
         self.stack = ExitStack()
 
@@ -116,6 +120,14 @@ class Copier:
             self.progress(0 if target is None else len(part))
             done += len(part)
         return crc
+
+    def _move(self, path: Path, at: int, size: int, target: BinaryIO) -> memoryview:
+        """Bytes of a file to the same place of another one; they stay in the buffer."""
+        part = self.buffer[:size]
+        _read(Chunk(path, at, size), self._open(path), part, 0)
+        _write(target.fileno(), part, at)
+        self.progress(size)
+        return part
 
     def _open(self, path: Path) -> int:
         if path not in self.files:
@@ -166,20 +178,23 @@ class Copier:
         return True
 
     def copy_file(self, source: Path, target: Path) -> None:
-        """Copy a whole file, its mode too; an archive only if it has the bytes that it states.
+        """Copy a whole file, its mode too; DeepSpeed's only if it has the bytes that it states.
 
         Raises:
-            CheckpointError: it cannot be read, or is a damaged archive.
+            CheckpointError: it cannot be read, or is one of DeepSpeed's and damaged.
             OSError: the target cannot be written.
         """
         status = source.stat()
-        archive = source.name.endswith("_states.pt") or zipfile.is_zipfile(source)
+        archive = source.name.endswith("_states.pt")
         records = read_records(source) if archive else []
-        edges = {0, status.st_size}.union(*((r.start, r.start + r.size) for r in records))
+        edges = {*range(0, status.st_size, _BUFFER), status.st_size}
+        edges = edges.union(*((r.start, r.start + r.size) for r in records))
         with open(target, "wb") as file:
             for start, end in itertools.pairwise(sorted(edges)):
-                chunk = Chunk(source, start, end - start)
-                self.sums.add(chunk, self._copy(chunk, file.fileno(), start))
+                if start % _BUFFER == 0:
+                    part = self._move(source, start, min(_BUFFER, status.st_size - start), file)
+                run = part[start % _BUFFER :][: end - start]
+                self.sums.add(Chunk(source, start, end - start), zlib.crc32(run))
         if archive:
             self.sums.check(source, self)
         os.chmod(target, status.st_mode)
