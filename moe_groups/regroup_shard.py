@@ -12,7 +12,7 @@ from moe_groups.crc import combine
 from moe_groups.engine_layout import LABELS
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, Layout, Rank, fragments
-from moe_groups.regroup_source import RegroupSource, real
+from moe_groups.regroup_source import RegroupSource
 from moe_groups.shard import (
     ALIGNMENT,
     CONTENT,
@@ -21,6 +21,7 @@ from moe_groups.shard import (
     PADDINGS,
     SLICES,
     STATE,
+    Shard,
     stated_fragments,
 )
 from moe_groups.torch_file import (
@@ -29,6 +30,7 @@ from moe_groups.torch_file import (
     storage_of,
     storage_records,
     storage_start,
+    tensor_start,
     tensors_in,
     write_crcs,
     write_skeleton,
@@ -70,7 +72,9 @@ def new_shard(source: RegroupSource, target: Layout, rank: Rank) -> NewShard:
         fills.update(more)
         if state:
             states[index] = state
-        param_groups.append({**_options(source, group), "params": [index]})
+        options, more = _options(source, group)
+        fills.update(more)
+        param_groups.append({**options, "params": [index]})
     optimizer = {
         **like.optimizer,
         STATE: {**like.optimizer[STATE], "state": states, "param_groups": param_groups},
@@ -122,44 +126,58 @@ def _state(
     source: RegroupSource, group: FlatGroup, rank: Rank
 ) -> tuple[dict[str, Any], dict[int, list[Chunk]]]:
     """Optimizer state of a group: what has the size of a partition is laid out anew."""
-    olds = [source.states(old) for old in source.homes(group)]
-    first, partition, path = olds[0]
-    kinds = sorted({str(sorted(states)) for states, _, _ in olds})
+    olds = [(shard, shard.states(index)) for shard, index in source.saved(group)]
+    kinds = sorted({str(sorted(states)) for _, states in olds})
     if len(kinds) > 1:
         raise CheckpointError(
             f"group {group.name!r} of the new groups would hold parameters with optimizer state "
             f"{' and '.join(kinds)}: their old groups cannot become one."
         )
+    shard, index = source.saved(group)[0]
+    partition, size = shard.partition(index), group.partition
     state: dict[str, Any] = {}
     fills: dict[int, list[Chunk]] = {}
-    for key, value in first.items():
+    for key, value in shard.states(index).items():
         if isinstance(value, torch.Tensor) and value.dim() and value.numel() == partition:
-            tensor = fake_like(value.dtype, group.partition)
-            size = group.partition
-            fills[storage_of(tensor)] = _flat(source, group, rank, key, size, tensor.itemsize)
-            state[key] = tensor
+            state[key] = fake_like(value.dtype, size)
+            flat = _flat(source, group, rank, key, size, value.itemsize)
+            fills[storage_of(state[key])] = flat
             continue
-        values = [real(states[key], at) for states, _, at in olds]
+        values = [old.real(states[key]) for old, states in olds]
         _check_equal(group, f"optimizer state {key!r}", values)
-        state[key] = values[0]
-        if isinstance(value, torch.Tensor):
-            state[key], start = fake_like(value.dtype, value.numel()).reshape(value.shape), 0
-            start = storage_start(value) + value.storage_offset() * value.itemsize
-            size = value.numel() * value.itemsize
-            fills[storage_of(state[key])] = [Chunk(path, start, size)]
+        state[key] = _as_it_was(value, shard, fills)
     return state, fills
 
 
-def _options(source: RegroupSource, group: FlatGroup) -> dict[str, Any]:
+def _options(
+    source: RegroupSource, group: FlatGroup
+) -> tuple[dict[str, Any], dict[int, list[Chunk]]]:
     """Hyperparameters from the old groups, name and labels of the new one."""
-    olds = [source.options(old) for old in source.homes(group)]
+    saved = source.saved(group)
+    olds = [shard.real_options(index) for shard, index in saved]
     for key in sorted(set().union(*olds) - set(_NAMES)):
         _check_equal(group, key, [old.get(key) for old in olds])
-    kept = {key: value for key, value in olds[0].items() if key not in _NAMES}
     names: dict[str, Any] = {"name": group.name}
     if group.parallel_group is not None:
         names |= {"moe": True, **group.labels}
-    return {**names, **kept}
+    shard, index = saved[0]
+    fills: dict[int, list[Chunk]] = {}
+    kept = {
+        key: _as_it_was(value, shard, fills)
+        for key, value in shard.options[index].items()
+        if key not in _NAMES
+    }
+    return {**names, **kept}, fills
+
+
+def _as_it_was(value: Any, shard: Shard, fills: dict[int, list[Chunk]]) -> Any:
+    """A counter or an option; the bytes of one that is a tensor come from its file."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    copy = fake_like(value.dtype, value.numel()).reshape(value.shape)
+    size = value.numel() * value.itemsize
+    fills[storage_of(copy)] = [Chunk(shard.path, tensor_start(value), size)]
+    return copy
 
 
 def _check_equal(group: FlatGroup, what: str, values: Sequence[Any]) -> None:

@@ -3,8 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +14,7 @@ from moe_groups.copying import Chunk
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Piece, Rank, pieces
 from moe_groups.shard import MASTER, Shard, read_shard
-from moe_groups.torch_file import read_small, tensor_start
+from moe_groups.torch_file import tensor_start
 
 _OPEN_SHARDS = 32
 
@@ -119,15 +118,9 @@ class RegroupSource:
         shard, places = self._opened(Rank(group.model_rank, data_rank))
         return shard, places[self._index[id(group)]]
 
-    def states(self, group: FlatGroup) -> tuple[dict[str, Any], int, Path]:
-        """Optimizer state of a group on the first rank that has it, its partition, its file."""
-        shard, index = self.place(group, group.ranks[0])
-        return shard.states(index), shard.partition(index), shard.path
-
-    def options(self, group: FlatGroup) -> dict[str, Any]:
-        """Hyperparameters of a group, with real values in place of fake tensors."""
-        shard, index = self.place(group, group.ranks[0])
-        return {key: real(value, shard.path) for key, value in shard.options[index].items()}
+    def saved(self, target: FlatGroup) -> list[tuple[Shard, int]]:
+        """For each old group of a new one a file that has it, and its number in that."""
+        return [self.place(group, group.ranks[0]) for group in self.homes(target)]
 
     def chunks(self, target: FlatGroup, piece: Piece, key: str | None) -> Iterator[Chunk]:
         """The bytes of a piece of a new partition.
@@ -147,12 +140,6 @@ class RegroupSource:
 
     def master_dtype(self, target: FlatGroup) -> torch.dtype:
         """Of the master weights of a new group."""
-        group = self.homes(target)[0]
-        shard, index = self.place(group, group.ranks[0])
+        shard, index = self.saved(target)[0]
         dtype: torch.dtype = shard.optimizer[MASTER][index].dtype
         return dtype
-
-
-def real(value: Any, path: Path) -> Any:
-    """The value itself, for a fake tensor its content."""
-    return read_small(path, value) if isinstance(value, torch.Tensor) else value

@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, fragments, lay_out, round_robin
 from moe_groups.tags import parallel_group_of
-from moe_groups.torch_file import read_skeleton
+from moe_groups.torch_file import read_skeleton, read_small
 from moe_groups.world import ep_size_of
 
 STATE = "base_optimizer_state"
@@ -52,6 +54,14 @@ class Shard:
         """The dict of each group."""
         found: list[dict[str, Any]] = self.optimizer[STATE]["param_groups"]
         return found
+
+    def real_options(self, index: int) -> dict[str, Any]:
+        """The dict of a group with values in place of fake tensors (a learning rate can be one)."""
+        return {key: self.real(value) for key, value in self.options[index].items()}
+
+    def real(self, value: Any) -> Any:
+        """The value itself, for a fake tensor its content: for counters and the like."""
+        return read_small(self.path, value) if isinstance(value, torch.Tensor) else value
 
     def states(self, index: int) -> dict[str, Any]:
         """Optimizer state of a group, such as ``exp_avg``; empty before the first step."""

@@ -69,7 +69,7 @@ def _build(
     params = _join_fragments(column, index, partition)
     if first.reorders and not _has_gaps(params):
         params = list(lay_out(round_robin(params, len(ranks))))
-    options = first.options[index]
+    options = first.real_options(index)
     parallel_group = first.parallel_group(index)
     group = FlatGroup(
         name=str(options.get("name", "")),

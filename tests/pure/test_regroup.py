@@ -195,6 +195,21 @@ def test_groups_keep_their_hyperparameters_and_get_new_names(source: Path, place
             assert "weight_decay" not in group
 
 
+def test_a_learning_rate_may_be_a_tensor(place: Path) -> None:
+    lr = {"lr": torch.tensor(0.25)}
+    options = {group.name: lr for group in MANY.groups}
+    make_checkpoint(place / "a", MANY, random_state(MANY), options=options)
+    assert read_layout(find_checkpoint(place / "a")).groups[0].options["lr"] == 0.25
+    regroup_checkpoint(place / "a", place / "b", ONE)
+    regroup_checkpoint(place / "b", place / "c", MANY)
+    assert same(shard_contents(place / "c"), shard_contents(place / "a"))
+    shutil.rmtree(place / "a")
+    options |= {"dense.1": {"lr": torch.tensor(0.5)}}
+    make_checkpoint(place / "a", MANY, random_state(MANY), options=options)
+    shutil.rmtree(place / "b")
+    refused(place / "a", place, ONE, r"dense.0.*lr .*0\.25.* and .*0\.5")
+
+
 def test_lists_of_the_lr_scheduler_follow_the_groups(source: Path, place: Path) -> None:
     shutil.rmtree(source)
     scheduler = {
