@@ -17,7 +17,7 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 
-from moe_groups import _deepspeed
+from moe_groups import _deepspeed, protect_checkpoints
 from tests.models import FFN, HIDDEN, TinyMoE
 from tests.ranks import RankError, run_in_fresh_processes, run_on_ranks
 from tests.training import WRAPPERS, config, groups_by, initialize, make_groups, start, train
@@ -82,6 +82,7 @@ def names_after_load(folder: Path) -> tuple[list[str], list[str]]:
     engine.save_checkpoint(str(folder))
     saved = [group["name"] for group in engine.optimizer.param_groups]
     engine = start("bf16", groups_by("stock"), model_options=options)
+    protect_checkpoints(engine, regroup="off")
     engine.load_checkpoint(str(folder))
     return saved, [group["name"] for group in engine.optimizer.param_groups]
 
@@ -189,6 +190,11 @@ SIGNATURES = {
     "get_grads_for_norm": "(self, for_clipping=False)",
     "get_grads_for_reduction": "(self)",
     "get_norm_with_moe_layers": "(non_expert_norm, mpu, expert_tensors, norm_type=2)",
+    "save_checkpoint": "(self, save_dir, tag=None, client_state={}, save_latest=True, "
+    "exclude_frozen_parameters=False)",
+    "load_checkpoint": "(self, load_dir, tag=None, load_module_strict=True, "
+    "load_optimizer_states=True, load_lr_scheduler_states=True, load_module_only=False, "
+    "custom_load_fn=None)",
 }
 
 

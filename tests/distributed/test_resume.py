@@ -82,14 +82,14 @@ def test_resume_equals_the_run_that_never_stopped(tmp_path: Path) -> None:
 
 
 def load_into_renamed_layer(cases: list[Case], folder: Path) -> list[str]:
-    """The checkpoint brings group names of a layer that this model calls otherwise."""
+    """The checkpoint has the group names of a layer that this model calls otherwise."""
     problems = []
     for number, case in enumerate(cases):
         engine = case.engine(expert_group_name="renamed")
         problems += load(engine, number, case, folder)
         names = [group["name"] for group in engine.optimizer.param_groups]
-        if "ep_size_2_blocks.0.moe.expert.0" not in names:
-            problems.append(f"{case}: {names}, not those of the checkpoint")
+        if "ep_size_2_renamed.expert.0" not in names:
+            problems.append(f"{case}: {names}, not those of the run")
     return problems
 
 

@@ -52,7 +52,8 @@ def groups(draw: st.DrawFn, ranks: tuple[int, ...], model: int) -> FlatGroup:
         params.append(FlatParam(name, numel, 0, shape, dtype, expert))
     labels: dict[str, Any] = {}
     if draw(st.booleans()):
-        labels = {"expert_group_name": draw(NAMES), "expert_number": draw(st.integers(0, 9))}
+        number = draw(st.none() | st.integers(0, 9))
+        labels = {"expert_group_name": draw(NAMES), "expert_number": number}
     return FlatGroup(
         name=draw(NAMES),
         ranks=ranks,
