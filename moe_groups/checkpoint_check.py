@@ -12,6 +12,7 @@ from torch import distributed
 from moe_groups import _deepspeed
 from moe_groups.checkpoint_files import LATEST, CheckpointFiles, find_checkpoint
 from moe_groups.checkpoint_refusal import refuse
+from moe_groups.checkpoint_whole import check_saved, check_whole
 from moe_groups.engine_layout import own_groups
 from moe_groups.errors import CheckpointError, CheckpointWarning
 from moe_groups.flat_layout import FlatGroup, Rank
@@ -100,8 +101,9 @@ def _examine(engine: Any, load_dir: Path, tag: str | None) -> Finding:
             tag = latest.read_text().strip()
         if tag is None or not (load_dir / tag).is_dir():
             return Finding("absent", tag=tag)
-        found = _compare(engine, find_checkpoint(load_dir, tag))
-        return replace(found, tag=tag)
+        files = find_checkpoint(load_dir, tag)
+        (check_whole if distributed.get_rank() == 0 else check_saved)(files)
+        return replace(_compare(engine, files), tag=tag)
     except CheckpointError as error:
         return Finding("unreadable", str(error))
     except Exception as error:

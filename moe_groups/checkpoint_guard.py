@@ -15,7 +15,8 @@ from moe_groups.arguments import check_one_of
 from moe_groups.engine_layout import LABELS, describe_run, gather_layout, with_options_of
 from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
 from moe_groups.flat_layout import Layout
-from moe_groups.manifest import FILE_NAME, Manifest, write_manifest
+from moe_groups.manifest import FILE_NAME, UNFINISHED, Manifest, write_manifest
+from moe_groups.saving import announce, mark_finished, mark_unfinished, together
 
 Regroup: TypeAlias = Literal["refuse", "auto", "off"]
 
@@ -88,16 +89,41 @@ def guarded_save(
     folder = Path(save_dir) / tag
     if guard is not None and guard.regroup == "off":
         guard = None
+    if guard is None or engine.checkpoint_engine.is_decoupled():
+        return _save_unmarked(engine, guard, folder, call, save)
+    layout, writes = _layout(engine, guard), _writes(engine)
+    announces = call.arguments.get("save_latest", True) and distributed.get_rank() == 0
+    call.arguments["save_latest"] = False  # DeepSpeed does not wait for the other ranks
+    together(lambda: mark_unfinished(folder) if writes else None)
+    result = save(*call.args, **call.kwargs)
+    try:
+        if layout is not None and writes:
+            _write(engine, layout, folder)
+    finally:  # the others wait, also for what a filter makes of a warning
+        together(lambda: mark_finished(folder) if writes else None)
+        together(lambda: announce(Path(save_dir), tag) if announces else None)
+    return result
+
+
+def _save_unmarked(
+    engine: Any,
+    guard: Guard | None,
+    folder: Path,
+    call: inspect.BoundArguments,
+    save: Callable[..., Any],
+) -> Any:
+    """Save without a guard, or with a checkpoint engine that goes on writing after the call."""
     layout = None if guard is None else _layout(engine, guard)
     if _writes(engine):  # that of a checkpoint of the same name is wrong from now on
-        with contextlib.suppress(OSError):
-            (folder / FILE_NAME).unlink()
+        for name in (FILE_NAME, UNFINISHED):
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
     result = save(*call.args, **call.kwargs)
     if guard is not None:
         try:
             if layout is not None and _writes(engine):
                 _write(engine, layout, folder)
-        finally:  # the others wait, also for what a filter makes of a warning
+        finally:
             distributed.barrier()
     return result
 
@@ -146,7 +172,7 @@ def _with_files(engine: Any, manifest: Manifest, folder: Path) -> Manifest:
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != FILE_NAME
+        if path.is_file() and path.name not in (FILE_NAME, UNFINISHED)
     }
     return Manifest(manifest.layout, manifest.wrapper, manifest.about, files)
 

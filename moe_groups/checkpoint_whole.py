@@ -2,7 +2,7 @@
 
 from moe_groups.checkpoint_files import CheckpointFiles
 from moe_groups.errors import CheckpointError
-from moe_groups.manifest import UNFINISHED, read_manifest
+from moe_groups.manifest import FILE_NAME, UNFINISHED, read_manifest
 
 _STATES = "_states.pt"
 
@@ -14,7 +14,7 @@ def check_saved(files: CheckpointFiles) -> None:
         CheckpointError: it was not.
     """
     marker = files.folder / UNFINISHED
-    if marker.exists():
+    if marker.exists() and not files.manifest.is_file():  # which comes last
         raise CheckpointError(
             f"{files.folder} was not saved to its end: its files may be of different steps, or cut "
             f"off. Load another tag. If you know that it is whole, remove {marker.name} from it."
@@ -39,5 +39,5 @@ def check_whole(files: CheckpointFiles) -> None:
         if path.stat().st_size != size:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size:,} bytes, but had {size:,} when it was saved: it "
-                "is cut off, or of another save."
+                f"is cut off, or of another save. Without {FILE_NAME}, sizes are not compared."
             )

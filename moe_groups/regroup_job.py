@@ -16,6 +16,7 @@ from moe_groups.flat_layout import Layout, Rank
 from moe_groups.regroup_model import write_model
 from moe_groups.regroup_shard import new_shard, shard_is_kept, write_shard
 from moe_groups.regroup_source import RegroupSource
+from moe_groups.torch_file import read_skeleton
 from moe_groups.unfinished import finished_file, writing
 
 Report: TypeAlias = Callable[[int, int], None]
@@ -134,6 +135,8 @@ class Job:
 
 
 def _copy(source: Path, path: Path, copier: Copier) -> None:
+    if source.name.endswith("_states.pt"):  # DeepSpeed's, so torch has to be able to read it
+        read_skeleton(source)
     copier.copy_file(source, path)
 
 

@@ -1,0 +1,85 @@
+"""A save of all ranks of which can be told afterwards whether it came to its end.
+
+DeepSpeed writes every rank's files in place, and ``latest`` while other ranks may still be
+writing. So a marker is there from before the first file is replaced until all are written;
+and ``latest`` names a checkpoint when nothing of it is missing.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import distributed
+
+from moe_groups.checkpoint_files import LATEST
+from moe_groups.errors import CheckpointError
+from moe_groups.manifest import FILE_NAME, UNFINISHED
+from moe_groups.unfinished import finished_file
+
+
+def mark_unfinished(folder: Path) -> None:
+    """From now on, files in the folder may be of two saves, or cut off.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:  # takes no room, and there is no moment with neither of them
+            os.replace(folder / FILE_NAME, folder / UNFINISHED)
+        except FileNotFoundError:
+            (folder / UNFINISHED).touch()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {error.strerror}. Nothing was saved, and what was there "
+            "is as it was."
+        ) from error
+
+
+def mark_finished(folder: Path) -> None:
+    """All files are written.
+
+    Raises:
+        CheckpointError: that cannot be said.
+    """
+    marker = folder / UNFINISHED
+    try:
+        marker.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} was saved, but {marker.name}, which says that it was not, cannot be removed "
+            f"from it ({error.strerror}): remove it."
+        ) from error
+
+
+def announce(save_dir: Path, tag: str) -> None:
+    """Let ``latest`` name the checkpoint: at every moment it names the one before or this.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    latest = save_dir / LATEST
+    try:
+        with finished_file(latest) as part:
+            part.write_text(tag)
+    except OSError as error:
+        raise CheckpointError(
+            f"{save_dir / tag} was saved, but {latest} cannot be written ({error.strerror}): give "
+            "the tag when you load, or make room and write it into that file."
+        ) from error
+
+
+def together(work: Callable[[], None]) -> None:
+    """Wait for all ranks to do the work; if it fails on one of them, all raise its error."""
+    problem: CheckpointError | None = None
+    try:
+        work()
+    except CheckpointError as error:
+        problem = error
+    except Exception as error:  # the others wait for this rank
+        problem = CheckpointError(f"{type(error).__name__}: {error}")
+    problems: list[CheckpointError | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise found
