@@ -15,6 +15,7 @@ from moe_groups.errors import CheckpointError, CheckpointMismatchError
 from moe_groups.flat_layout import FlatGroup, Layout, Rank
 from moe_groups.layout_diff import compare_groups, moved_parameters
 from moe_groups.manifest import Manifest, write_manifest
+from moe_groups.shard import WRAPPERS
 
 _SHOWN = 8
 
@@ -45,7 +46,7 @@ def _refusal(run: Manifest, load_dir: Path, tag: str) -> CheckpointMismatchError
     lines, convertible = differences(read_layout(files), run.layout)
     where = f"{load_dir} ({tag})"
     target = None
-    if convertible and files.shards:
+    if convertible and files.shards and run.wrapper in WRAPPERS:
         target = _write_target(run, load_dir)
         source, made = shlex.quote(str(load_dir)), shlex.quote(f"{load_dir}-regrouped")
         way_out = (

@@ -21,6 +21,8 @@ ALIGNMENT = "param_alignment_paddings"
 COUNTS = "partition_count"
 CONTENT = "optimizer_state_dict"
 _STAGE = "zero_stage"
+WRAPPERS = ("ZeRO-1", "ZeRO-2", "BF16_Optimizer")
+"""Those whose files say what they hold, and can be converted."""
 
 
 class Fragment(NamedTuple):

@@ -10,11 +10,7 @@ import torch
 from torch import distributed, nn
 
 from moe_groups.checkpoint_files import find_checkpoint
-from moe_groups.errors import (
-    CheckpointError,
-    CheckpointMismatchError,
-    CheckpointWarning,
-)
+from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
 from moe_groups.flat_layout import Rank
 from moe_groups.manifest import FILE_NAME
 from tests.models import FFN, HIDDEN, TinyMoE

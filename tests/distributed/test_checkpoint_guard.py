@@ -10,10 +10,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import distributed, nn
 
 from moe_groups import MoE, protect_checkpoints
-from moe_groups.errors import (
-    CheckpointMismatchError,
-    InvalidArgumentError,
-)
+from moe_groups.errors import CheckpointMismatchError, InvalidArgumentError
 from moe_groups.flat_layout import Rank
 from moe_groups.manifest import FILE_NAME, read_manifest
 from tests.guard_runs import (

@@ -12,9 +12,7 @@ from torch import distributed
 
 from moe_groups.checkpoint_files import find_checkpoint
 from moe_groups.checkpoint_source import read_layout
-from moe_groups.errors import (
-    CheckpointWarning,
-)
+from moe_groups.errors import CheckpointWarning
 from moe_groups.flat_layout import Layout, Rank
 from moe_groups.manifest import FILE_NAME, read_manifest
 from tests.guard_runs import (

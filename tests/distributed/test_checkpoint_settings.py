@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
 
-from moe_groups.errors import (
-    CheckpointMismatchError,
-)
+from moe_groups import create_moe_param_groups
+from moe_groups.errors import CheckpointMismatchError
+from moe_groups.flat_layout import Rank
 from moe_groups.manifest import FILE_NAME, read_manifest
 from tests.guard_runs import (
     ALIGNED,
@@ -28,8 +28,9 @@ from tests.guard_runs import (
     snapshot,
     started,
 )
+from tests.models import HIDDEN
 from tests.ranks import run_on_ranks
-from tests.training import groups_by, train
+from tests.training import config, groups_by, initialize, train
 
 # ---- wrappers that do not write what their groups hold --------------------------------------
 
@@ -63,6 +64,33 @@ def test_other_wrappers(wrapper: str, tmp_path: Path) -> None:
         ((text, file),) = found["unknown"]
         assert f"{names[wrapper]} does not write which parameters its groups hold" in text
         assert file == __file__
+
+
+def zero3(folder: Path) -> tuple[bool, bool, str | None]:
+    """A dense model, whose groups are steps of their own there."""
+
+    def engine(turned: bool) -> Any:
+        model = nn.Sequential(*(nn.Linear(HIDDEN, HIDDEN) for _ in range(2)))
+        groups = create_moe_param_groups(model, max_group_size=280)
+        optimizer = torch.optim.AdamW(groups[::-1] if turned else groups)
+        return initialize(model, optimizer, config("zero1", zero_optimization={"stage": 3}))
+
+    saving = engine(False)
+    saving.save_checkpoint(str(folder))
+    layout = read_manifest(folder / "global_step0" / FILE_NAME).layout
+    names = [param.name for group in layout.of(Rank(0, 0)) for param in group.params]
+    right = names == [name for name, _ in saving.module.named_parameters()]
+    loads = error_of(engine(False), folder) is None
+    return right, loads, refusal_of(engine(True), folder)
+
+
+def test_zero3(tmp_path: Path) -> None:
+    for right, loads, refusal in run_on_ranks(2, zero3, tmp_path):
+        assert right
+        assert loads
+        assert refusal is not None
+        assert "group 0 ('dense.tile.1') was saved as group 1 ('dense.tile.1')" in refusal
+        assert "Converting does not help" in refusal
 
 
 # ---- other worlds and settings --------------------------------------------------------------
