@@ -11,15 +11,26 @@ import torch
 from torch import distributed
 
 from moe_groups.manifest import FILE_NAME
-from tests.guard_runs import TAG, equal, error_of, on_first_rank, saved, shard, snapshot, started
+from tests.guard_runs import (
+    TAG,
+    equal,
+    error_of,
+    on_first_rank,
+    reordered,
+    saved,
+    shard,
+    snapshot,
+    started,
+)
 from tests.ranks import run_on_ranks
-from tests.training import groups_by
+from tests.training import groups_by, train
 
 
 def damage(kind: str, folder: Path) -> None:
-    path = folder / TAG / FILE_NAME if kind.startswith("manifest") else shard(folder, 1)
-    if kind == "no manifest, missing":
-        (folder / TAG / FILE_NAME).unlink()
+    manifest = folder / TAG / FILE_NAME
+    path = manifest if kind.startswith("manifest") else shard(folder, 1)
+    if kind.startswith("no manifest"):
+        manifest.unlink()
     if kind.endswith("missing"):
         path.unlink()
     elif kind.endswith("cut off"):
@@ -27,18 +38,22 @@ def damage(kind: str, folder: Path) -> None:
     elif kind.endswith("empty"):
         os.truncate(path, 0)
     elif kind == "of another checkpoint":
-        shutil.copy(shard(folder, 1, "other"), path)
+        other = shard(folder, 1, "other")
+        assert other.stat().st_size == path.stat().st_size
+        shutil.copy(other, path)
     else:
         torch.save({"optimizer_state_dict": None}, path)
 
 
+SHARD = r"zero_pp_rank_1_mp_rank_00_optim_states\.pt"
 DAMAGE = {
-    "missing": r"has no optimizer state of data-parallel rank 1 \(model-parallel rank 0\)",
+    "missing": rf"{SHARD} is missing: moe_groups\.json lists it",
+    "cut off": rf"{SHARD} has [\d,]+ bytes, but had [\d,]+ when it was saved",
+    "of another checkpoint": f"{SHARD} holds others: the files are not of one checkpoint",
     "no manifest, missing": r"optimizer state of data-parallel rank 1 .* is missing",
-    "cut off": r"zero_pp_rank_1_mp_rank_00_optim_states\.pt cannot be read",
-    "empty": r"zero_pp_rank_1_mp_rank_00_optim_states\.pt cannot be read",
-    "no tensors": r"optim_states\.pt: no optimizer state of ZeRO-1, ZeRO-2 or BF16_Optimizer",
-    "of another checkpoint": "holds others: the files are not of one checkpoint",
+    "no manifest, cut off": f"{SHARD} cannot be read",
+    "no manifest, empty": f"{SHARD} cannot be read",
+    "no manifest, no state": f"{SHARD}: no optimizer state of ZeRO-1, ZeRO-2 or BF16_Optimizer",
     "manifest cut off": "is damaged, it is not JSON",
     "manifest empty": "is damaged, it is not JSON",
 }
@@ -46,7 +61,8 @@ DAMAGE = {
 
 def error_of_damaged(wrapper: str, folder: Path) -> list[tuple[str, bool]]:
     """For each damage the error, and whether the engine is as it was."""
-    other = started(wrapper, groups_by("expert"))
+    other = started(wrapper, reordered("module", 0, 2, 1))
+    train(other, 2)
     other.save_checkpoint(str(folder / "good"), tag="other")
     saved(wrapper, groups_by("module"), folder / "good")
     engine = started(wrapper, groups_by("module"))
