@@ -19,6 +19,7 @@ from moe_groups.flat_layout import FlatGroup, Rank
 from moe_groups.layout_diff import compare_groups
 from moe_groups.manifest import FILE_NAME, Manifest, read_manifest
 from moe_groups.shard import COUNTS, MASTER, Shard, read_shard, stated_fragments
+from moe_groups.shard_step import step_of_shard
 
 if TYPE_CHECKING:
     from moe_groups.checkpoint_guard import Guard
@@ -39,11 +40,13 @@ class Finding:
             "unreadable".
         text: what is wrong.
         tag: of the checkpoint that this rank would load.
+        step: of this rank's optimizer state.
     """
 
     kind: Kind
     text: str = ""
     tag: str | None = None
+    step: float | None = None
 
 
 @contextlib.contextmanager
@@ -86,6 +89,14 @@ def _problem(load_dir: Path, findings: list[Finding]) -> str | None:
     if len({finding.tag for finding in findings}) > 1:
         tags = [f"rank {rank}: {finding.tag!r}" for rank, finding in enumerate(findings)]
         return f"ranks would load different checkpoints of {load_dir} ({', '.join(tags[:_SHOWN])})."
+    steps = {finding.step: rank for rank, finding in enumerate(findings)}
+    if len(steps.keys() - {None}) > 1:
+        told = [f"rank {rank}'s after {step:g} steps" for step, rank in steps.items() if step]
+        return (
+            f"the optimizer states in {load_dir / str(findings[0].tag)} are of different saves "
+            f"({', '.join(told[:_SHOWN])}): a save over an older checkpoint was not finished. "
+            "Use another tag."
+        )
     absent = [rank for rank, finding in enumerate(findings) if finding.kind == "absent"]
     if absent and len(absent) < len(findings):
         ranks = ", ".join(map(str, absent[:_SHOWN]))
@@ -141,7 +152,7 @@ def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> F
         return Finding("world")
     shard = read_shard(files.shards[rank], elastic=True)
     if holds(shard, rank, running):
-        return Finding("same")
+        return Finding("same", step=step_of_shard(shard))
     if files.manifest.is_file():
         return Finding(
             "unreadable",

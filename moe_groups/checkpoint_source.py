@@ -9,6 +9,7 @@ from moe_groups.flat_layout import Layout
 from moe_groups.manifest import read_manifest
 from moe_groups.shard import read_shard
 from moe_groups.shard_layout import layout_of_shards
+from moe_groups.shard_step import SameStep
 from moe_groups.torch_file import read_skeleton
 
 _SWAPPED = "offloaded_tensors"
@@ -19,12 +20,15 @@ def read_layout(files: CheckpointFiles) -> Layout:
 
     Raises:
         CheckpointError: the manifest is damaged, or there is none and DeepSpeed's files are
-            incomplete, damaged, or of a wrapper that does not say what lies where.
+            incomplete, damaged, of two saves, or of a wrapper that does not say what lies where.
     """
     if files.manifest.is_file():
         return read_manifest(files.manifest).layout
     check_states(files)
     shards = {rank: read_shard(path) for rank, path in files.shards.items()}
+    steps = SameStep()
+    for shard in shards.values():
+        steps.check(shard)
     shapes = {model: _shapes(read_skeleton(path)) for model, path in files.models.items()}
     return layout_of_shards(shards, shapes)
 
@@ -37,8 +41,8 @@ def check_states(files: CheckpointFiles) -> None:
     """
     if (files.folder / _SWAPPED).is_dir():
         raise CheckpointError(
-            f"{files.folder} holds optimizer states that were offloaded to NVMe ({_SWAPPED}): files "
-            "of DeepSpeed's swapper, in which no groups can be told apart."
+            f"{files.folder} holds optimizer states that were offloaded to NVMe ({_SWAPPED}): "
+            "files of DeepSpeed's swapper, in which no groups can be told apart."
         )
     if not files.shards:
         raise CheckpointError(

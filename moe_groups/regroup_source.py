@@ -14,6 +14,7 @@ from moe_groups.copying import Chunk
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Piece, Rank, pieces
 from moe_groups.shard import MASTER, Shard, read_shard
+from moe_groups.shard_step import SameStep
 from moe_groups.torch_file import tensor_start
 
 _OPEN_SHARDS = 32
@@ -49,6 +50,7 @@ class RegroupSource:
         }
         self._shards: OrderedDict[Rank, tuple[Shard, dict[int, int]]] = OrderedDict()
         self._old_groups: dict[int, list[FlatGroup]] = {}
+        self._steps = SameStep()
         self._lock = threading.RLock()
 
     def shard(self, rank: Rank) -> Shard:
@@ -82,6 +84,7 @@ class RegroupSource:
                 f"{shard.path} does not hold the groups that {self.files.manifest.name} says: the "
                 "files are not of one checkpoint."
             )
+        self._steps.check(shard)
         return shard
 
     def home(self, target: FlatGroup, param: FlatParam) -> Home:

@@ -4,15 +4,18 @@ import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from moe_groups import protect_checkpoints
+from moe_groups.checkpoint_guard import Regroup
 from moe_groups.errors import MoEGroupsError
 from tests.fault_table import REFUSED, RIGHT, Tally
 from tests.ranks import RankPool, run_on_ranks
@@ -20,6 +23,7 @@ from tests.training import groups_by, start, train
 
 WORLD = 2
 SPLIT = "module"
+_OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir")
 
 
 class Kill(NamedTuple):
@@ -86,11 +90,10 @@ def save_twice(folder: Path, wrapper: str, second: str, operation: int = 0) -> t
 
     def watch(event: str, values: tuple[Any, ...]) -> None:
         nonlocal count
-        if event in ("open", "os.rename", "os.remove", "os.mkdir"):
-            if str(values[0]).startswith(str(checkpoints)):
-                count += 1
-                if count == operation and rank == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+        if event in _OPERATIONS and str(values[0]).startswith(str(checkpoints)):
+            count += 1
+            if count == operation and rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
     begun = time.process_time()
@@ -98,9 +101,33 @@ def save_twice(folder: Path, wrapper: str, second: str, operation: int = 0) -> t
     return time.process_time() - begun, count
 
 
-def load(folder: Path, wrapper: str, tag: str | None = None, split: str = SPLIT) -> tuple[str, str]:
+def save_halves_of_two(folder: Path) -> None:
+    """DeepSpeed's saves of two steps under one tag; the files of rank 1 are of the first one."""
+    rank = torch.distributed.get_rank()
+    engine = engine_of("zero2")
+    protect_checkpoints(engine, regroup="off")
+    checkpoints = folder / "checkpoints"
+    for step in (2, 4):
+        train(engine, 2, first=step - 2)
+        (folder / f"first-{step}-{rank}").write_text(digest(engine))
+        engine.save_checkpoint(str(checkpoints), tag="first")
+        for path in checkpoints.glob("first/*pp_rank_1_*") if step == 2 and rank == 0 else ():
+            shutil.copy(path, folder)
+    for path in folder.glob("*pp_rank_1_*") if rank == 0 else ():
+        shutil.copy(path, checkpoints / "first")
+    torch.distributed.barrier()
+
+
+def load(
+    folder: Path,
+    wrapper: str,
+    tag: str | None = None,
+    split: str = SPLIT,
+    regroup: Regroup = "refuse",
+) -> tuple[str, str]:
     """What a rank of a new run gets: the path and the digest, or "refused" and the error."""
     engine = engine_of(wrapper, split)
+    protect_checkpoints(engine, regroup=regroup)
     before = digest(engine)
     try:
         path, _ = engine.load_checkpoint(str(folder / "checkpoints"), tag=tag)
@@ -196,7 +223,7 @@ def _problem(folder: Path, kill: Kill, found: list[tuple[str, str]]) -> str | No
         return f"ranks differ: {found}"
     tag = tags.pop()
     if tag != "refused":
-        if [value for _, value in found] not in _saved(folder, tag):
+        if [value for _, value in found] not in saved(folder, tag):
             return f"{tag} was loaded, with other state than was saved"
         return None
     if str(folder) not in found[0][1]:
@@ -206,10 +233,7 @@ def _problem(folder: Path, kill: Kill, found: list[tuple[str, str]]) -> str | No
     return None
 
 
-def _saved(folder: Path, tag: str) -> list[list[str]]:
+def saved(folder: Path, tag: str) -> list[list[str]]:
     """What was saved under a tag, at each step that it was."""
     steps = sorted({path.name.split("-")[1] for path in folder.glob(f"{tag}-*-*")})
     return [[(folder / f"{tag}-{s}-{r}").read_text() for r in range(WORLD)] for s in steps]
-
-
-Judge = Callable[[list[tuple[str, str]]], str | None]

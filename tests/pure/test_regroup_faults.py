@@ -5,25 +5,27 @@ and the same call goes on when the cause is gone.
 """
 
 import random
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
+from moe_groups.errors import CheckpointError
 from tests import conversion_faults as faults
 from tests.conversion_faults import Conversion
 from tests.fault_table import check
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Conversion]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     """Two megabytes."""
-    yield Conversion(tmp_path_factory.mktemp("small"), scale=100)
+    return Conversion(tmp_path_factory.mktemp("small"), scale=100)
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Conversion]:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     """Some tens of megabytes; a conversion takes about a second."""
-    yield Conversion(tmp_path_factory.mktemp("large"), scale=1500)
+    return Conversion(tmp_path_factory.mktemp("large"), scale=1500)
 
 
 def test_killed_at_its_end_and_in_its_middle(small: Conversion) -> None:
@@ -42,7 +44,7 @@ def test_two_jobs_to_one_destination(small: Conversion) -> None:
 
 @pytest.mark.long
 def test_killed_at_random_moments(large: Conversion) -> None:
-    seconds, operations = faults.seconds_and_operations(large)
+    seconds, _ = faults.seconds_and_operations(large)
     moments = random.Random(0)
     rows = [[seconds * moments.random() for _ in range(n)] for n in [1] * 20 + [2] * 5 + [3] * 5]
     check(faults.kills(large, "kill -9", rows[:20]))
@@ -63,3 +65,17 @@ def test_two_jobs_at_any_moment(small: Conversion) -> None:
         faults.two_jobs(small, [*range(1, 14), *range(operations - 15, operations + 1)]),
         faults.two_jobs_at_random(small, delays),
     )
+
+
+@pytest.mark.parametrize("manifest", [False, True])
+def test_shards_of_two_saves(manifest: bool, tmp_path: Path) -> None:
+    """A save over an older checkpoint that was stopped, by a run that leaves no marker."""
+    conversion = Conversion(tmp_path, scale=1, manifest=manifest)
+    path = sorted(conversion.source.glob("*/*pp_rank_3_*"))[0]
+    content = torch.load(path, weights_only=False)
+    for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+        state["step"] += 1
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=rf"{path.name} was saved after 8 steps.* after 7"):
+        faults.convert(conversion.source, tmp_path / "b", conversion.second)
+    assert not (tmp_path / "b").exists()
