@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed, nn
 
+from moe_groups import MoE
 from moe_groups.checkpoint_files import find_checkpoint
 from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
 from moe_groups.flat_layout import Rank
@@ -71,15 +72,15 @@ class Case(NamedTuple):
     ep_size: int = 2
     cap: int | None = None
     zero: dict[str, Any] = {}  # noqa: RUF012
+    model: type[TinyMoE] = TinyMoE
 
     def engine(self) -> Any:
         options: dict[str, Any] = {}
         if self.zero:
             stage = 2 if self.wrapper.startswith("zero2") else 1
             options = {"zero_optimization": {"stage": stage, **self.zero}}
-        model = {"ep_size": self.ep_size, "layers": 2}
-        groups_of = groups_by(self.split, self.cap)
-        return start(self.wrapper, groups_of, model_options=model, **options)
+        model = self.model(MoE, ep_size=self.ep_size)
+        return start(self.wrapper, groups_by(self.split, self.cap), model, **options)
 
 
 ROUND_ROBIN = {"round_robin_gradients": True, "contiguous_gradients": True}
@@ -125,14 +126,25 @@ def reordered(split: str, *order: int) -> GroupsOf:
     return lambda model: [make_groups(model, split)[index] for index in order]
 
 
+ROUTING = {"k": 1, "min_capacity": 0, "drop_tokens": False, "use_rts": False}
+
+
+class Odd(TinyMoE):
+    """Experts of 165 elements, so that groups have padding."""
+
+    def __init__(self, layer: type[nn.Module], ep_size: int) -> None:
+        super().__init__(layer, ep_size=ep_size)
+        for block in self.blocks:
+            block.moe = layer(HIDDEN, FFN(inner=5), num_experts=4, ep_size=ep_size, **ROUTING)
+
+
 class Mixed(TinyMoE):
     """Two MoE layers with different ep_size, whose groups have partitions of one size."""
 
     def __init__(self, layer: type[nn.Module]) -> None:
         super().__init__(layer, num_experts=2, ep_size=1)
-        options = {"k": 1, "min_capacity": 0, "drop_tokens": False, "use_rts": False}
         experts = FFN(inner=12)  # half the elements on half as many ranks
-        self.blocks[1].moe = layer(HIDDEN, experts, num_experts=4, ep_size=2, **options)
+        self.blocks[1].moe = layer(HIDDEN, experts, num_experts=4, ep_size=2, **ROUTING)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from tests.guard_runs import (
     TAG,
     WRAPPERS,
     Case,
+    Odd,
     collected,
     error_of,
     falling,
@@ -103,7 +104,8 @@ def test_manifest_says_where_the_wrapper_holds_each_parameter(tmp_path: Path) ->
     cases = [
         *(Case(wrapper) for wrapper in WRAPPERS),
         Case("zero1", "parallel_group", 1, 800),
-        Case("bf16", "expert", 1),
+        Case("bf16", "expert", 1, model=Odd),
+        Case("zero1", "expert", 1, model=Odd),
         Case("zero2", "expert", zero=ROUND_ROBIN),
         Case("zero1", "module", 1, zero=ROUND_ROBIN | ALIGNED),
         Case("zero1", "module", 1, zero=ALIGNED),
@@ -124,7 +126,7 @@ def test_manifest_of_every_grouping(wrapper: str, world: int, tmp_path: Path) ->
         for ep_size in (1, 2)
         for cap in (None, 300)
         for zero in zeros
-    ]
+    ] + [Case(wrapper, "expert", 1, zero=zero, model=Odd) for zero in zeros]
     assert run_on_ranks(world, what_differs, cases, tmp_path, timeout=500) == [[]] * world
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from moe_groups import create_moe_param_groups
+from moe_groups import MoE, create_moe_param_groups
 from moe_groups.errors import CheckpointMismatchError
 from moe_groups.flat_layout import Rank
 from moe_groups.manifest import FILE_NAME, read_manifest
@@ -17,6 +17,7 @@ from tests.guard_runs import (
     ROUND_ROBIN,
     TAG,
     Case,
+    Odd,
     collected,
     equal,
     error_of,
@@ -195,15 +196,16 @@ def test_settings_that_move_parameters(
 
 def load_older(folder: Path) -> tuple[bool, str | None]:
     """Without what DeepSpeed 0.18 did not write."""
-    engine = saved("zero1", groups_by("module"), folder)
+    engine = saved("zero1", groups_by("expert"), folder, model=Odd(MoE, 1))
+    assert any(engine.optimizer.groups_padding) == (distributed.get_rank() == 1)
     end = train(engine, 2, 2)
     path = shard(folder, distributed.get_rank())
     content = torch.load(path, weights_only=False)
     del content["optimizer_state_dict"]["param_alignment_paddings"]
     torch.save(content, path)
     forget_manifest(folder)
-    refusal = refusal_of(started("zero1", groups_by("expert")), folder)
-    engine = started("zero1", groups_by("module"))
+    refusal = refusal_of(started("zero1", groups_by("module"), model=Odd(MoE, 1)), folder)
+    engine = started("zero1", groups_by("expert"), model=Odd(MoE, 1))
     assert error_of(engine, folder) is None
     return train(engine, 2, 2) == end, refusal
 
