@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed, nn
 
-from moe_groups import MoE
+from moe_groups import MoE, protect_checkpoints
 from moe_groups.checkpoint_files import find_checkpoint
 from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
 from moe_groups.flat_layout import Rank
@@ -32,8 +32,9 @@ def on_first_rank(action: Callable[[], Any]) -> None:
 
 
 def saved(wrapper: str, groups_of: GroupsOf, folder: Path, **options: Any) -> Any:
-    """An engine that trained two steps and was saved."""
+    """An engine that trained two steps and was saved, DeepSpeed's groups guarded like ours."""
     engine = started(wrapper, groups_of, **options)
+    protect_checkpoints(engine)
     train(engine, 2)
     engine.save_checkpoint(str(folder))
     return engine

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import distributed
 
+from moe_groups import protect_checkpoints
 from moe_groups.checkpoint_files import find_checkpoint
 from moe_groups.checkpoint_source import read_layout
 from moe_groups.errors import CheckpointWarning
@@ -49,6 +50,7 @@ def what_differs(cases: list[Case], folder: Path) -> list[str]:
     problems = []
     for number, case in enumerate(cases):
         engine = case.engine()
+        protect_checkpoints(engine)
         engine.save_checkpoint(str(folder / str(number)), tag="here")
         manifest = read_manifest(folder / str(number) / "here" / FILE_NAME)
         try:
