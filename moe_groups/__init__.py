@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from moe_groups.checkpoint_guard import protect_checkpoints
+from moe_groups.checkpoint_report import CheckpointReport
 from moe_groups.compact import compact_gradients
 from moe_groups.describe import describe
 from moe_groups.errors import (
@@ -22,6 +23,7 @@ from moe_groups.errors import (
 )
 from moe_groups.expert_layers import tag_experts
 from moe_groups.group_plan import ParamGroupPlan, plan_param_groups
+from moe_groups.inspect_checkpoint import inspect_checkpoint
 from moe_groups.measure import (
     MeasuredIteration,
     MeasuredPhase,
@@ -49,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "CheckpointMismatchError",
+    "CheckpointReport",
     "CheckpointWarning",
     "CostlyGroupsWarning",
     "ExpertTag",
@@ -75,6 +78,7 @@ __all__ = [
     "describe",
     "estimate_step_memory",
     "get_expert_tag",
+    "inspect_checkpoint",
     "is_norm_or_bias",
     "measure_iteration_memory",
     "measure_step_memory",

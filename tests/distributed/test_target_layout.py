@@ -1,0 +1,109 @@
+"""The layout from a name is the one that a real engine has."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_groups import MoE, protect_checkpoints
+from moe_groups.checkpoint_files import find_checkpoint
+from moe_groups.checkpoint_source import read_layout
+from moe_groups.engine_layout import gather_layout
+from moe_groups.flat_layout import FlatGroup, Layout, Rank
+from moe_groups.target_layout import named_target
+from tests.models import FFN, HIDDEN, TinyMoE
+from tests.ranks import forget_process_groups, run_on_ranks
+from tests.training import groups_by, start, train
+
+SPLITS: dict[str, tuple[Any, int | None]] = {
+    "stock": ("stock", None),
+    "parallel_group": ("parallel_group", None),
+    "module": ("module", None),
+    "expert": ("expert", None),
+    "capped": ("parallel_group", 300),
+    "capped experts": ("expert", 100),
+    "capped stock": ("stock", 200),
+}
+ALIGNED = {"stage": 2, "contiguous_gradients": True, "parameter_alignment": True}
+Columns = dict[Rank, list[FlatGroup]]
+
+
+class OddMoE(TinyMoE):
+    """Parameters with odd numbers of elements, so that aligned ones have gaps."""
+
+    def __init__(self) -> None:
+        super().__init__(MoE)
+        options = {"k": 1, "min_capacity": 0, "use_rts": False, "num_experts": 4, "ep_size": 2}
+        for block in self.blocks:
+            block.moe = MoE(HIDDEN, FFN(inner=5), **options)
+        self.out = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+
+def save(
+    directory: Path, wrapper: str, changes: Mapping[str, Any]
+) -> list[tuple[str, Columns | None]]:
+    """Save under each split; the layouts of the engines."""
+    found = []
+    for split in SPLITS:
+        forget_process_groups()
+        engine = start(wrapper, groups_by(*SPLITS[split]), OddMoE(), **changes)
+        protect_checkpoints(engine)  # writes the manifest, also for DeepSpeed's own groups
+        train(engine, 1)
+        engine.save_checkpoint(str(directory / split))
+        layout = gather_layout(engine)
+        found.append((split, layout and columns(layout)))
+        engine.destroy()
+    return found
+
+
+def columns(layout: Layout) -> Columns:
+    return {rank: layout.of(rank) for rank in sorted(layout.order)}
+
+
+def as_files_tell(groups: Columns) -> Columns:
+    """DeepSpeed's files have no dtypes."""
+    return {
+        rank: [
+            replace(group, params=tuple(param._replace(dtype=None) for param in group.params))
+            for group in own
+        ]
+        for rank, own in groups.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "changes", "alignment"),
+    [
+        ("zero2", {}, 1),
+        ("bf16", {}, 1),
+        ("zero2", {"zero_optimization": ALIGNED}, 8),
+    ],
+    ids=["ZeRO-2", "BF16_Optimizer", "ZeRO-2, aligned"],
+)
+def test_equals_the_layout_of_a_real_engine(
+    wrapper: str, changes: dict[str, Any], alignment: int, tmp_path: Path
+) -> None:
+    engines = dict(run_on_ranks(2, save, tmp_path, wrapper, changes, timeout=300)[0])
+    aligned = any(
+        later.offset > earlier.end
+        for groups in engines["stock"].values()
+        for group in groups
+        for earlier, later in itertools.pairwise(group.params)
+    )
+    assert aligned == (alignment > 1)
+    for saved in SPLITS:
+        files = find_checkpoint(tmp_path / saved)
+        by_manifest = read_layout(files)
+        files.manifest.unlink()
+        by_files = read_layout(files)
+        assert columns(by_manifest) == engines[saved]
+        for wanted, (to, cap) in SPLITS.items():
+            options: dict[str, Any] = {"max_group_size": cap, "alignment": alignment}
+            assert columns(named_target(by_manifest, to, **options)) == engines[wanted]
+            found = named_target(by_files, to, **options)
+            assert columns(found) == as_files_tell(engines[wanted]), (saved, wanted)
