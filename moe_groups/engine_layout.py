@@ -112,7 +112,8 @@ def with_options_of(engine: Any, layout: Layout) -> Layout:
         for place, group in enumerate(engine.optimizer.param_groups)
     }
     groups = list(layout.groups)
-    for place, index in {pair for own in layout.order.values() for pair in enumerate(own)}:
+    alike = set(layout.order.values())
+    for place, index in {pair for own in alike for pair in enumerate(own)}:
         if options := now.get((place, groups[index].name)):
             groups[index] = replace(groups[index], options=options)
     return Layout(tuple(groups), layout.order)

@@ -128,8 +128,9 @@ class Layout:
 
     def fingerprint(self) -> str:
         """Equal for two runs in which every element is at the same place; hexadecimal."""
+        places = [fingerprint([group.place()]) for group in self.groups]
         return fingerprint(
-            (rank, [group.place() for group in self.of(rank)]) for rank in sorted(self.order)
+            (rank, [places[index] for index in self.order[rank]]) for rank in sorted(self.order)
         ).hex()
 
 

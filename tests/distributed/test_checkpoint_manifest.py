@@ -109,8 +109,8 @@ def test_manifest_says_where_the_wrapper_holds_each_parameter(tmp_path: Path) ->
         Case("bf16", "expert", 1, model=Odd),
         Case("zero1", "expert", 1, model=Odd),
         Case("zero2", "expert", zero=ROUND_ROBIN),
-        Case("zero1", "module", 1, zero=ROUND_ROBIN | ALIGNED),
-        Case("zero1", "module", 1, zero=ALIGNED),
+        Case("zero1", "module", 1, zero=ROUND_ROBIN | ALIGNED, model=Odd),
+        Case("zero1", "module", 1, zero=ALIGNED, model=Odd),
     ]
     assert run_on_ranks(2, what_differs, cases, tmp_path) == [[], []]
 
