@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from moe_groups.checkpoint_files import CheckpointFiles, shard_name
 from moe_groups.copying import Copier, Sums
@@ -56,6 +56,7 @@ class Job:
     folder: Path
     sums: Sums = field(default_factory=Sums)
     stopped: threading.Event = field(default_factory=threading.Event)
+    kept: list[Path] = field(default_factory=list)
 
     def run(self, workers: int, report: Report) -> None:
         """Write all files; optimizer states that an earlier process wrote are kept if sound.
@@ -73,10 +74,8 @@ class Job:
             _finish([pool.submit(self._do, task, meter) for task in tasks])
             try:
                 _finish([pool.submit(self._check, path) for path in self.files.shards.values()])
-            except CheckpointError:  # nobody can tell which files have the damaged bytes
-                for task in tasks:
-                    task.path.unlink(missing_ok=True)
-                raise
+            except CheckpointError as error:
+                self._give_up(tasks, error)
         finally:
             self.stopped.set()
             pool.shutdown(cancel_futures=True)
@@ -101,6 +100,16 @@ class Job:
             if path.is_file() and path not in wanted:
                 path.unlink()
 
+    def _give_up(self, tasks: list[Task], error: CheckpointError) -> NoReturn:
+        for task in tasks:  # nobody can tell which of them have the damaged bytes
+            task.path.unlink(missing_ok=True)
+        if self.kept:
+            raise CheckpointError(
+                f"{error} Or what an earlier attempt left in {self.folder} is: that was removed, "
+                "so call again to know."
+            ) from error
+        raise error
+
     def _do(self, task: Task, meter: "_Meter") -> None:
         counted = 0
 
@@ -112,7 +121,9 @@ class Job:
 
         copier = Copier(self.sums, progress)
         with contextlib.closing(copier), writing(task.path):
-            if not (task.path.exists() and task.is_kept(task.path, copier)):
+            if task.path.exists() and task.is_kept(task.path, copier):
+                self.kept.append(task.path)
+            else:
                 task.path.unlink(missing_ok=True)
                 with finished_file(task.path) as part:
                     task.write(part, copier)

@@ -11,6 +11,7 @@ import torch
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import Layout, Rank
 from moe_groups.regroup_source import RegroupSource
+from moe_groups.torch_file import save
 
 _LISTS = re.compile(r"(^|_)(lrs|last_lr|lr_lambdas|momentums)$")
 """Entries of torch's schedulers that have one value for each group."""
@@ -42,7 +43,7 @@ def write_model(source: RegroupSource, target: Layout, model: int, path: Path) -
         content[_SHAPES] = _shapes(target, rank, content[_SHAPES])
     if _WORLD in content:
         content[_WORLD] = target.data_parallel_size
-    torch.save(content, path)
+    save(content, path)
 
 
 def _regroup_lists(source: RegroupSource, target: Layout, rank: Rank, value: Any) -> Any:

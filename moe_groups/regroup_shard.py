@@ -25,6 +25,7 @@ from moe_groups.shard import (
     stated_fragments,
 )
 from moe_groups.torch_file import (
+    ends_with_directory,
     fake_like,
     read_records,
     storage_of,
@@ -237,4 +238,4 @@ def shard_is_kept(shard: NewShard, path: Path, copier: Copier) -> bool:
     except (CheckpointError, ValueError):  # cut off, damaged, or with other tensors
         return False
     sound = all(combine(copier.cover(path, record, [])) == record.crc for record in rest)
-    return sound and copier.kept(path, wanted)
+    return sound and ends_with_directory(path) and copier.kept(path, wanted)

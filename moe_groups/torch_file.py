@@ -7,6 +7,7 @@ bytes are still to be written. So tensors of any size go from file to file throu
 buffer, and nothing is ever held whole.
 """
 
+import errno
 import os
 import struct
 import threading
@@ -24,6 +25,7 @@ from moe_groups.errors import CheckpointError
 _FAKE = threading.RLock()  # the modes are switched for the process
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _CENTRAL_HEADER = struct.Struct("<4s12xI8xHHH12x")
+_END = struct.Struct("<4s16xH")
 _LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _HAS_DESCRIPTOR = 0x08
 
@@ -77,6 +79,14 @@ def _record(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes]) ->
     if not sound or start + info.file_size > archive.start_dir:
         raise zipfile.BadZipFile(f"{info.filename} is not where the archive's directory says")
     return Record(info.filename.partition("/")[2], start, info.file_size, info.CRC)
+
+
+def ends_with_directory(path: Path) -> bool:
+    """Is nothing behind the archive? Readers look for its end, and take no notice of more."""
+    with open(path, "rb") as file:
+        file.seek(-_END.size, os.SEEK_END)
+        signature, comment = _END.unpack(file.read())
+    return bool(signature == b"PK\x05\x06" and not comment)
 
 
 def read_skeleton(path: Path) -> Any:
@@ -150,6 +160,19 @@ def tensor_start(tensor: torch.Tensor) -> int:
     return storage_start(tensor) + int(tensor.storage_offset()) * tensor.itemsize
 
 
+def save(content: Any, path: Path) -> None:
+    """``torch.save``.
+
+    Raises:
+        OSError: the file cannot be written; torch's own error does not say so, nor why.
+    """
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        reason = f"torch.save could not write all bytes ({str(error).splitlines()[0]})"
+        raise OSError(errno.EIO, reason, str(path)) from error
+
+
 def write_skeleton(content: Any, path: Path) -> dict[int, Record]:
     """Save ``content`` without bytes; the record of each storage, by :func:`storage_of`.
 
@@ -160,7 +183,7 @@ def write_skeleton(content: Any, path: Path) -> dict[int, Record]:
         OSError: the file cannot be written.
     """
     with _FAKE, FakeTensorMode(), skip_data(materialize_fake_tensors=True):
-        torch.save(content, path)
+        save(content, path)
     return storage_records(content, path)
 
 

@@ -38,14 +38,10 @@ def writing(path: Path) -> Iterator[None]:
     """Errors of the disk as errors that say which file, and what to do."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
-        torch_save = "torch.save could not write all bytes"  # it does not say why
-        why = error.strerror if isinstance(error, OSError) else torch_save
+    except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be written: {why}. What is there already is kept: make room and call "
-            "again, or remove it."
+            f"{error.filename or path}: {error.strerror}. What is written already is kept: make "
+            "room, or put right what is wrong, and call again."
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,39 @@ def kills_at_operations(conversion: Conversion, fault: str, operations: list[int
         problem = conversion.problem(destination)
         _judge(tally, conversion, destination, problem, f"before operation {at}")
     return tally
+
+
+def random_kills(conversion: Conversion, seed: int = 0) -> list[Tally]:
+    """20 times; two or three times in a row; and by the signals that ask politely."""
+    seconds, _ = seconds_and_operations(conversion)
+    draw = random.Random(seed)
+
+    def moments(count: int, in_a_row: int = 1) -> list[list[float]]:
+        return [[seconds * draw.random() for _ in range(in_a_row)] for _ in range(count)]
+
+    return [
+        kills(conversion, "kill -9 at a random moment", moments(20)),
+        kills(conversion, "kill -9, twice or three times", moments(5, 2) + moments(5, 3)),
+        kills(conversion, "Ctrl-C", moments(5), signal.SIGINT),
+        kills(conversion, "SIGTERM", moments(5), signal.SIGTERM),
+    ]
+
+
+def every_third_operation(conversion: Conversion) -> Tally:
+    """Killed before every third file operation, and before each of the last."""
+    _, operations = seconds_and_operations(conversion)
+    first, last = range(1, operations - 20, 3), range(operations - 20, operations + 1)
+    return kills_at_operations(conversion, "kill -9 before a file operation", [*first, *last])
+
+
+def meetings(conversion: Conversion) -> list[Tally]:
+    """Two jobs that meet while the first one begins, at random, and while it ends."""
+    seconds, operations = seconds_and_operations(conversion)
+    edges = [*range(1, 14), *range(operations - 14, operations + 1)]
+    return [
+        two_jobs(conversion, edges),
+        two_jobs_at_random(conversion, [seconds * n / 9 for n in range(10)]),
+    ]
 
 
 def _judge(

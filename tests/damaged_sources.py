@@ -1,11 +1,10 @@
 """Checkpoints whose files are cut off, changed, missing, unreadable or too new, and conversions."""
 
-import contextlib
+import ctypes
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,8 +15,6 @@ from tests.conversion_faults import TAG, Conversion, convert, tree
 from tests.fault_table import REFUSED, RIGHT, Tally
 from tests.made_checkpoints import same
 from tests.victims import Victim
-
-NOBODY = 65534
 
 Damage = tuple[str, Path, Callable[[], None]]
 """What it is, the file that an error has to name, and what makes it."""
@@ -34,7 +31,24 @@ def kinds_of_files(conversion: Conversion) -> dict[str, Path]:
     }
 
 
-def damaged(conversion: Conversion, fault: str, damages: list[Damage]) -> Tally:
+def every_damage(conversion: Conversion, lengths: int, bits: int) -> list[Tally]:
+    """Each kind of file cut off, with single bits changed, missing; and a newer manifest."""
+    files = kinds_of_files(conversion)
+    tallies = []
+    for kind, path in files.items():
+        tallies += [
+            damaged(conversion, f"{kind}: cut off", cut_off(path, lengths)),
+            damaged(conversion, f"{kind}: a bit changed", flipped(path, bits)),
+        ]
+    gone = [*files.values(), conversion.source / "latest"]
+    return [
+        *tallies,
+        damaged(conversion, "a file is missing", missing(gone)),
+        damaged(conversion, "manifest of a newer schema", newer_manifest(files["the manifest"])),
+    ]
+
+
+def damaged(conversion: Conversion, fault: str, damages: Iterable[Damage]) -> Tally:
     """Convert after each damage: the right result, or an error that names the file."""
     tally = Tally("converting", fault)
     for what, path, damage in damages:
@@ -85,7 +99,7 @@ def _is_right(conversion: Conversion, destination: Path) -> bool:
     )
 
 
-def cut_off(conversion: Conversion, path: Path, lengths: int) -> Iterator[Damage]:
+def cut_off(path: Path, lengths: int) -> Iterator[Damage]:
     """The file cut off at some lengths, from nothing to its last byte."""
     whole = path.read_bytes()
     for number in range(lengths):
@@ -94,7 +108,7 @@ def cut_off(conversion: Conversion, path: Path, lengths: int) -> Iterator[Damage
     yield "all but a byte", path, _write(path, whole[:-1])
 
 
-def flipped(conversion: Conversion, path: Path, count: int, seed: int = 0) -> Iterator[Damage]:
+def flipped(path: Path, count: int, seed: int = 0) -> Iterator[Damage]:
     """Single bits changed at random places."""
     whole = path.read_bytes()
     draw = random.Random(seed)
@@ -125,36 +139,25 @@ def newer_manifest(path: Path) -> Iterator[Damage]:
         yield "a newer schema", path, _write(path, text.encode())
 
 
-def convert_as_nobody(conversion: Conversion, destination: Path) -> None:
-    """Root may read and write all; so be somebody else, when all is imported."""
-    convert(conversion.source, conversion.new_place(), conversion.second)
-    if os.geteuid() == 0:
-        os.seteuid(NOBODY)
-    try:
-        convert(conversion.source, destination, conversion.second)
-    finally:
-        with contextlib.suppress(PermissionError):
-            os.seteuid(0)
+def convert_by_the_modes(conversion: Conversion, destination: Path) -> None:
+    """As somebody to whom the modes of files apply; root loses what they do not to."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
+    convert(conversion.source, destination, conversion.second)
 
 
-def forbidden(conversion: Conversion, open_to_all: Path) -> Tally:
+def forbidden(conversion: Conversion) -> Tally:
     """Files that may not be read, and a destination that may not be made."""
     tally = Tally("converting", "no permission")
     folder = conversion.source / TAG
-    for path in (*kinds_of_files(conversion).values(), folder, None):
-        place = conversion.place if path is None else open_to_all
-        conversion.numbers += 1
-        destination = place / f"forbidden-{conversion.numbers}"
-        conversion.place.chmod(0o755)
-        mode = 0 if path is None else path.stat().st_mode
-        if path is not None:
-            path.chmod(0)
-        end = Victim(convert_as_nobody, conversion, destination).go().end()
-        if path is not None:
-            path.chmod(mode)
-        name = str(destination if path is None else path)
-        if end.value != "CheckpointError" or name not in end.text or destination.exists():
-            tally.wrong(f"{name}: {end}")
+    for path in (*kinds_of_files(conversion).values(), folder, conversion.place):
+        destination, mode = conversion.new_place(), path.stat().st_mode
+        path.chmod(0o555 if path == conversion.place else 0)
+        end = Victim(convert_by_the_modes, conversion, destination).go().end()
+        path.chmod(mode)
+        named = f"{destination}.incomplete" if path == conversion.place else str(path)
+        if end.value != "CheckpointError" or named not in end.text or destination.exists():
+            tally.wrong(f"{path.name}: {end}")
         else:
             tally.add(REFUSED)
         shutil.rmtree(f"{destination}.incomplete", ignore_errors=True)

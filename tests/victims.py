@@ -4,6 +4,7 @@ A moment is a number of seconds of processor time, which a busy machine does not
 number of file operations (Python's audit events), which nothing moves.
 """
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -104,10 +105,8 @@ class Victim:
         """
         outcome = Outcome("killed")
         if self.pipe.poll(timeout):
-            try:
+            with contextlib.suppress(EOFError):
                 outcome = Outcome(*self.pipe.recv())
-            except EOFError:
-                pass
         else:
             self.process.kill()
             raise AssertionError(f"not done after {timeout} s")
