@@ -52,7 +52,7 @@ def regroup_checkpoint(
     Needs no GPU and no process group. Master weights and optimizer state stay bit-equal for each
     parameter; hyperparameters, loss scaler, counters and the learning-rate schedule are kept. The
     number of data-parallel ranks may change too, where ``to`` says so. Bytes go from file to file
-    through a buffer of 4 MiB for each worker; what the files state about their bytes (CRC-32) is
+    through a buffer of 1 MiB for each worker; what the files state about their bytes (CRC-32) is
     checked on the way. Unpickles, as DeepSpeed does: only for checkpoints that you trust.
 
     Args:
