@@ -180,7 +180,10 @@ def test_the_result_is_a_whole_checkpoint(source: Path, place: Path) -> None:
 
 def test_groups_keep_their_hyperparameters_and_get_new_names(source: Path, place: Path) -> None:
     shutil.rmtree(source)
-    options = {"dense.0": {"weight_decay": 0.3, "betas": (0.9, 0.95)}, "ep_size_2_0": {"lr": 0.7}}
+    options: dict[str, dict[str, Any]] = {
+        "dense.0": {"weight_decay": 0.3, "betas": (0.9, 0.95)},
+        "ep_size_2_0": {"lr": 0.7},
+    }
     make_checkpoint(source, ONE, random_state(ONE), options=options)
     regroup_checkpoint(source, place / "b", MANY)
     for content in shard_contents(place / "b").values():
@@ -327,7 +330,7 @@ def _bytes_in(whole: bytes) -> bytes:
 
     content = torch.load(io.BytesIO(whole), weights_only=False)["optimizer_state_dict"]
     state = content["base_optimizer_state"]["state"][0]["exp_avg"]
-    return state.numpy().tobytes()
+    return bytes(state.numpy().tobytes())
 
 
 def test_damaged_shards_are_refused_with_their_names(source: Path, place: Path) -> None:
