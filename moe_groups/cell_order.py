@@ -1,6 +1,6 @@
 """The order in which the caller's groups have the layers of a model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_groups.model_order import ModelOrder
@@ -32,14 +32,20 @@ class CellOrder:
         return next(rank for cell, rank in ranks.items() if cell[0] == row.parallel_group)
 
 
-def order_cells(rows: Sequence[Row], model: ModelOrder, fine: bool) -> CellOrder | None:
+def order_cells(
+    rows: Sequence[Row], model: ModelOrder, fine: bool, ordered: bool
+) -> CellOrder | None:
     """The order of the layers; None where nothing tells it.
 
     The order of parameters in the model tells it as a rule. Else the order of the saved
-    groups does: where they are split by layer ("fine") for the layers that are new with one
-    of the caller's groups; where they are not, for one that has all layers in one sequence.
-    Groups of several expert-parallel sizes are no sequence: DeepSpeed's own are in another
-    order in every run.
+    groups does: where they are split by layer for the layers that are new with one of the
+    caller's groups; where they are not, for one that has all layers in one sequence.
+
+    Args:
+        rows: the parameters in the saved order.
+        model: the order of parameters.
+        fine: the saved groups are split by layer.
+        ordered: parallel groups are in order; DeepSpeed's own are in another in every run.
     """
     experts: dict[int, list[Row]] = {}
     for row in rows:
@@ -49,7 +55,7 @@ def order_cells(rows: Sequence[Row], model: ModelOrder, fine: bool) -> CellOrder
     for source in sorted(experts):
         cells = _by_model(experts[source], model)
         if cells is None:
-            if not fine and not _is_one_sequence(experts[source]):
+            if not fine and not _is_one_sequence(experts[source], ordered):
                 return None
             order.by_names = False
             cells = list(dict.fromkeys(row.cell for row in experts[source]))
@@ -67,8 +73,8 @@ def _by_model(rows: Sequence[Row], model: ModelOrder) -> list[Cell] | None:
     return None if order is None else [cells[index] for index in order]
 
 
-def _is_one_sequence(rows: Iterable[Row]) -> bool:
-    """Has the first variant, in one parallel group, all layers?"""
-    rows = list(rows)
+def _is_one_sequence(rows: Sequence[Row], ordered: bool) -> bool:
+    """Has the first variant all layers, in one parallel group or in several that are in order?"""
     of_first = {row.cell for row in rows if row.variant == rows[0].variant}
-    return len({row.parallel_group for row in rows}) == 1 and of_first == {r.cell for r in rows}
+    one_group = len({row.parallel_group for row in rows}) == 1
+    return (ordered or one_group) and of_first == {row.cell for row in rows}

@@ -18,7 +18,9 @@ _DEEPSPEED = re.compile(r"(?:(.*?)\.)?deepspeed_moe\.experts\.deepspeed_experts\
 _LIST = re.compile(r"((?:.*\.)?[^.]*expert[^.]*)\.(\d+)\..+")  # the innermost such list
 _AUTO_EP = re.compile(r".*\.experts\.w[123]")
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-_PEFT = re.compile(r"^base_model\.model\.|(?<![^.])(base_layer|original_module|modules_to_save\.[^.]+)\.")
+_PEFT = re.compile(
+    r"^base_model\.model\.|(?<![^.])(base_layer|original_module|modules_to_save\.[^.]+)\."
+)
 
 
 class ExpertPlace(NamedTuple):

@@ -8,7 +8,7 @@ tried, and one that is wrong does not give the same groups when they are made ag
 import itertools
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -30,7 +30,7 @@ _SUFFIX = (
 _DENSE = re.compile(r"(?P<own>.+?)" + _SUFFIX)
 _EXPERTS = re.compile(r"(?P<own>)" + _SUFFIX)
 _EXPERTS_OF_SEVERAL = re.compile(r"\.(?P<own>.+?)" + _SUFFIX)
-_TILE = re.compile(r"\.tile\.\d+$")
+_OURS = re.compile(rf"\.(tile\.\d+|{'|'.join(DTYPES)})$")
 _UNNAMED = re.compile(r"group\.(\d+)")
 _Own = TypeVar("_Own", bound=Hashable)
 
@@ -102,7 +102,7 @@ def _parse(group: FlatGroup, experts: re.Pattern[str]) -> _Name | None:
         match = experts.fullmatch("")
     else:
         number = group.labels.get("expert_number")
-        prefix = f"{group.parallel_group}_{group.labels.get('expert_group_name', 'experts')}"
+        prefix = f"{group.parallel_group}_{group.labels.get('expert_group_name') or 'experts'}"
         prefix += "" if number is None else f".expert.{number}"
         if not group.name.startswith(prefix):
             return None
@@ -127,40 +127,43 @@ def _read_one(groups: Sequence[FlatGroup]) -> Reading | None:
 
 def _read_several(groups: Sequence[FlatGroup]) -> Reading | None:
     """Several groups of the caller."""
-    names = [_parse(group, _EXPERTS_OF_SEVERAL) for group in groups]
-    if None in names:
+    names = [name for group in groups if (name := _parse(group, _EXPERTS_OF_SEVERAL))]
+    if len(names) < len(groups):
         return None
-    found = [
-        name._replace(own=name.own.removeprefix("dense.")) if _is_unnamed(name) else name
-        for name in names
-        if name
-    ]
-    owns = [name.own for name in found]
-    unnamed = sorted({own for own in owns if _UNNAMED.fullmatch(own)}, key=_number)
-    merged = merge([*_chains(groups, owns), unnamed])
+    is_dense = [group.parallel_group is None for group in groups]
+    given_names = {name.own for name, dense in zip(names, is_dense, strict=True) if dense}
+    owns = [_own(name.own, dense, given_names) for name, dense in zip(names, is_dense, strict=True)]
+    numbers: list[str | int] = [*sorted({own for own in owns if isinstance(own, int)})]
+    merged = merge([*_chains(groups, owns), numbers])
     given = None if merged is None else _given(merged.order)
     if merged is None or given is None:
         return None
     index_of = {own: given.index(own) for own in merged.order}
-    names_ = [None if own is None or _UNNAMED.fullmatch(own) else own for own in given]
-    marks = [name.mark(index_of[name.own]) for name in found]
-    return Reading(marks, names_, _indices(merged, index_of))
+    marks = [name.mark(index_of[own]) for name, own in zip(names, owns, strict=True)]
+    return Reading(
+        marks,
+        [own if isinstance(own, str) else None for own in given],
+        _indices(merged, index_of),
+    )
 
 
-def _given(order: Sequence[str]) -> list[str | None] | None:
-    """The caller's groups with those that left nothing, None, so that each has its number."""
-    given: list[str | None] = []
+def _own(name: str, dense: bool, given_names: Collection[str]) -> str | int:
+    """The name of a caller's group, or the number of one without a name."""
+    match = _UNNAMED.fullmatch(name.removeprefix("dense.") if dense else name)
+    unnamed = name.startswith("dense.") if dense else name not in given_names
+    return int(match[1]) if match and unnamed else name
+
+
+def _given(order: Sequence[str | int]) -> list[str | int | None] | None:
+    """The caller's groups in order; None for those that left nothing."""
+    given: list[str | int | None] = []
     for own in order:
-        number = _number(own) if _UNNAMED.fullmatch(own) else len(given)
-        if ".tile." in own or number < len(given):
+        number = own if isinstance(own, int) else len(given)
+        if number < len(given) or (isinstance(own, str) and ".tile." in own):
             return None
         given += [None] * (number - len(given))
         given.append(own)
     return given + [None] * (len(given) < 2)
-
-
-def _number(unnamed: str) -> int:
-    return int(unnamed.partition(".")[2])
 
 
 def _indices(merged: Merged[_Own], index_of: Mapping[_Own, int]) -> Merged[int]:
@@ -168,17 +171,13 @@ def _indices(merged: Merged[_Own], index_of: Mapping[_Own, int]) -> Merged[int]:
     return Merged([index_of[own] for own in merged.order], pairs)
 
 
-def _is_unnamed(name: _Name) -> bool:
-    return _UNNAMED.fullmatch(name.own.removeprefix("dense.")) is not None
-
-
 def _read_stock(groups: Sequence[FlatGroup]) -> Reading | None:
     """DeepSpeed's split: dense groups as the caller gave them, then experts under one name."""
     dense = [group for group in groups if group.parallel_group is None]
-    if [*groups[: len(dense)]] != dense or any(_TILE.search(group.name) for group in dense):
+    if [*groups[: len(dense)]] != dense or any(_OURS.search(group.name) for group in dense):
         return None
-    if any(group.name != group.parallel_group for group in groups[len(dense) :]):
-        return None
+    if any(group.name != group.parallel_group or group.labels for group in groups[len(dense) :]):
+        return None  # ours: they have labels, if only to say that there is none
     named: dict[str, list[str | None]] = {}
     for group in dense:
         named.setdefault(_key(group), []).append(group.name)

@@ -107,21 +107,28 @@ def read_back(groups: Sequence[FlatGroup]) -> GroupingInput:
     Raises:
         CheckpointError: they do not tell.
     """
-    problem = "they are not as moe_groups or DeepSpeed make them, or have ambiguous names"
     model = ModelOrder([[param.name for param in group.params] for group in groups])
+    if not model.consistent:
+        raise _untold(groups, "their parameters are in no model's order (round_robin_gradients?)")
+    problem = "they are not as moe_groups or DeepSpeed make them, or have ambiguous names"
     for reading in readings(groups):
         rows = list(saved_rows(groups, reading.marks))
-        if not reading.ours and model.consistent and not ModelOrder(_lines(rows)).consistent:
+        if not reading.ours and not ModelOrder(_lines(rows)).consistent:
             continue  # DeepSpeed's split leaves the parameters in the model's order
-        cells = order_cells(rows, model, fine=_level(groups) != "parallel_group")
+        ordered = all(group.labels for group in groups if group.parallel_group)
+        cells = order_cells(rows, model, _level(groups) != "parallel_group", ordered)
         if cells is None:
             problem = "nothing tells the order of their layers in the model"
             continue
         found = _put_together(groups, reading, rows, model, cells)
         if not reading.ours or _gives(found, groups):
             return found
+    raise _untold(groups, problem)
+
+
+def _untold(groups: Sequence[FlatGroup], problem: str) -> CheckpointError:
     shown = ", ".join(repr(group.name) for group in groups[:4])
-    raise CheckpointError(
+    return CheckpointError(
         f"the groups of the checkpoint ({shown}{', ...' if len(groups) > 4 else ''}) do not tell "
         f"what they were made from: {problem}. {WAY_OUT}"
     )
@@ -150,10 +157,10 @@ def _put_together(
 
 
 def _level(groups: Iterable[FlatGroup]) -> SplitBy:
-    labels = {label for group in groups for label in group.labels}
-    if "expert_number" in labels:
+    told = {label for group in groups for label, value in group.labels.items() if value is not None}
+    if "expert_number" in told:
         return "expert"
-    return "module" if "expert_group_name" in labels else "parallel_group"
+    return "module" if "expert_group_name" in told else "parallel_group"
 
 
 def _position(row: Row, level: SplitBy, cells: CellOrder) -> tuple[object, ...]:

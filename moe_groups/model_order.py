@@ -40,7 +40,7 @@ class ModelOrder:
         self._children: dict[str, Merged[str]] = {}
         for path, found in chains.items():
             numbers = sorted({c for chain in found for c in chain if c.isdecimal()}, key=int)
-            if all(child.isdecimal() for chain in found for child in chain):
+            if numbers and all(child.isdecimal() for chain in found for child in chain):
                 continue  # a list of modules; numbers tell
             merged = merge([*found, numbers])
             self.consistent &= merged is not None
@@ -49,8 +49,8 @@ class ModelOrder:
     def before(self, one: str, other: str) -> bool | None:
         """Does the model list ``one`` before ``other``; None where that is not known."""
         told = _told(one, other)
-        if told is not None or not self.consistent:
-            return told if self.consistent else None
+        if told is not None:
+            return told
         path, part, other_part = _fork(one, other)
         known = self._children[path].known if path in self._children else ()
         if (part, other_part) in known:

@@ -61,7 +61,11 @@ def named_target(
       are then called differently; parameters are where they belong.
     * Frozen parameters, which DeepSpeed's split counts when it cuts groups by size.
     * Dtypes that parameters had before the engine cast them, beyond what names of groups say.
-    * ``round_robin_gradients``, under which ZeRO lays parameters out in another order.
+    * Experts of two of the caller's groups with equal hyperparameters are not told apart in
+      DeepSpeed's split.
+
+    The caller's groups have to list parameters in the model's order; saved groups that show
+    another are refused, as are those of ``round_robin_gradients``.
 
     Args:
         source: of the checkpoint.
@@ -86,26 +90,38 @@ def named_target(
     caps = Caps(max_group_size, None, data_parallel_size)
     if to == "stock" and max_group_size is None:
         caps.size = DEEPSPEED_MAX_GROUP_SIZE
-    known: dict[object, list[_Made]] = {}
-
-    def make(rank: Rank) -> list[FlatGroup]:
-        groups = [group for group in source.of(rank) if group.params]
-        alike = tuple(map(_alike, groups))
-        if alike not in known:
-            known[alike] = list(_make(read_back(groups), to, caps))
-        return [_laid_out(made, groups, alignment) for made in known[alike]]
-
+    columns = _Columns(source, to, caps, alignment)
     if data_parallel_size is None:
-        return merge_ranks([(rank, make(rank)) for rank in sorted(source.order)])
+        return merge_ranks([(rank, columns.of(rank)) for rank in sorted(source.order)])
     change = RankChange(source, data_parallel_size)
     return merge_ranks(
-        [(rank, list(map(change.shared, make(saved)))) for rank, saved in change.ranks()]
+        [(rank, list(map(change.shared, columns.of(saved)))) for rank, saved in change.ranks()]
     )
 
 
+class _Columns:
+    """Each rank's groups; those of ranks that are alike are found out once."""
+
+    def __init__(self, source: Layout, to: TargetName, caps: Caps, alignment: int) -> None:
+        self.source, self.to, self.caps, self.alignment = source, to, caps, alignment
+        self._made: dict[object, list[_Made]] = {}
+        self._columns: dict[tuple[int, ...], list[FlatGroup]] = {}
+
+    def of(self, rank: Rank) -> list[FlatGroup]:
+        same = self.source.order[rank]
+        if same not in self._columns:
+            groups = [group for group in self.source.of(rank) if group.params]
+            key = tuple(map(_alike, groups))
+            if key not in self._made:
+                self._made[key] = list(_make(read_back(groups), self.to, self.caps))
+            made = self._made[key]
+            self._columns[same] = [_laid_out(one, groups, self.alignment) for one in made]
+        return self._columns[same]
+
+
 def _alike(group: FlatGroup) -> tuple[object, ...]:
-    """Ranks that differ in nothing of this have the same groups of other experts."""
-    params = tuple((param.name, param.numel, param.dtype) for param in group.params)
+    """Ranks that differ in nothing of this have the same groups, of other experts."""
+    params = tuple((param.name, param.numel, param.shape, param.dtype) for param in group.params)
     return group.name, group.parallel_group, str(group.labels), str(group.options), params
 
 
@@ -120,22 +136,20 @@ def _make(found: GroupingInput, to: TargetName, caps: Caps) -> Iterator[_Made]:
         _check_order(found, [found.rows[index] for index in members])
     for name, key, number, members in make_plan(table, caps.of, found.sources):
         labels = {"expert_group_name": key.layer, "expert_number": number}
-        told = {label: value for label, value in labels.items() if value is not None}
-        yield _Made(name, told, [found.rows[index] for index in members], counts)
+        rows = [found.rows[index] for index in members]
+        yield _Made(name, labels if key.parallel_group else {}, rows, counts)
 
 
 def _check_told(found: GroupingInput, to: SplitBy) -> None:
     """Refuse a finer level than groups and names tell."""
     for row in found.rows if to != "parallel_group" else ():
-        if row.parallel_group is None or (
-            row.layer is not None and (to, row.numbered) != ("expert", False)
-        ):
-            continue
         what = "layer" if row.layer is None else "expert"
-        raise CheckpointError(
-            f"nothing in the checkpoint tells of which {what} {row.param.name} is, which "
-            f"{to!r} groups need. {WAY_OUT}"
-        )
+        untold = row.layer is None or (to == "expert" and not row.numbered)
+        if row.parallel_group is not None and untold:
+            raise CheckpointError(
+                f"nothing in the checkpoint tells of which {what} {row.param.name} is, which "
+                f"{to!r} groups need. {WAY_OUT}"
+            )
 
 
 def _check_neighbours(found: GroupingInput, table: Table) -> None:
@@ -173,7 +187,7 @@ def _follows(found: GroupingInput, one: list[Row], other: list[Row]) -> bool:
     same_layer = one[0].parallel_group is not None and one[0].cell == other[0].cell
     ordered = same_layer or one[0].variant.source not in found.cells.unknown
     not_before = found.model.before(names[-1], others[0]) is False
-    return found.model.consistent and ordered and not not_before and apart(names, others)
+    return ordered and not not_before and apart(names, others)
 
 
 def _split_like_deepspeed(found: GroupingInput, caps: Caps) -> Iterator[_Made]:

@@ -63,7 +63,7 @@ def _flat_group(
         model_rank=model_rank,
         parallel_group=base,
         ep_rank=ep_rank if base else None,
-        labels={key: group[key] for key in LABELS if group.get(key) is not None},
+        labels={key: group[key] for key in LABELS if key in group},
         options=readable_options(group),
     )
 

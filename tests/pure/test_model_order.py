@@ -85,10 +85,7 @@ def test_modules_that_are_apart_follow_each_other(model: nn.Module, data: st.Dat
     ],
 )
 def test_an_order_that_no_model_has(sequences: list[list[str]]) -> None:
-    order = ModelOrder(sequences)
-    assert not order.consistent
-    assert order.before("blocks.0.w", "blocks.1.w") is None
-    assert order.sort(["blocks.0.w", "blocks.1.w"]) is None
+    assert not ModelOrder(sequences).consistent
 
 
 # ---- merging sequences -------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The layout from a name equals the one made from the model, for random pairs of groupings."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from moe_groups import (
 )
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
-from moe_groups.tags import get_expert_tag, is_expert_parameter
+from moe_groups.tags import is_expert_parameter
 from moe_groups.target_layout import TARGETS, named_target
 from tests.made_layouts import layout_of
 from tests.pure.random_models import Case, cases
@@ -95,7 +96,7 @@ def columns(layout: Layout) -> dict[Any, list[FlatGroup]]:
 
 def by_path(layout: Layout, source: Layout) -> Layout:
     """Labels given by hand are lost where the source's groups have none; names follow them."""
-    if any("expert_group_name" in group.labels for group in source.groups):
+    if any(group.labels.get("expert_group_name") for group in source.groups):
         return layout
 
     def plain(group: FlatGroup) -> FlatGroup:
@@ -220,6 +221,24 @@ def test_several_dtypes(case: Case, saved: Grouping, wanted: Grouping) -> None:
     assert columns(found) == columns(by_path(layout(case, wanted, world), source))
 
 
+@given(models(forms=("module", "named")), ours, ours)
+@settings(max_examples=200)
+def test_dtypes_from_before_the_engine_cast(case: Case, saved: Grouping, wanted: Grouping) -> None:
+    """Groups are made before ``deepspeed.initialize`` gives all parameters one dtype."""
+    assume(wanted.level >= saved.level)
+    source, expected = (layout(case, how, world_of(case)) for how in (saved, wanted))
+    found = named_target(cast(source), wanted.to, max_group_size=wanted.cap)
+    assert columns(found) == columns(by_path(cast(expected), source))
+
+
+def cast(layout: Layout) -> Layout:
+    groups = [
+        replace(group, params=tuple(param._replace(dtype="bfloat16") for param in group.params))
+        for group in layout.groups
+    ]
+    return replace(layout, groups=tuple(groups))
+
+
 @given(models(forms=("groups",)), groupings, groupings)
 @settings(max_examples=300)
 def test_any_names_and_options_of_the_callers_groups(
@@ -305,7 +324,7 @@ def block() -> nn.Module:
 
 def split(model: nn.Module, to: Any) -> list[dict[str, Any]]:
     params = list(model.parameters())
-    if any(is_expert_parameter(p) and get_expert_tag(p).layer is None for p in params):
+    if not all(hasattr(param, "expert_number") for param in filter(is_expert_parameter, params)):
         tag_experts(model)
     if to == "stock":
         groups: list[dict[str, Any]] = stock_split({"params": params, "name": "dense"})
@@ -337,9 +356,9 @@ def test_callers_groups_with_layers_in_an_order_of_their_own() -> None:
     model = Tree(second=Tree(experts=linears(2)), first=Tree(experts=linears(2)))
     model.head = nn.Linear(1, 1)
     tag_experts(model)
-    early, late = (list(layer.parameters()) for layer in (model.second, model.first))
+    early, late, head = (list(layer.parameters()) for layer in model.children())
     callers = [
-        {"params": [*model.head.parameters(), late[0]], "name": "a", "lr": 0.1},
+        {"params": [*head, late[0]], "name": "a", "lr": 0.1},
         {"params": [*early, *late[1:]], "name": "b", "lr": 0.2},
     ]
     source = named_layout(model, create_moe_param_groups(callers))
@@ -351,25 +370,23 @@ def test_callers_groups_with_layers_in_an_order_of_their_own() -> None:
     assert columns(named_target(source, "expert")) == columns(named_layout(model, finer))
 
 
-def test_numbers_that_are_not_in_order() -> None:
-    """A dict of layers; names of modules in a list would be in the order of the numbers."""
-    model = Tree(blocks=nn.ModuleDict({"1": block(), "0": block()}))
-    source = named_layout(model, split(model, "module"))
-    assert columns(named_target(source, "expert")) == columns(
-        named_layout(model, split(model, "expert"))
-    )
-    with pytest.raises(CheckpointError, match="nothing tells in which order"):
-        named_target(source, "parallel_group")
+@pytest.mark.parametrize("wanted", TARGETS)
+def test_parameters_in_another_order_than_the_models(wanted: Any) -> None:
+    """``round_robin_gradients`` gives such layouts, and then the new groups have one too."""
+    model = Tree(blocks=nn.ModuleList([block(), block()]))
+    groups = split(model, "module")
+    groups[0]["params"] = [*groups[0]["params"][::2], *groups[0]["params"][1::2]]
+    with pytest.raises(CheckpointError, match=r"in no model's order \(round_robin_gradients\?\)"):
+        named_target(named_layout(model, groups), wanted)
 
 
 def by_matrix() -> nn.Module:
     """Experts that are not modules: a list of matrices for each of two layers."""
-    moe = Tree(w1=linears(2), w2=linears(2), gate=nn.Linear(2, 2))
-    for matrices in (moe.w1, moe.w2):
-        for number, matrix in enumerate(matrices):
-            for param in matrix.parameters():
-                set_expert_tag(param, ExpertTag("ep_size_2", "mine", number, 2))
-    return Tree(moe=moe)
+    matrices = [linears(2), linears(2)]
+    for number, matrix in [*enumerate(matrices[0].children()), *enumerate(matrices[1].children())]:
+        for param in matrix.parameters():
+            set_expert_tag(param, ExpertTag("ep_size_2", "mine", number, 2))
+    return Tree(moe=Tree(w1=matrices[0], w2=matrices[1], gate=nn.Linear(2, 2)))
 
 
 def test_experts_whose_parameters_do_not_stand_together() -> None:
@@ -484,3 +501,35 @@ def test_experts_that_no_rank_has() -> None:
     half = replace(source, order={Rank(0, 0): source.order[Rank(0, 0)]})
     with pytest.raises(CheckpointError, match="needs the experts of ep_size_2 rank 1"):
         named_target(half, "module", data_parallel_size=4)
+
+
+def test_dtypes_of_which_only_a_part_is_known() -> None:
+    """One layer has two, and its groups' names say so; those of the other say nothing."""
+    model = Tree(layers=nn.ModuleList([block(), block()]))
+    first = [*linears_of(model.layers, 0)]
+    first[0].data = first[0].data.bfloat16()
+    source = cast(named_layout(model, split(model, "module")))
+    assert any(group.name.endswith(".float32") for group in source.groups)
+    with pytest.raises(CheckpointError, match="parameters of several dtypes would come together"):
+        named_target(source, "parallel_group")
+    assert len(named_target(source, "module").groups) == len(source.groups)
+
+
+def linears_of(layers: Any, index: int) -> list[nn.Parameter]:
+    return list(layers[index].experts.parameters())
+
+
+def test_experts_that_were_numbered_backwards_by_hand() -> None:
+    model = Tree(moe=block())
+    for number, expert in enumerate(reversed(list(linears_of_block(model)))):
+        for param in expert.parameters():
+            set_expert_tag(param, ExpertTag("ep_size_2", "mine", number, 2))
+    expert, module = (named_layout(model, split(model, to)) for to in ("expert", "module"))
+    assert columns(named_target(expert, "expert")) == columns(expert)
+    with pytest.raises(CheckpointError, match="nothing tells in which order"):
+        named_target(expert, "module")
+    assert module.fingerprint() != expert.fingerprint()
+
+
+def linears_of_block(model: Any) -> Iterator[nn.Module]:
+    yield from model.moe.experts
