@@ -18,13 +18,12 @@ from moe_groups.errors import CheckpointError, CheckpointWarning
 from moe_groups.flat_layout import FlatGroup, Rank
 from moe_groups.layout_diff import compare_groups
 from moe_groups.manifest import FILE_NAME, Manifest, read_manifest
-from moe_groups.shard import COUNTS, MASTER, Shard, read_shard, stated_fragments
+from moe_groups.shard import COUNTS, MASTER, WRAPPERS, Shard, read_shard, stated_fragments
 from moe_groups.shard_step import step_of_shard
 
 if TYPE_CHECKING:
     from moe_groups.checkpoint_guard import Guard
 
-_WRAPPERS = ("ZeRO-1", "ZeRO-2", "BF16_Optimizer")
 _SHOWN = 8
 
 Kind = Literal["same", "absent", "unknown", "other", "world", "unreadable"]
@@ -123,7 +122,7 @@ def _examine(engine: Any, load_dir: Path, tag: str | None) -> Finding:
 
 def _compare(engine: Any, files: CheckpointFiles) -> Finding:
     rank, running = own_groups(engine)
-    maps = _deepspeed.wrapper_name(engine) in _WRAPPERS
+    maps = _deepspeed.wrapper_name(engine) in WRAPPERS
     if files.manifest.is_file():
         found = _by_manifest(read_manifest(files.manifest), rank, running)
         return _by_shard(files, rank, running) if maps and found.kind == "same" else found

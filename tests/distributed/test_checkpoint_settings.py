@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from moe_groups import MoE, create_moe_param_groups
+from moe_groups import MoE, create_moe_param_groups, protect_checkpoints
 from moe_groups.errors import CheckpointMismatchError
 from moe_groups.flat_layout import Rank
 from moe_groups.manifest import FILE_NAME, read_manifest
@@ -193,6 +193,38 @@ def test_settings_that_move_parameters(
             assert "parameters of a rank are in another place" in text
         if ROUND_ROBIN not in (before, after):
             assert f"{name} (expert 0): saved in group 1" in found[0]
+
+
+def converted(before: dict[str, Any], after: dict[str, Any], folder: Path) -> list[bool]:
+    """Converted while loading, from DeepSpeed's own files: trains on, is saved and loaded alike."""
+    old, new = (
+        Case("zero2", split, 1, None, {"contiguous_gradients": True, **zero}, Odd)
+        for split, zero in (("module", before), ("expert", after))
+    )
+    engine = old.engine()
+    train(engine, 2)
+    engine.save_checkpoint(str(folder))
+    end = train(engine, 3, 2)["loss"]
+    forget_manifest(folder)
+    engine = new.engine()
+    protect_checkpoints(engine, regroup="auto")
+    engine.load_checkpoint(str(folder))
+    found = [train(engine, 3, 2)["loss"] == end]
+    engine.save_checkpoint(str(folder / "again"))
+    end = train(engine, 2, 5)["loss"]
+    engine = new.engine()
+    engine.load_checkpoint(str(folder / "again"))
+    return [*found, train(engine, 2, 5)["loss"] == end]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(ROUND_ROBIN, ROUND_ROBIN), (ROUND_ROBIN, {}), ({}, ROUND_ROBIN), (ROUND_ROBIN, ALIGNED)],
+)
+def test_conversion_between_settings(
+    before: dict[str, Any], after: dict[str, Any], tmp_path: Path
+) -> None:
+    assert run_on_ranks(2, converted, before, after, tmp_path) == [[True, True]] * 2
 
 
 # ---- files of other releases and settings of DeepSpeed ---------------------------------------

@@ -15,9 +15,11 @@ import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
 from moe_groups import _deepspeed, protect_checkpoints
+from moe_groups.flat_layout import round_robin
 from tests.models import FFN, HIDDEN, TinyMoE
 from tests.ranks import RankError, run_in_fresh_processes, run_on_ranks
 from tests.training import WRAPPERS, config, groups_by, initialize, make_groups, start, train
@@ -202,6 +204,13 @@ SIGNATURES = {
 def test_patched_places(owner: str, name: str) -> None:
     _, place = _deepspeed._find(owner, name)
     assert str(inspect.signature(inspect.unwrap(place))) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 12])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_order_of_round_robin_gradients(count: int, ranks: int) -> None:
+    theirs, _ = DeepSpeedZeroOptimizer._round_robin_reorder(None, list(range(count)), ranks)
+    assert round_robin(range(count), ranks) == theirs
 
 
 def test_memory_report_is_a_name_of_the_bf16_module() -> None:
