@@ -4,7 +4,8 @@ from moe_groups.checkpoint_files import CheckpointFiles
 from moe_groups.errors import CheckpointError
 from moe_groups.manifest import FILE_NAME, UNFINISHED, read_manifest
 
-_STATES = "_states.pt"
+STATES = "_states.pt"
+"""How names of DeepSpeed's files end."""
 
 
 def check_saved(files: CheckpointFiles) -> None:
@@ -32,7 +33,7 @@ def check_whole(files: CheckpointFiles) -> None:
         return
     for name, size in read_manifest(files.manifest).files.items():
         path = files.folder / name
-        if not name.endswith(_STATES):
+        if not name.endswith(STATES):
             continue
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: {files.manifest.name} lists it.")

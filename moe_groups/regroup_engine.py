@@ -12,6 +12,7 @@ from torch import distributed
 from moe_groups import _deepspeed
 from moe_groups.checkpoint_files import LATEST, CheckpointFiles, find_checkpoint, shard_name
 from moe_groups.checkpoint_source import read_layout
+from moe_groups.checkpoint_whole import STATES
 from moe_groups.copying import Copier, Sums
 from moe_groups.engine_layout import gather_layout
 from moe_groups.errors import CheckpointError
@@ -20,6 +21,8 @@ from moe_groups.regroup_model import write_model
 from moe_groups.regroup_shard import new_shard, write_shard
 from moe_groups.regroup_source import RegroupSource
 from moe_groups.regroup_target import check_same_parameters
+from moe_groups.torch_file import read_skeleton
+from moe_groups.unfinished import check_space
 
 
 @contextlib.contextmanager
@@ -54,17 +57,21 @@ def _begin(
     check_same_parameters(source, target)
     parent = load_dir if scratch_dir is None else scratch_dir
     directory = parent / f".moe_groups_{target.fingerprint()[:8]}_{uuid.uuid4().hex[:8]}"
+    written = [*files.shards.values(), *files.models.values()]
     try:
         (directory / tag).mkdir(parents=True)
+        check_space(directory, sum(path.stat().st_size for path in written))
         (directory / LATEST).write_text(tag)
         for path in files.others():
             link = directory / tag / path.relative_to(files.folder)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.resolve())
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        why = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"{directory} cannot be written: {error.strerror}. Give protect_checkpoints a "
-            "scratch_dir that all ranks can write to."
+            f"{directory} cannot be written: {why} Give protect_checkpoints a scratch_dir that all "
+            "ranks can write to, and that has room for the optimizer states."
         ) from error
     return source, target, directory
 
@@ -90,6 +97,7 @@ def _convert(
             sums.check(files.models[rank.model], copier)
             write_model(source, target, rank.model, folder / files.models[rank.model].name)
         for path in _checked_here(files, target, rank):
+            read_skeleton(path)  # torch has to be able to read experts' weights too
             sums.check(path, copier)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror}.") from error
@@ -100,11 +108,13 @@ def _convert(
 def _checked_here(files: CheckpointFiles, target: Layout, rank: Rank) -> list[Path]:
     """Files of which this rank compares the bytes with their CRCs: all are somebody's."""
     ranks = target.data_parallel_size
-    return [
+    shards = [
         path
         for saved, path in files.shards.items()
         if saved.model == rank.model and saved.data % ranks == rank.data
     ]
+    experts = [path for path in files.others() if path.name.endswith(STATES)]
+    return shards + experts[sorted(target.order).index(rank) :: len(target.order)]
 
 
 def _on_first_rank(work: Callable[[], Any]) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from moe_groups.checkpoint_files import CheckpointFiles, shard_name
+from moe_groups.checkpoint_whole import STATES
 from moe_groups.copying import Copier, Sums
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import Layout, Rank
@@ -146,7 +147,7 @@ class Job:
 
 
 def _copy(source: Path, path: Path, copier: Copier) -> None:
-    if source.name.endswith("_states.pt"):  # DeepSpeed's, so torch has to be able to read it
+    if source.name.endswith(STATES):  # DeepSpeed's, so torch has to be able to read it
         read_skeleton(source)
     copier.copy_file(source, path)
 

@@ -5,6 +5,7 @@ writing. So a marker is there from before the first file is replaced until all a
 and ``latest`` names a checkpoint when nothing of it is missing.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +26,9 @@ def mark_unfinished(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:  # takes no room, and there is no moment with neither of them
+        with contextlib.suppress(FileNotFoundError):  # at no moment there is neither of them
             os.replace(folder / FILE_NAME, folder / UNFINISHED)
-        except FileNotFoundError:
-            (folder / UNFINISHED).touch()
+        open(folder / UNFINISHED, "wb").close()  # room for the next manifest
     except OSError as error:
         raise CheckpointError(
             f"{folder} cannot be written: {error.strerror}. Nothing was saved, and what was there "
@@ -60,6 +60,8 @@ def announce(save_dir: Path, tag: str) -> None:
     """
     latest = save_dir / LATEST
     try:
+        if latest.is_file() and latest.read_bytes() == tag.encode():
+            return
         with finished_file(latest) as part:
             part.write_text(tag)
     except OSError as error:

@@ -45,6 +45,20 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_space(directory: Path, needed: int) -> None:
+    """Has the disk of ``directory`` room for so many bytes?
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise CheckpointError(
+            f"{directory} needs {needed:,} bytes, but only {free:,} are free on its disk: make "
+            "room and call again, or choose another place."
+        )
+
+
 class Unfinished:
     """The work of one conversion, in ``<destination>.incomplete``; one process at a time.
 
@@ -141,13 +155,7 @@ class Unfinished:
 
     def _check_space(self) -> None:
         held = sum(path.stat().st_blocks * 512 for path in self.place.rglob("*") if path.is_file())
-        needed = self.job["bytes"] - held
-        free = shutil.disk_usage(self.place).free
-        if free < needed:
-            raise CheckpointError(
-                f"{self.place} needs {needed:,} bytes, but only {free:,} are free on its disk: "
-                "make room and call again, or choose another destination."
-            )
+        check_space(self.place, self.job["bytes"] - held)
 
     def _leave(self) -> None:
         """Remove what nobody needs; work of an earlier process stays."""

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +48,24 @@ class SmallDisk:
             while True:
                 file.write(bytes(4096))
         os.truncate(self.filler, max(0, self.filler.stat().st_size - leave))
+
+    @contextlib.contextmanager
+    def kept_full(self) -> Iterator[None]:
+        """Whatever is freed is taken at once."""
+        done = threading.Event()
+
+        def take() -> None:
+            while not done.is_set():
+                self.fill()
+                time.sleep(0.0005)
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def make_room(self) -> None:
         self.filler.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -101,33 +100,17 @@ def save_twice(folder: Path, wrapper: str, second: str, operation: int = 0) -> t
     return time.process_time() - begun, count
 
 
-def save_halves_of_two(folder: Path) -> None:
-    """DeepSpeed's saves of two steps under one tag; the files of rank 1 are of the first one."""
-    rank = torch.distributed.get_rank()
-    engine = engine_of("zero2")
-    protect_checkpoints(engine, regroup="off")
-    checkpoints = folder / "checkpoints"
-    for step in (2, 4):
-        train(engine, 2, first=step - 2)
-        (folder / f"first-{step}-{rank}").write_text(digest(engine))
-        engine.save_checkpoint(str(checkpoints), tag="first")
-        for path in checkpoints.glob("first/*pp_rank_1_*") if step == 2 and rank == 0 else ():
-            shutil.copy(path, folder)
-    for path in folder.glob("*pp_rank_1_*") if rank == 0 else ():
-        shutil.copy(path, checkpoints / "first")
-    torch.distributed.barrier()
-
-
 def load(
     folder: Path,
     wrapper: str,
     tag: str | None = None,
     split: str = SPLIT,
     regroup: Regroup = "refuse",
+    scratch: Path | None = None,
 ) -> tuple[str, str]:
     """What a rank of a new run gets: the path and the digest, or "refused" and the error."""
     engine = engine_of(wrapper, split)
-    protect_checkpoints(engine, regroup=regroup)
+    protect_checkpoints(engine, regroup=regroup, scratch_dir=scratch)
     before = digest(engine)
     try:
         path, _ = engine.load_checkpoint(str(folder / "checkpoints"), tag=tag)
@@ -199,6 +182,21 @@ def random_kills(count: int, seconds: float, seed: int = 0) -> list[Kill]:
             1.2 * seconds * draw.random(),
         )
         for number in range(count)
+    ]
+
+
+def random_kills_while_saving(place: Path) -> list[Tally]:
+    """20 moments of the whole save, and all file operations of rank 0 that Python makes."""
+    seconds, _ = cost_of_save(place / "first-run", "zero2")  # imports what later ones have
+    seconds, operations = cost_of_save(place / "cost", "zero2")
+    ends = [
+        Kill("bf16" if operation % 3 else "zero2", over, (0,), 0, operation)
+        for operation in range(1, operations + 1)
+        for over in (False, True)
+    ]
+    return [
+        kill_saves(place, "kill -9 at a random moment", random_kills(20, seconds)),
+        kill_saves(place, "kill -9 before a file operation", ends),
     ]
 
 
