@@ -7,12 +7,12 @@ from typing import Any
 
 from moe_groups.checkpoint_check import holds
 from moe_groups.checkpoint_report import Problem, ProblemKind, unreadable
-from moe_groups.checkpoint_scan import PICKLE, Scan, changed_text, scan_file, sound_pickle
+from moe_groups.checkpoint_scan import PICKLE, Scan, Segment, changed_text, scan_file, sound_pickle
 from moe_groups.engine_layout import readable_options
 from moe_groups.expected_layout import Expected
-from moe_groups.flat_layout import FlatGroup, Rank, fragments
+from moe_groups.flat_layout import FlatGroup, Rank
 from moe_groups.saved_experts import ParamKey, Place
-from moe_groups.shard import Fragment, Shard
+from moe_groups.shard import Fragment, Shard, stated_fragments
 from moe_groups.slim_shard import (
     extents,
     name_record,
@@ -100,7 +100,9 @@ def examine_shard(
             pickle = next(record for record in records if record.name == PICKLE)
             facts.report("checksum", changed_text(path.name, pickle))
         if data:
-            _examine_data(facts, path, records, shard if facts.groups else None, places, progress)
+            known = shard if facts.groups else None
+            groups = expected.layout.of(rank) if facts.groups else []
+            _examine_data(facts, path, records, known, groups, places, progress)
     except Exception as error:
         facts.problems.append(unreadable(path, path.name, error))
     return facts
@@ -150,7 +152,7 @@ def _difference(shard: Shard, rank: Rank, groups: list[FlatGroup]) -> str | None
                 f"its partition of {what} has {shard.partition(index)} elements in place of "
                 f"{group.partition}"
             )
-        said = [Fragment(p.param.name, p.start, p.numel) for p in fragments(group, rank.data)]
+        said = stated_fragments(group, rank.data, shard.reorders)
         for found, wanted in zip(shard.fragments(index), said, strict=False):
             if found != wanted:
                 return f"{what} holds {_named(found)} in place of {_named(wanted)}"
@@ -179,11 +181,14 @@ def _examine_data(
     path: Path,
     records: list[Record],
     shard: Shard | None,
+    groups: list[FlatGroup],
     places: dict[ParamKey, Place],
     progress: Callable[[int], None],
 ) -> None:
-    count = 0 if shard is None else len(shard.options)
-    wanted = [s for index in range(count) for s in segments(shard, index)]  # type: ignore[arg-type]
+    wanted: list[Segment] = []
+    if shard is not None:
+        for index, group in enumerate(groups):
+            wanted.extend(segments(shard, index, group, facts.rank.data))
     scan = scan_file(path, records, wanted, progress)
     facts.unstated = scan.unstated
     for record in scan.changed:

@@ -9,7 +9,8 @@ import torch
 
 from moe_groups.checkpoint_report import MASTER_NAME
 from moe_groups.checkpoint_scan import FLOATS, Segment
-from moe_groups.shard import ALIGNMENT, CONTENT, MASTER, STATE, Shard, read_shard
+from moe_groups.flat_layout import FlatGroup, fragments
+from moe_groups.shard import CONTENT, MASTER, STATE, Shard, read_shard
 from moe_groups.torch_file import tensor_start, tensors_in
 
 _ZERO_STAGE = "zero_stage"
@@ -81,7 +82,7 @@ def _number(tensor: torch.Tensor, file: int) -> Any:
 
 def wrapper_of(shard: Shard) -> str:
     """Who saved it, in the words of the manifest."""
-    if ALIGNMENT not in shard.optimizer:
+    if not shard.lean:
         return "BF16_Optimizer"
     return f"ZeRO-{int(shard.optimizer[_ZERO_STAGE])}"
 
@@ -103,14 +104,15 @@ def extents(shard: Shard, index: int) -> dict[str, Extent]:
     }
 
 
-def segments(shard: Shard, index: int) -> Iterator[Segment]:
-    """The numbers of each parameter in the rank's partition of a group."""
+def segments(shard: Shard, index: int, group: FlatGroup, rank: int) -> Iterator[Segment]:
+    """The numbers of each parameter in a data-parallel rank's partition of a group."""
     found = [(n, extent) for n, extent in extents(shard, index).items() if extent.dtype in FLOATS]
-    for name, start, numel in shard.fragments(index):
+    for piece in fragments(group, rank):  # with round_robin_gradients the file tells them wrong
         for state, (first, size, dtype) in found:
-            count = min(numel, size - start)  # less where files contradict each other
+            count = min(piece.numel, size - piece.start)  # less where files contradict each other
+            key = index, piece.param.name, state
             if count > 0:
-                yield Segment(first + start * dtype.itemsize, count, dtype, (index, name, state))
+                yield Segment(first + piece.start * dtype.itemsize, count, dtype, key)
 
 
 def step_of(shard: Shard, index: int) -> float | None:

@@ -453,7 +453,7 @@ def refuse(what: str) -> str:
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what: str) -> None:
-    for message in run_on_ranks(2, refuse, what, timeout=60):
+    for message in run_on_ranks(2, refuse, what, timeout=900):
         assert REFUSED[what][1] in message
 
 
