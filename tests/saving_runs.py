@@ -1,5 +1,6 @@
 """Jobs of ranks that save under difficulties."""
 
+import json
 import math
 import shutil
 import warnings
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from moe_groups import protect_checkpoints
+from moe_groups.errors import CheckpointWarning
 from moe_groups.manifest import FILE_NAME
 from tests.full_disk import SmallDisk
 from tests.saving_faults import digest, engine_of
@@ -47,8 +49,10 @@ class Saved(NamedTuple):
     warnings: list[str]
 
 
-def save_on_full_disk(folder: Path, wrapper: str, second: str, room: str) -> Saved:
+def save_on_full_disk(folder: Path, wrapper: str, second: str, room: str) -> None:
     """Save "first" to the disk that ``folder`` is, then ``second`` when it is full.
+
+    How that ended is left beside the disk (:func:`how_it_ended`).
 
     Args:
         room: "none", also not what is freed; "as much" as there is; "files" for what DeepSpeed
@@ -69,13 +73,25 @@ def save_on_full_disk(folder: Path, wrapper: str, second: str, room: str) -> Sav
     full = SmallDisk(folder).kept_full() if room == "none" and rank == 0 else nullcontext()
     with full, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        error = ""
         try:
             engine.save_checkpoint(str(checkpoints), tag=second)
-            error = ""
-        except Exception as problem:
+        except Exception as problem:  # the other rank may wait until this one's process ends
             error = f"{type(problem).__name__}: {problem}"
-    texts = [str(warning.message) for warning in caught if "Checkpoint" in str(warning.category)]
-    return Saved(error, texts)
+            raise
+        finally:
+            ours = [str(w.message) for w in caught if issubclass(w.category, CheckpointWarning)]
+            _result(folder, rank).write_text(json.dumps(Saved(error, ours)))
+
+
+def how_it_ended(folder: Path, rank: int) -> Saved | None:
+    """None for a rank that was killed while it waited for the other one."""
+    path = _result(folder, rank)
+    return Saved(*json.loads(path.read_text())) if path.exists() else None
+
+
+def _result(folder: Path, rank: int) -> Path:
+    return folder.parent / f"saved-{rank}.json"
 
 
 def _pages(saved: Path, room: str) -> int:
