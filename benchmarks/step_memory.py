@@ -120,15 +120,19 @@ def memory_rows(shape: Shape, world: int, cap: int) -> list[dict[str, Any]]:
 
 
 def paired_times(reference: Case, others: list[Case], count: int) -> list[float]:
-    """For each case the median ratio of its step's time to the reference's, step by step."""
+    """For each case the median ratio of its step's time to the reference's, step by step.
+
+    The two take turns at being first, as the second finds warmer caches.
+    """
     first, found = start(reference)[0], []
     for case in others:
         second, ratios = start(case)[0], []
-        for _ in range(count + 2):
-            times = []
-            for engine in (first, second):
+        for turn in range(count + 2):
+            times: dict[int, float] = {}
+            for which in (0, 1) if turn % 2 else (1, 0):
+                engine = (first, second)[which]
                 engine.backward(engine())
-                times.append(milliseconds(engine.step))
+                times[which] = milliseconds(engine.step)
             ratios.append(times[1] / times[0])
         found.append(statistics.median(ratios[2:]))
         del second, engine
@@ -141,6 +145,7 @@ def time_rows(shape: Shape, cap: int, count: int) -> list[dict[str, Any]]:
     for wrapper in TIMED:
         step = replace(WRAPPERS[wrapper], optimizer="fused")
         ways = groupings(shape, step, 2, cap)
+        ways["ours, same cap"] = Case(step, "parallel_group", cap, shape)
         stock = Case(replace(step, compact_gradients=False), *ways[STOCK][1:])
         ratios = run_in_fresh_processes(
             2, paired_times, stock, list(ways.values()), count, timeout=3600

@@ -29,6 +29,7 @@ from moe_groups.plan import (
     lines,
     name_groups,
 )
+from moe_groups.rules import Variant
 from moe_groups.saved_rows import Cell, Row, saved_rows
 from moe_groups.sequences import Merged, merge
 
@@ -68,7 +69,11 @@ class GroupingInput:
             key = Key(row.parallel_group, row.layer if by_layer else None, row.variant, row.dtype)
             number = row.number if by_expert and row.number is not None else NO_EXPERT
             found.setdefault(key, {}).setdefault(number, []).append(index)
-        families = {key: found[key] for key in sorted(found, key=self._position)}
+        # a plan has dtypes in the order of their first families; these have no rows
+        order: dict[Key, dict[int, list[int]]] = {
+            Key(None, None, Variant(-1), dtype): {} for dtype in self.dtypes.order
+        }
+        families = order | {key: found[key] for key in sorted(found, key=self._position)}
         return Table([row.param.numel for row in self.rows], cast(Families, families))
 
     @property
@@ -84,18 +89,16 @@ class GroupingInput:
                 numbers.setdefault(row.cell, set()).add(row.number)
         return {cell: len(found) for cell, found in numbers.items() if max(found) < len(found)}
 
-    def _position(self, key: Key) -> tuple[int, int]:
+    def _position(self, key: Key) -> int:
         """Families in the order in which the model has them: what the plan's order follows."""
-        after = self.dtypes.order.index(key.dtype)
         if key.parallel_group is None:
-            return -1, after
+            return -1
         own = (key.parallel_group, key.layer)
-        same = (
+        return next(
             index
             for index, cell in enumerate(self.cells.all)
             if cell == own or (key.layer is None and cell[0] == own[0])
         )
-        return next(same), after
 
 
 def read_back(groups: Sequence[FlatGroup]) -> GroupingInput:

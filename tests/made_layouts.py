@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,3 +73,17 @@ def _flat_param(param: torch.Tensor, name: str, number: int | None, ep_rank: int
     expert = None if number is None else 100 * ep_rank + number  # only has to be kept
     dtype = str(param.dtype).removeprefix("torch.")
     return FlatParam(name, math.prod(param.shape), 0, tuple(param.shape), dtype, expert)
+
+
+def columns(layout: Layout) -> dict[Rank, list[FlatGroup]]:
+    """Each rank's groups, to compare layouts whatever the order of their tables."""
+    return {rank: layout.of(rank) for rank in sorted(layout.order)}
+
+
+def cast(layout: Layout) -> Layout:
+    """The layout after the engine has given all parameters one dtype."""
+    groups = [
+        replace(group, params=tuple(param._replace(dtype="bfloat16") for param in group.params))
+        for group in layout.groups
+    ]
+    return replace(layout, groups=tuple(groups))

@@ -14,8 +14,9 @@ from moe_groups.checkpoint_files import find_checkpoint
 from moe_groups.checkpoint_source import read_layout
 from moe_groups.engine_layout import gather_layout
 from moe_groups.errors import CheckpointError
-from moe_groups.flat_layout import FlatGroup, Layout, Rank
+from moe_groups.flat_layout import FlatGroup, Rank
 from moe_groups.target_layout import named_target
+from tests.made_layouts import columns
 from tests.models import FFN, HIDDEN, TinyMoE
 from tests.ranks import forget_process_groups, run_on_ranks
 from tests.training import groups_by, start, train
@@ -60,10 +61,6 @@ def save(
         found.append((split, None if layout is None else columns(layout)))
         engine.destroy()
     return found
-
-
-def columns(layout: Layout) -> Columns:
-    return {rank: layout.of(rank) for rank in sorted(layout.order)}
 
 
 def as_files_tell(groups: Columns) -> Columns:
