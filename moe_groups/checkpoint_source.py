@@ -10,7 +10,7 @@ from moe_groups.manifest import read_manifest
 from moe_groups.shard import read_shard
 from moe_groups.shard_layout import layout_of_shards
 from moe_groups.shard_step import SameStep
-from moe_groups.torch_file import read_skeleton
+from moe_groups.torch_file import read_mapped
 
 _SWAPPED = "offloaded_tensors"
 
@@ -29,7 +29,7 @@ def read_layout(files: CheckpointFiles) -> Layout:
     steps = SameStep()
     for shard in shards.values():
         steps.check(shard)
-    shapes = {model: _shapes(read_skeleton(path)) for model, path in files.models.items()}
+    shapes = {model: _shapes(read_mapped(path)) for model, path in files.models.items()}
     return layout_of_shards(shards, shapes)
 
 

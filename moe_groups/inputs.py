@@ -150,7 +150,7 @@ def _is_named(item: object) -> bool:
 
 def _each_once(given: GroupInput) -> GroupInput:
     """Drop repetitions of a (tied) parameter inside of a group; refuse it in two groups."""
-    if len(set(given.params)) == len(given.params):  # tensors hash by identity
+    if len(set(map(id, given.params))) == len(given.params):
         return given
     kept = GroupInput([], [], [], given.groups)
     first: dict[int, int] = {}

@@ -194,12 +194,12 @@ def _group_dicts(plan: list[PlannedGroup], given: GroupInput, rules: Rules) -> l
     for name, key, expert_number, members in plan:
         if key is not last:
             last, shared = key, rules.options(key.variant, given.groups[key.variant.source])
+            if key.parallel_group is not None:
+                shared = shared | {"moe": True, "expert_group_name": key.layer}
         group = shared.copy()
         group["params"] = list(map(param_of, members))
         group["name"] = name
         if key.parallel_group is not None:
-            group["moe"] = True
-            group["expert_group_name"] = key.layer
             group["expert_number"] = expert_number
         groups.append(group)
     return groups

@@ -21,7 +21,7 @@ from moe_groups.regroup_model import write_model
 from moe_groups.regroup_shard import new_shard, write_shard
 from moe_groups.regroup_source import RegroupSource
 from moe_groups.regroup_target import check_same_parameters
-from moe_groups.torch_file import read_skeleton
+from moe_groups.torch_file import read_mapped
 from moe_groups.unfinished import check_space
 
 
@@ -97,7 +97,7 @@ def _convert(
             sums.check(files.models[rank.model], copier)
             write_model(source, target, rank.model, folder / files.models[rank.model].name)
         for path in _checked_here(files, target, rank):
-            read_skeleton(path)  # torch has to be able to read experts' weights too
+            read_mapped(path)  # torch has to be able to read experts' weights too
             sums.check(path, copier)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror}.") from error

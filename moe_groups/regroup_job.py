@@ -17,7 +17,7 @@ from moe_groups.flat_layout import Layout, Rank
 from moe_groups.regroup_model import write_model
 from moe_groups.regroup_shard import new_shard, shard_is_kept, write_shard
 from moe_groups.regroup_source import RegroupSource
-from moe_groups.torch_file import read_skeleton
+from moe_groups.torch_file import read_mapped
 from moe_groups.unfinished import finished_file, writing
 
 Report: TypeAlias = Callable[[int, int], None]
@@ -148,7 +148,7 @@ class Job:
 
 def _copy(source: Path, path: Path, copier: Copier) -> None:
     if source.name.endswith(STATES):  # DeepSpeed's, so torch has to be able to read it
-        read_skeleton(source)
+        read_mapped(source)
     copier.copy_file(source, path)
 
 

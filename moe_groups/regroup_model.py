@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import Layout, Rank
 from moe_groups.regroup_source import RegroupSource
-from moe_groups.torch_file import save
+from moe_groups.torch_file import read_mapped, save
 
 _LISTS = re.compile(r"(^|_)(lrs|last_lr|lr_lambdas|momentums)$")
 """Entries of torch's schedulers that have one value for each group."""
@@ -31,11 +29,7 @@ def write_model(source: RegroupSource, target: Layout, model: int, path: Path) -
             would become one.
         OSError: the file cannot be written.
     """
-    old_path = source.files.models[model]
-    try:
-        content = torch.load(old_path, map_location="cpu", mmap=True, weights_only=False)
-    except Exception as error:  # damaged pickles raise anything
-        raise CheckpointError(f"{old_path} cannot be read: {error}.") from error
+    content = read_mapped(source.files.models[model])
     rank = Rank(model, 0)
     if content.get(_SCHEDULER) is not None:
         content[_SCHEDULER] = _regroup_lists(source, target, rank, content[_SCHEDULER])

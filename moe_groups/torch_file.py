@@ -106,6 +106,22 @@ def read_skeleton(path: Path) -> Any:
         raise _unreadable(path, error) from error
 
 
+def read_mapped(path: Path) -> Any:
+    """The content of a file with tensors whose bytes are read when somebody looks at them.
+
+    Many times faster than :func:`read_skeleton` where there are many tensors. Unpickles too.
+
+    Raises:
+        CheckpointError: it is missing, cut off, damaged, or in torch's format from before 1.6.
+    """
+    try:
+        _check_pickle(path)
+        with _FAKE:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    except Exception as error:  # damaged pickles raise anything
+        raise _unreadable(path, error) from error
+
+
 def _check_pickle(path: Path) -> None:
     """Does it have its CRC? Changed bytes could make anything of it; torch does not look."""
     if path.is_file() and not zipfile.is_zipfile(path):

@@ -6,6 +6,7 @@ the next job starts a new one. Ranks fork from a server that has imported DeepSp
 nothing else, so that fresh processes take a second and not ten.
 """
 
+import contextlib
 import faulthandler
 import fcntl
 import gc
@@ -27,7 +28,6 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSIONS = ROOT / ".cache" / "torch_extensions"
 START_TIMEOUT = 900.0  # DeepSpeed's communication op is compiled at first use
-_MANY_THREADS = 60
 PRELOAD = ["deepspeed", "deepspeed.moe.layer", "torch._dynamo", "torch._inductor.compile_fx"]
 
 
@@ -107,7 +107,7 @@ class RankPool:
             for rank in (rank for rank in waiting if self.pipes[rank] in ready):
                 try:
                     answers[rank] = self.pipes[rank].recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     answers[rank] = False, "the process died"
                 if not answers[rank][0]:  # the others are likely waiting for this one
                     end = min(end, time.monotonic() + 5)
@@ -227,13 +227,21 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str]) -> None
         except EOFError:
             return
         try:
-            forget_process_groups()
-            target: Any = importlib.import_module(module)
+            target: Any = _module(module)
             for part in name.split("."):
                 target = getattr(target, part)
             pipe.send((True, target(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        forget_process_groups()
+
+
+def _module(name: str) -> Any:
+    """Imports a module; BF16_Optimizer looks for garbage twice a group, so keep what is there."""
+    if name not in sys.modules:
+        importlib.import_module(name)
+        gc.freeze()
+    return sys.modules[name]
 
 
 def _join_world() -> None:
@@ -247,7 +255,7 @@ def _join_world() -> None:
 def forget_process_groups() -> None:
     """Bring DeepSpeed's registry of expert process groups into the state of a fresh process.
 
-    Engines of the past are let go: each holds process groups, whose threads never rest.
+    Engines are let go: each holds process groups, whose threads wake a hundred times a second.
     """
     import torch
     from deepspeed.utils import groups
@@ -259,6 +267,15 @@ def forget_process_groups() -> None:
     groups._EXPERT_PARALLEL_GROUP_RANKS.clear()
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.clear()
     groups.mpu = None
-    if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
-        gc.unfreeze()  # an engine's start froze what was there
-        gc.collect()
+    _destroy_engines()
+
+
+def _destroy_engines() -> None:
+    """Those of the job: their gradients' hooks hold them where no garbage collector looks."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    engines = [it for it in gc.get_objects() if issubclass(type(it), DeepSpeedEngine)]
+    while engines:
+        with contextlib.suppress(Exception):  # its start may have failed halfway
+            engines.pop().destroy()
+    gc.collect()

@@ -190,9 +190,8 @@ def random_kills_while_saving(place: Path) -> list[Tally]:
     seconds, _ = cost_of_save(place / "first-run", "zero2")  # imports what later ones have
     seconds, operations = cost_of_save(place / "cost", "zero2")
     ends = [
-        Kill("bf16" if operation % 3 else "zero2", over, (0,), 0, operation)
+        Kill("bf16" if operation % 3 else "zero2", bool(operation % 2), (0,), 0, operation)
         for operation in range(1, operations + 1)
-        for over in (False, True)
     ]
     return [
         kill_saves(place, "kill -9 at a random moment", random_kills(20, seconds)),

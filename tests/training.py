@@ -1,7 +1,6 @@
 """One real DeepSpeed training run, as the distributed tests compare them."""
 
 import contextlib
-import gc
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -109,7 +108,6 @@ def start(
 
 def initialize(model: nn.Module, optimizer: Any, cfg: dict[str, Any], **options: Any) -> Any:
     """``deepspeed.initialize`` without its prints; the engine."""
-    gc.freeze()  # BF16_Optimizer collects garbage twice for each group
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=cfg, **options)
     return engine

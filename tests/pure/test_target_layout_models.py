@@ -68,6 +68,24 @@ def test_layers_whose_order_only_the_groups_have() -> None:
         named_target(named_layout(model, other_order), "parallel_group")
 
 
+def test_several_expert_parallel_sizes() -> None:
+    """Our groups have them in the model's order, DeepSpeed's in any."""
+    model = Tree(second=Tree(experts=linears(2)), first=Tree(experts=linears(2)))
+    for param in model.get_submodule("first").parameters():
+        param.group_name = "ep_size_1"  # type: ignore[attr-defined]
+    model.add_module("head", nn.Linear(1, 1))
+    source, expected = (
+        named_layout(model, split(model, to)) for to in ("parallel_group", "expert")
+    )
+    assert [group.name for group in source.of(Rank(0, 0))] == ["dense", "ep_size_2", "ep_size_1"]
+    assert columns(named_target(source, "expert")) == columns(expected)
+    stock = named_layout(model, split(model, "stock"))
+    with pytest.raises(CheckpointError, match="nothing tells the order of their layers"):
+        named_target(stock, "expert")
+    with pytest.raises(CheckpointError, match="another way in every run"):
+        named_target(source, "stock")
+
+
 def test_callers_groups_with_layers_in_an_order_of_their_own() -> None:
     """The first of them has the layer that comes second in the model, and in the saved groups."""
     model = Tree(second=Tree(experts=linears(2)), first=Tree(experts=linears(2)))
