@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moe_groups.attach_loss import attach_loss, gradient_scale
+from moe_groups.aux_loss import load_balancing_loss, router_z_loss
+from moe_groups.carry_loss import CarriedLoss, CarryLoss
 from moe_groups.checkpoint_guard import protect_checkpoints
 from moe_groups.checkpoint_report import CheckpointReport
 from moe_groups.compact import compact_gradients
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CarriedLoss",
+    "CarryLoss",
     "CheckpointError",
     "CheckpointMismatchError",
     "CheckpointReport",
@@ -72,19 +77,23 @@ __all__ = [
     "TagError",
     "UnsupportedDeepSpeedError",
     "VerificationError",
+    "attach_loss",
     "compact_gradients",
     "copy_expert_tag",
     "create_moe_param_groups",
     "describe",
     "estimate_step_memory",
     "get_expert_tag",
+    "gradient_scale",
     "inspect_checkpoint",
     "is_norm_or_bias",
+    "load_balancing_loss",
     "measure_iteration_memory",
     "measure_step_memory",
     "plan_param_groups",
     "protect_checkpoints",
     "regroup_checkpoint",
+    "router_z_loss",
     "set_expert_tag",
     "split_params_into_different_moe_groups_for_optimizer",
     "tag_experts",

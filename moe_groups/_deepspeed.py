@@ -25,6 +25,7 @@ import functools
 import importlib
 import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ _DICTS = (
 _PATCHED = "_moe_groups_original"
 _GIVEN = "_moe_groups_given"
 _MANY_GROUPS = 8
+_ENGINES: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 # ---- layers ---------------------------------------------------------------------------
@@ -168,6 +170,7 @@ def _remember(engine: Any, optimizer: Any) -> None:
         record = Given(str(group.get("name", "")), options, group.get("lr") != default)
         given.update((id(param), record) for param in group["params"])
     setattr(engine, _GIVEN, given)
+    _ENGINES.add(engine)
     if guard_of(engine) is None:
         from moe_groups.checkpoint_guard import Guard
 
@@ -178,6 +181,28 @@ def scheduled_peaks(engine: Any) -> list[float] | None:
     """Learning rates to which a DeepSpeed warm-up schedule brings the groups, if there is one."""
     peaks = getattr(engine.lr_scheduler, "max_lrs", None)
     return None if peaks is None else list(map(float, peaks))
+
+
+def known_engines() -> list[Any]:
+    """Engines that were initialized since :func:`support_our_groups` and are still there."""
+    return list(_ENGINES)
+
+
+def runs_backward(engine: Any) -> bool:
+    """Is the engine (one of pipelines included) in its ``backward`` now?"""
+    return bool(getattr(engine, "_running_engine_backward", False))
+
+
+def backward_scale(engine: Any) -> float:
+    """Factor of a loss on its way into ``backward``: DeepSpeed's own scaling of a loss of 1."""
+    optimizer, steps = engine.optimizer, engine.gradient_accumulation_steps()
+    with torch.enable_grad():
+        one = torch.ones((), requires_grad=True) * 1  # DeepSpeed scales what has a graph
+    if hasattr(optimizer, "scale_if_loss"):
+        one = optimizer.scale_if_loss(one)
+    elif engine.torch_autocast_z0_gradscaler:
+        one = engine.torch_autocast_z0_gradscaler.scale(one)
+    return float(one) / float(steps)
 
 
 def is_engine(value: object) -> bool:
@@ -197,7 +222,8 @@ class LaidOut(NamedTuple):
     Attributes:
         options: the dict of the optimizer.
         members: ``(name, parameter, first element in the group's flat buffer)``.
-        ranks: data-parallel ranks that share it, in the order of their partitions.
+        ranks: data-parallel ranks that share it, in the order of their partitions; the number
+            of these plus the global rank for those of another model-parallel rank.
     """
 
     options: dict[str, Any]
@@ -229,7 +255,8 @@ def laid_out_groups(engine: Any) -> list[LaidOut]:
             ranks = _sharing_ranks(options) or data_parallel
         names = (engine.param_names.get(param, "?") for param in params)
         members = list(zip(names, params, offsets, strict=True))
-        groups.append(LaidOut(options, members, [position[rank] for rank in ranks]))
+        places = [position.get(rank, len(position) + rank) for rank in ranks]
+        groups.append(LaidOut(options, members, places))
     return groups
 
 
@@ -387,6 +414,96 @@ def _wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
     return _do_optimizer_sanity_check
 
 
+def _wrap_configure(original: Callable[..., None]) -> Callable[..., None]:
+    """Stages of a pipeline make the same process groups, in the same order.
+
+    A layer makes those that are missing, and all ranks have to take part: a stage without
+    MoE layers, or with other ep_sizes, would leave the rest waiting.
+    """
+
+    def _configure_distributed_model(self: Any, model: Any) -> None:
+        if is_pipeline(model):
+            _agree_with_other_stages(self, model)
+        original(self, model)
+
+    return _configure_distributed_model
+
+
+def is_pipeline(model: object) -> bool:
+    """Is ``model`` a ``PipelineModule``?"""
+    module = sys.modules.get("deepspeed.runtime.pipe.module")
+    return module is not None and isinstance(model, module.PipelineModule)
+
+
+def _agree_with_other_stages(engine: Any, model: Any) -> None:
+    from deepspeed.utils import groups
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, moe_layer_types())]
+    here = [(layer.ep_size, layer.enable_expert_tensor_parallelism) for layer in layers]
+    stages: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(stages, (here, _carrying_problem(engine, model)))
+    if problems := [problem for _, problem in stages if problem]:
+        raise InvalidArgumentError(problems[0])
+    groups.mpu = engine.mpu
+    wanted = dict.fromkeys(itertools.chain.from_iterable(layers for layers, _ in stages))
+    order = engine._config.use_data_before_expert_parallel_
+    for ep_size, expert_tensor_parallelism in wanted:
+        if f"ep_size_{ep_size}" in groups._EXPERT_PARALLEL_GROUP:
+            continue
+        if expert_tensor_parallelism and groups.mpu is not None:
+            groups._create_expert_data_and_model_parallel(ep_size, groups.mpu, order)
+        else:
+            groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=order)
+
+
+def _carrying_problem(engine: Any, model: Any) -> str | None:
+    from moe_groups.carry_loss import carrying_problem
+
+    pipeline = engine._config.pipeline
+    partitioned = model.topology().get_dim("model") > 1 and (
+        pipeline["pipe_partitioned"] or pipeline["grad_partitioned"]
+    )
+    recomputed = model.activation_checkpoint_interval > 0 and model.num_stages > 1
+    own = getattr(model.activation_checkpoint_func, "__module__", "").startswith("deepspeed.")
+    stage = f"pipeline stage {model.stage_id}"
+    return carrying_problem(
+        model.forward_funcs, model.loss_fn, partitioned, recomputed and own, stage
+    )
+
+
+def _wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """One all-reduce over the stages for each group of the stage that has most of them."""
+
+    def scaled_global_norm(self: Any, norm_type: Any = 2) -> Any:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        missing = _groups_of_any_stage(self) - len(self.bit16_groups)
+        norms = [original(self, norm_type)]
+        for _ in range(missing):
+            if self.cpu_offload:  # this stage adds nothing to what the others have there
+                norms.append(self.complete_grad_norm_calculation_for_cpu_offload([]))
+            else:
+                norms.append(self.get_grad_norm_direct([], []))
+        return norms[0] if len(norms) == 1 else combine_grad_norm_groups(norms, norm_type)
+
+    return scaled_global_norm
+
+
+def _groups_of_any_stage(optimizer: Any) -> int:
+    """The number of groups, on the stage of this pipeline (model-parallel rank) with most."""
+    count = len(optimizer.bit16_groups)
+    group = optimizer.model_parallel_group
+    if group is None or torch.distributed.get_world_size(group) == 1:
+        return count
+    most: int | None = getattr(optimizer, _MOST, None)
+    if most is None:
+        counts = torch.tensor([count], device=optimizer.device)
+        torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX, group=group)
+        most = int(counts)
+        setattr(optimizer, _MOST, most)
+    return most
+
+
 def _wrap_grads_for_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_grads_for_norm(self: Any, for_clipping: bool = False) -> Any:
         groups = self.optimizer.param_groups
@@ -397,11 +514,30 @@ def _wrap_grads_for_norm(original: Callable[..., Any]) -> Callable[..., Any]:
         if for_clipping:
             return original(self, for_clipping)
         dense, experts = original(self)
+        nothing = self.fp32_groups_flat_partition[0].new_zeros(1)
         if not dense:  # an empty list would crash
-            dense = [self.fp32_groups_flat_partition[0].new_zeros(1)]
-        return dense, _merged(experts)
+            dense = [nothing]
+        experts = _merged(experts)
+        if _has_stages(self):
+            experts = {key: experts.get(key, [nothing]) for key in _parallel_groups()}
+            if experts and not self.has_moe_layers:  # other stages have: all take part in the sum
+                self.has_moe_layers, self.expert_gradients = True, {}
+        return dense, experts
 
     return get_grads_for_norm
+
+
+def _has_stages(optimizer: Any) -> bool:
+    from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
+
+    return optimizer.mpu is not None and bwc_pipeline_parallel_world_size(optimizer.mpu) > 1
+
+
+def _parallel_groups() -> list[str]:
+    """``ep_size_<N>`` of all process groups, in the order in which all ranks made them."""
+    from deepspeed.utils import groups
+
+    return [name for name in groups._EXPERT_PARALLEL_GROUP if parallel_group_of(name) == name]
 
 
 def _wrap_grads_for_reduction(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -421,6 +557,24 @@ def _wrap_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_norm_with_moe_layers
 
 
+def _wrap_gather_tokens(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """gloo wants the shape of what it gathers, not a flat buffer, as nccl takes it."""
+
+    def _gather_tokens(input_: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        from deepspeed.utils import groups
+        from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
+
+        if input_.device.type != "cpu":
+            return original(input_, dim)
+        group = bwc_tensor_model_parallel_group(groups.mpu)
+        count = torch.distributed.get_world_size(group)
+        parts = [torch.empty_like(input_).contiguous() for _ in range(count)]
+        torch.distributed.all_gather(parts, input_.contiguous(), group=group)
+        return torch.cat(parts, dim)
+
+    return _gather_tokens
+
+
 def _wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
     def _setup_for_real_optimizer(self: Any) -> None:
         if len(self.optimizer.param_groups) <= _MANY_GROUPS:
@@ -437,14 +591,19 @@ def _wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
 
 
 _BF16 = "deepspeed.runtime.bf16_optimizer"
+_ZERO = "deepspeed.runtime.zero.stage_1_and_2"
+_MOST = "_moe_groups_most"
 _CHANGES: tuple[tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]]], ...] = (
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "_configure_distributed_model", _wrap_configure),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_broadcast_model", _wrap_broadcast),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_do_optimizer_sanity_check", _wrap_sanity_check),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "save_checkpoint", _wrap_save),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "load_checkpoint", _wrap_load),
     (f"{_BF16}:BF16_Optimizer", "_setup_for_real_optimizer", _wrap_setup),
+    (f"{_ZERO}:DeepSpeedZeroOptimizer", "scaled_global_norm", _wrap_zero_norm),
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_norm", _wrap_grads_for_norm),
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_reduction", _wrap_grads_for_reduction),
+    ("deepspeed.moe.mappings", "_gather_tokens", _wrap_gather_tokens),
     ("deepspeed.runtime.fp16.fused_optimizer", "get_norm_with_moe_layers", _wrap_norm),
 )
 

@@ -71,7 +71,7 @@ def _find(directory: Path, tag: str | None) -> CheckpointFiles:
     if tag is None and not (directory / LATEST).is_file():
         if any(map(_is_optimizer_state, directory.iterdir())):
             whole = directory.resolve()
-            return _list(whole.parent, whole.name)
+            return list_files(whole.parent, whole.name)
         raise CheckpointError(
             f"{directory} is no checkpoint of DeepSpeed: it has neither the file {LATEST!r} nor "
             "optimizer states. A checkpoint that was not saved to its end has no such file; give "
@@ -85,7 +85,7 @@ def _find(directory: Path, tag: str | None) -> CheckpointFiles:
         )
     if not (directory / tag).is_dir():
         raise CheckpointError(f"{directory} has no checkpoint {tag!r}: there is no such folder.")
-    return _list(directory, tag)
+    return list_files(directory, tag)
 
 
 def _latest(path: Path) -> str:
@@ -99,7 +99,8 @@ def _is_optimizer_state(path: Path) -> bool:
     return _SHARD.fullmatch(path.name) is not None
 
 
-def _list(directory: Path, tag: str) -> CheckpointFiles:
+def list_files(directory: Path, tag: str) -> CheckpointFiles:
+    """The files of this checkpoint, whatever is missing."""
     shards: dict[Rank, Path] = {}
     models: dict[int, Path] = {}
     for path in sorted((directory / tag).iterdir()):

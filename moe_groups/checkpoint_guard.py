@@ -12,6 +12,7 @@ from torch import distributed
 
 from moe_groups import _deepspeed
 from moe_groups.arguments import check_one_of
+from moe_groups.checkpoint_files import list_files
 from moe_groups.engine_layout import LABELS, describe_run, gather_layout, with_options_of
 from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
 from moe_groups.flat_layout import Layout
@@ -155,6 +156,22 @@ def _write(engine: Any, layout: Layout, folder: Path) -> None:
         write_manifest(_with_files(engine, manifest, folder), folder / FILE_NAME)
     except Exception as error:
         _warn(f"{folder} was saved, but {FILE_NAME} could not be written ({error})")
+    if not engine.checkpoint_engine.is_decoupled():
+        _warn_of_missing_weights(layout, folder)
+
+
+def _warn_of_missing_weights(layout: Layout, folder: Path) -> None:
+    """DeepSpeed saves dense weights on ranks that are first among those that share experts."""
+    saved = list_files(folder.parent, folder.name).models
+    if missing := [rank for rank in layout.model_ranks if rank not in saved]:
+        warnings.warn(
+            f"DeepSpeed wrote no weights of the model-parallel rank(s) {missing} into {folder} "
+            "(mp_rank_*_model_states.pt), as tensor-parallel ranks share all experts: the "
+            "checkpoint cannot be loaded. Use an ep_size that is a multiple of the "
+            "tensor-parallel size.",
+            CheckpointWarning,
+            stacklevel=5,
+        )
 
 
 def _warn(what: str) -> None:

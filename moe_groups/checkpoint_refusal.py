@@ -43,7 +43,9 @@ def refuse(engine: Any, load_dir: Path, tag: str) -> NoReturn:
 
 def _refusal(run: Manifest, load_dir: Path, tag: str) -> CheckpointMismatchError:
     files = find_checkpoint(load_dir, tag)
-    lines, convertible = differences(read_layout(files), run.layout)
+    saved = read_layout(files)
+    lines, convertible = differences(saved, run.layout)
+    convertible &= not (saved.spanning_problem() or run.layout.spanning_problem())
     where = f"{load_dir} ({tag})"
     target = None
     if convertible and files.shards and run.wrapper in WRAPPERS:

@@ -57,7 +57,8 @@ class FlatGroup:
 
     Attributes:
         name: of the group.
-        ranks: data-parallel ranks in the order of their partitions.
+        ranks: data-parallel ranks in the order of their partitions. Larger numbers than there
+            are stand for ranks of another model-parallel rank.
         params: in the order of their offsets.
         model_rank: the model-parallel rank of all of them.
         parallel_group: ``ep_size_<N>`` for experts, None for dense groups.
@@ -125,6 +126,21 @@ class Layout:
     def model_ranks(self) -> list[int]:
         """Model-parallel ranks, ascending."""
         return sorted({rank.model for rank in self.order})
+
+    def spanning_problem(self) -> str | None:
+        """Why files of one model-parallel rank do not hold its groups; None if they do.
+
+        DeepSpeed lets tensor-parallel ranks share experts that are not tensor-parallel.
+        """
+        size = self.data_parallel_size
+        for group in self.groups:
+            if max(group.ranks, default=0) >= size:
+                return (
+                    f"{group.name} is shared by tensor-parallel ranks "
+                    "(enable_expert_tensor_parallelism is off). Such a checkpoint can be saved and "
+                    "loaded with the same groups, and cannot be converted or inspected."
+                )
+        return None
 
     def fingerprint(self) -> str:
         """Equal for two runs in which every element is at the same place; hexadecimal."""

@@ -48,8 +48,10 @@ def check_same_parameters(source: Layout, target: Layout) -> None:
     """Both must have the same parameters on the same model- and expert-parallel ranks.
 
     Raises:
-        CheckpointError: names what is on one side only.
+        CheckpointError: names what is on one side only, or a group that cannot be converted.
     """
+    if problem := source.spanning_problem() or target.spanning_problem():
+        raise CheckpointError(problem)
     old, new = _parameters(source), _parameters(target)
     if old == new:
         return

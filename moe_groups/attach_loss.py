@@ -1,0 +1,97 @@
+"""Losses that reach the parameters although nobody adds them to the loss.
+
+A pipeline stage knows the load-balancing losses of its own layers, and sends the activations
+alone. Attached to them, a loss gets its gradient when theirs comes back, and what stages exchange
+stays as it was (as Megatron-Core's ``MoEAuxLossAutoScaler`` does it).
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+
+from moe_groups import _deepspeed
+from moe_groups.errors import InvalidArgumentError
+
+Scale: TypeAlias = float | Callable[[], float]
+
+
+def attach_loss(
+    hidden: torch.Tensor, loss: torch.Tensor, *, scale: Scale | None = None
+) -> torch.Tensor:
+    """``hidden``, with ``loss`` attached: backward through it is backward through ``loss`` too.
+
+    The gradients are those of adding ``loss`` to what ``engine.backward`` gets in the same
+    micro-batch: divided by the steps of gradient accumulation and multiplied by the loss scale.
+    They come once for each forward, also where activation checkpointing computes it again, or a
+    graph is walked twice, as a pipeline engine does whose stages exchange several tensors.
+
+    Nothing is added to any reported loss: log it with :class:`LossTracker`.
+
+    Args:
+        hidden: activations on the way to the loss, of any shape; the result has its values.
+        loss: of one element, times its coefficient.
+        scale: what a loss of 1 is multiplied with before backward. None: that of the DeepSpeed
+            engine whose backward runs (:func:`gradient_scale`), which has to be initialized after
+            a call of :func:`create_moe_param_groups`. 1.0 for plain torch; a function is
+            called in each backward.
+
+    Raises:
+        InvalidArgumentError: ``loss`` has more than one element; in backward: no engine is known,
+            or several are and none runs.
+
+    Example:
+        >>> y, balance, _ = self.moe(x)                                  # doctest: +SKIP
+        >>> return x + attach_loss(y, 0.01 * balance)                    # doctest: +SKIP
+    """
+    if loss.numel() != 1:
+        raise InvalidArgumentError(
+            f"attach_loss: the loss has shape {tuple(loss.shape)}: give one number, as its mean."
+        )
+    if not torch.is_grad_enabled() or not loss.requires_grad:
+        return hidden
+    attached: torch.Tensor = _Attached.apply(hidden, loss, scale)  # type: ignore[no-untyped-call]
+    return attached
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, loss: torch.Tensor, scale: Scale | None
+    ) -> torch.Tensor:
+        ctx.scale, ctx.like, ctx.is_done = scale, loss.detach(), False
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        factor = 0.0 if ctx.is_done else _value(ctx.scale)
+        ctx.is_done = True
+        return gradient, torch.full_like(ctx.like, factor), None
+
+
+def _value(scale: Scale | None) -> float:
+    if scale is None:
+        return gradient_scale(_engine())
+    return scale() if callable(scale) else scale
+
+
+def gradient_scale(engine: Any) -> float:
+    """What ``engine.backward(loss)`` multiplies the loss with before it goes backward.
+
+    The loss scale (fp16) divided by ``gradient_accumulation_steps``.
+    """
+    return _deepspeed.backward_scale(engine)
+
+
+def _engine() -> Any:
+    known = _deepspeed.known_engines()
+    running = [engine for engine in known if _deepspeed.runs_backward(engine)]
+    found = running or known
+    if len(found) == 1:
+        return found[0]
+    many = f"{len(known)} engines" if known else "no engine"
+    raise InvalidArgumentError(
+        f"attach_loss: {many} could be the one whose backward this is. Call "
+        "create_moe_param_groups before deepspeed.initialize, or say it: "
+        "scale=lambda: moe_groups.gradient_scale(engine), and scale=1.0 without an engine."
+    )

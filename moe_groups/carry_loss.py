@@ -1,0 +1,112 @@
+"""Carry the load-balancing loss through a PipelineModule, as a second activation.
+
+Every layer of the pipeline is wrapped in :class:`CarryLoss` and passes ``(hidden, aux_loss)``
+on; the loss function of the last stage is wrapped in :class:`CarriedLoss` and adds the sum. What
+the stages exchange grows by one number, and the reported loss is the whole one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from moe_groups.errors import InvalidArgumentError
+
+Carried: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Hidden states, and the sum of the losses so far: fp32, of one element."""
+
+
+class CarryLoss(nn.Module):
+    """A layer of a pipeline that adds its loss to the sum it is given, and passes both on.
+
+    Args:
+        block: the layer, or its class, which is then called with the other arguments: so
+            ``LayerSpec(CarryLoss, Block, 64)`` builds the block on its own stage alone. It
+            returns hidden states, or ``(hidden states, loss, ...)`` as ``MoE`` does, whose
+            further values are dropped.
+
+    Shape:
+        input: hidden states (the first layer; a sum is begun), or :data:`Carried`.
+        output: :data:`Carried`.
+
+    Example:
+        >>> layers = [LayerSpec(CarryLoss, Block, 64) for _ in range(8)]       # doctest: +SKIP
+        >>> loss_fn = CarriedLoss(cross_entropy, coefficient=0.01)             # doctest: +SKIP
+        >>> model = PipelineModule(layers, num_stages=2, loss_fn=loss_fn)      # doctest: +SKIP
+    """
+
+    def __init__(self, block: nn.Module | Callable[..., nn.Module], *args: Any, **kwargs: Any):
+        super().__init__()
+        self.block = block if isinstance(block, nn.Module) else block(*args, **kwargs)
+
+    def forward(self, inputs: torch.Tensor | Carried) -> Carried:
+        hidden, total = (inputs, None) if isinstance(inputs, torch.Tensor) else inputs
+        result = self.block(hidden)
+        made, loss = (result, None) if isinstance(result, torch.Tensor) else result[:2]
+        if total is None:
+            # PipelineEngine wants every float that is sent to be part of the graph.
+            total = made.flatten()[:0].sum(dtype=torch.float32)
+        return made, total if loss is None else total + loss.float()
+
+
+class CarriedLoss:
+    """A loss function for :class:`CarryLoss` layers: ``loss_fn``'s, and the sum they carried.
+
+    Args:
+        loss_fn: takes the last layer's hidden states and the labels.
+        coefficient: weight of the sum of all layers' losses.
+    """
+
+    def __init__(self, loss_fn: Callable[..., torch.Tensor], coefficient: float = 0.01) -> None:
+        self.loss_fn, self.coefficient = loss_fn, coefficient
+
+    def __call__(self, outputs: Carried, labels: Any) -> torch.Tensor:
+        if not isinstance(outputs, tuple) or len(outputs) != 2:
+            raise InvalidArgumentError(
+                "CarriedLoss: the last layer returned no (hidden states, loss): wrap every layer "
+                "of the pipeline in CarryLoss."
+            )
+        hidden, total = outputs
+        return self.loss_fn(hidden, labels) + self.coefficient * total
+
+
+def carrying_problem(
+    layers: Sequence[Any], loss_fn: Any, partitioned: bool, recomputed: bool, where: str
+) -> str | None:
+    """Why a carried loss would get lost in a stage of a pipeline, and what to do; None if not.
+
+    Args:
+        layers: the stage's layers in order; of functions among them nothing is known.
+        loss_fn: the pipeline's.
+        partitioned: does the engine cut activations over tensor-parallel ranks?
+        recomputed: are layers recomputed by DeepSpeed's own activation checkpointing?
+        where: what to call the stage.
+    """
+    if not any(isinstance(layer, CarryLoss) for layer in layers):
+        return None
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.Module) and not isinstance(layer, CarryLoss):
+            return (
+                f"layer {index} of {where} ({type(layer).__name__}) is not wrapped in CarryLoss, "
+                "others are: wrap every layer of the pipeline, as LayerSpec(CarryLoss, Block, ...)."
+            )
+    if loss_fn is not None and not isinstance(loss_fn, CarriedLoss):
+        return (
+            f"the layers of {where} carry a loss, but the pipeline's loss_fn would drop it: use "
+            "loss_fn=CarriedLoss(loss_fn, coefficient)."
+        )
+    if partitioned:
+        return (
+            f"{where} carries a loss as a second activation, which PipelineEngine cannot send "
+            'with partitioned activations: set "pipeline": {"pipe_partitioned": false, '
+            '"grad_partitioned": false} in the config, or use attach_loss.'
+        )
+    if recomputed:
+        return (
+            f"{where} carries a loss as a second activation, through which PipelineEngine goes "
+            "backward a second time, and DeepSpeed's activation checkpointing allows one: give "
+            "PipelineModule activation_checkpoint_func=functools.partial(torch.utils.checkpoint."
+            "checkpoint, use_reentrant=False), or use attach_loss."
+        )
+    return None

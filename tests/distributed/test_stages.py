@@ -1,0 +1,243 @@
+"""Pipeline, tensor, expert and data parallelism together: same training, whoever holds what."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from moe_groups import (
+    CheckpointError,
+    CheckpointWarning,
+    InvalidArgumentError,
+    inspect_checkpoint,
+    regroup_checkpoint,
+    verify,
+)
+from tests.ranks import forget_process_groups, run_on_ranks
+from tests.stage_models import COEFFICIENT, Run, start_run, train_run
+
+WORLD = 4
+TWO = (2,) * 8
+ONLY_LAST = (0, 0, 0, 0, 0, 2, 1, 0)
+"""No MoE layer on the first of two stages."""
+MIXED = (1, 2, 0, 1, 0, 0, 0, 2)
+"""Two expert-parallel sizes, and another number of layers on each stage."""
+
+TOPOLOGIES = [
+    Run(pp=2),
+    Run(tp=2),
+    Run(ep=TWO),
+    Run(pp=2, ep=TWO),
+    Run(pp=2, tp=2),
+    Run(tp=2, ep=TWO),
+    Run(pp=2, tp=2, ep=TWO),
+    Run(pp=4),
+]
+
+
+def name(run: Run) -> str:
+    changed = {k: v for k, v in run._asdict().items() if v != Run._field_defaults[k]}
+    return " ".join(f"{key}={value}" for key, value in changed.items()) or "dp"
+
+
+def histories(runs: list[Run], steps: int) -> list[list[float]]:
+    """The losses of each run, and the norm of its last gradient."""
+    found = []
+    for run in runs:
+        forget_process_groups()
+        engine = start_run(run)
+        found.append([*train_run(engine, run, steps), float(engine.get_global_grad_norm())])
+        verify(engine)
+    return found
+
+
+def on_ranks(runs: list[Run], steps: int) -> list[list[float]]:
+    """:func:`histories`, which all ranks have in common."""
+    found = run_on_ranks(WORLD, histories, runs, steps, timeout=300)
+    assert all(other == found[0] for other in found)
+    first: list[list[float]] = found[0]
+    return first
+
+
+# ---- the same training under every topology -------------------------------------------
+
+
+def test_topologies_agree() -> None:
+    """Within rounding of bf16, which now and then sends a token to another expert."""
+    reference, *others = on_ranks([Run(plain=True), *TOPOLOGIES], 30)
+    assert reference[29] < reference[0] / 2
+    for run, history in zip(TOPOLOGIES, others, strict=True):
+        assert history[:30] == pytest.approx(reference[:30], rel=0.01), name(run)
+
+
+@pytest.mark.parametrize("ep", [ONLY_LAST, MIXED], ids=["a stage without experts", "mixed"])
+def test_stages_that_differ(ep: tuple[int, ...]) -> None:
+    """DeepSpeed hangs there: its stages have to have the same groups."""
+    runs = [
+        Run(plain=True, ep=ep),
+        Run(pp=2, ep=ep, split="expert"),
+        Run(pp=2, ep=ep, wrapper="zero1", split="module"),
+        Run(pp=2, ep=ep, wrapper="zero1", split="parallel_group", cap=1000),
+    ]
+    reference, *others = on_ranks(runs, 4)
+    for run, history in zip(runs[1:], others, strict=True):
+        assert history[:4] == pytest.approx(reference[:4], rel=0.01), name(run)
+        assert history[4] == pytest.approx(reference[4], rel=0.03), name(run)
+
+
+@pytest.mark.parametrize("run", [Run(ep=TWO), *TOPOLOGIES[3:7]], ids=name)
+def test_hierarchical_groups_train_as_deepspeeds(run: Run) -> None:
+    stock, *ours = on_ranks([run._replace(split=split) for split in ("stock", "expert")], 3)
+    assert ours[0][:3] == stock[:3]
+
+
+# ---- ways to carry the loss -----------------------------------------------------------
+
+
+def gradients(run: Run, number: int = 0) -> dict[str, torch.Tensor]:
+    """fp32 gradients of the first step, by the parameter's place in the whole model."""
+    forget_process_groups()
+    engine = start_run(run)
+    found = {}
+    original = engine.optimizer.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        for own, param in engine.module.named_parameters():
+            gradient = safe_get_full_grad(param)
+            if gradient is not None:
+                found[_place(own, run)] = gradient.float().clone()
+        return original(*args, **kwargs)
+
+    engine.optimizer.step = step
+    train_run(engine, run, 1)
+    return found
+
+
+def _place(own: str, run: Run) -> str:
+    """ "layers.3.moe..." or "3.block.moe..." as "3.moe..."."""
+    return own.removeprefix("layers.").replace(".block.", ".", 1)
+
+
+def all_gradients(runs: list[Run]) -> list[dict[str, torch.Tensor]]:
+    return [gradients(run) for run in runs]
+
+
+def test_gradients_are_those_without_a_pipeline() -> None:
+    """Of every parameter, however the loss goes, under gradient accumulation."""
+    runs = [
+        Run(plain=True, off=tuple(range(8))),
+        Run(plain=True),
+        Run(pp=2, carry="carry"),
+        Run(pp=2, carry="attach"),
+        Run(pp=2, carry="carry", checkpoint=1, reentrant=False),
+        Run(pp=2, carry="attach", checkpoint=1, reentrant=False),
+        Run(pp=2, carry="attach", checkpoint=1),
+        Run(pp=2, carry="attach", wrapper="zero1"),
+        Run(pp=2, carry="carry", wrapper="zero1"),
+    ]
+    ranks = run_on_ranks(WORLD, all_gradients, runs)
+    without, reference = ranks[0][:2]
+    for way in range(2, len(runs)):
+        found = ranks[0][way] | ranks[WORLD - 1][way]
+        assert set(found) == set(reference)
+        for key, value in found.items():
+            expected = reference[key]
+            assert (value - expected).norm() < 0.02 * expected.norm() + 1e-6, (key, way)
+    gates = [key for key in reference if "gate" in key]
+    assert len(gates) == 8
+    for key in gates:  # the loss is felt, so that a wrong one would be seen
+        assert (without[key] - reference[key]).norm() > 0.05 * reference[key].norm(), key
+
+
+def test_a_loss_that_a_stage_forgets_is_seen() -> None:
+    """A planted fault: the checks above have to notice it."""
+    reference, off = on_ranks([Run(pp=4), Run(pp=4, off=(3,))], 2)
+    assert off[0] < reference[0] - 0.9 * COEFFICIENT
+    ranks = run_on_ranks(
+        WORLD, all_gradients, [Run(plain=True), Run(pp=4, carry="attach", off=(3,))]
+    )
+    whole: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        whole |= rank[1]
+    far = [
+        k for k, v in whole.items() if (v - ranks[0][0][k]).norm() > 0.02 * ranks[0][0][k].norm()
+    ]
+    assert any(key.startswith("4.moe.deepspeed_moe.gate") for key in far)
+
+
+def start_error(run: Run) -> str:
+    forget_process_groups()
+    try:
+        start_run(run)
+    except InvalidArgumentError as error:
+        return str(error)
+    return ""
+
+
+def test_deepspeeds_checkpointing_cannot_carry() -> None:
+    for text in run_on_ranks(WORLD, start_error, Run(pp=2, checkpoint=2)):
+        assert "use_reentrant=False" in text
+        assert "attach_loss" in text
+
+
+def test_partitioned_activations_cannot_carry() -> None:
+    run = Run(pp=2, tp=2, other={"pipeline": {"pipe_partitioned": True, "grad_partitioned": True}})
+    for text in run_on_ranks(WORLD, start_error, run):
+        assert '"pipe_partitioned": false' in text
+        assert "attach_loss" in text
+    attached = run._replace(carry="attach")
+    (history,) = on_ranks([attached], 2)
+    assert history[1] < history[0]
+
+
+# ---- checkpoints ----------------------------------------------------------------------
+
+
+def resumed(runs: list[Run], folder: Path) -> list[str]:
+    """What differs between a run and one that was saved and loaded in its middle."""
+    problems = []
+    for number, run in enumerate(runs):
+        forget_process_groups()
+        engine = start_run(run)
+        train_run(engine, run, 2)
+        engine.save_checkpoint(str(folder / str(number)))
+        expected = train_run(engine, run, 2, first=2)
+        forget_process_groups()
+        engine = start_run(run)
+        path, _ = engine.load_checkpoint(str(folder / str(number)))
+        found = train_run(engine, run, 2, first=2)
+        if path is None or found != expected:
+            problems.append(f"{name(run)}: {found} instead of {expected}")
+    return problems
+
+
+def test_checkpoints_of_every_topology(tmp_path: Path) -> None:
+    runs = [
+        *(run for run in TOPOLOGIES if run.tp == 1 or run.ep == TWO),
+        Run(pp=2, ep=ONLY_LAST, split="expert"),
+        Run(pp=2, ep=MIXED, wrapper="zero1"),
+    ]
+    assert run_on_ranks(WORLD, resumed, runs, tmp_path, timeout=300) == [[]] * WORLD
+
+
+def warned_save(run: Run, folder: Path) -> list[str]:
+    engine = start_run(run)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CheckpointWarning)
+        engine.save_checkpoint(str(folder))
+    return [str(one.message) for one in caught if one.category is CheckpointWarning]
+
+
+def test_weights_that_deepspeed_does_not_save(tmp_path: Path) -> None:
+    """Those of the second tensor-parallel rank, where both have the same experts."""
+    said, *others = run_on_ranks(WORLD, warned_save, Run(tp=2), tmp_path)
+    assert others == [[], [], []]
+    assert len(said) == 1
+    assert "no weights of the model-parallel rank(s) [1]" in said[0]
+    with pytest.raises(CheckpointError, match="is shared by tensor-parallel ranks"):
+        inspect_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="is shared by tensor-parallel ranks"):
+        regroup_checkpoint(tmp_path, tmp_path / "other", tmp_path)
