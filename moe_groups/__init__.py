@@ -27,6 +27,7 @@ from moe_groups.errors import (
 from moe_groups.expert_layers import tag_experts
 from moe_groups.group_plan import ParamGroupPlan, plan_param_groups
 from moe_groups.inspect_checkpoint import inspect_checkpoint
+from moe_groups.loss_tracker import BalanceReport, LayerBalance, LossTracker
 from moe_groups.measure import (
     MeasuredIteration,
     MeasuredPhase,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceReport",
     "CarriedLoss",
     "CarryLoss",
     "CheckpointError",
@@ -61,6 +63,8 @@ __all__ = [
     "CostlyGroupsWarning",
     "ExpertTag",
     "InvalidArgumentError",
+    "LayerBalance",
+    "LossTracker",
     "MeasuredIteration",
     "MeasuredPhase",
     "MeasuredStep",

@@ -27,7 +27,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -69,6 +69,29 @@ def layer_experts(module: Any) -> list[nn.Module]:
 def layer_parallel_group(module: Any) -> str:
     """Process-group key of a DeepSpeed ``MoE``, which calls it ``expert_group_name``."""
     return str(module.expert_group_name)
+
+
+def routers_of(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
+    """``(label or path, experts over all ranks, gate)`` of each DeepSpeed ``MoE``, in order."""
+    return [
+        (
+            str(getattr(layer, "group_label", None) or path),
+            int(cast(Any, layer).num_experts),
+            cast(Any, layer).deepspeed_moe.gate,
+        )
+        for path, layer in model.named_modules()
+        if isinstance(layer, moe_layer_types())
+    ]
+
+
+def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(loss, assignments to each expert, how many were dropped)`` of a gate's outputs.
+
+    ``TopKGate`` gives (loss, capacity, experts, indices, locations, weights, counts) to its
+    layer, and -1 as the index of what was dropped (``sharded_moe.py``).
+    """
+    loss, _, _, indices, _, _, counts = outputs
+    return loss, counts, counts.sum() - (indices >= 0).sum()
 
 
 # ---- process groups -------------------------------------------------------------------
