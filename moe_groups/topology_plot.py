@@ -44,7 +44,7 @@ def write_picture(topology: Topology, path: str) -> None:
         InvalidArgumentError: the file cannot be written.
     """
     try:
-        draw(topology).savefig(path, format="png", dpi=130)
+        draw(topology).savefig(path, format="png", dpi=130, bbox_inches="tight")
     except OSError as error:
         raise InvalidArgumentError(f"--plot {path!r} cannot be written: {error}") from error
 
@@ -57,13 +57,15 @@ def draw(topology: Topology) -> "Figure":
     high = topology.pp_size * (topology.tp_size + _GAP)
     beside = wide <= max(4, high)
     width, height = wide * _CELL + 0.9, high * _CELL + (0.85 if beside else 0.8)
-    size = (3 * width, height + 0.3) if beside else (width, 3 * height + 0.3)
+    title = headline(topology).split("; ")
+    above = 0.15 + 0.2 * len(title)
+    size = (3 * width, height + above) if beside else (width, 3 * height + above)
     figure = Figure(figsize=(max(size[0], 5.5), size[1]), layout="constrained")
     panels = figure.subplots(*((1, 3) if beside else (3, 1)), squeeze=False).flat
-    for axes, (kind, title) in zip(panels, _PANELS, strict=True):
+    for axes, (kind, name) in zip(panels, _PANELS, strict=True):
         _map(axes, topology, kind)
-        axes.set_title(title if beside else title.replace("\n", " "), fontsize=10)
-    figure.suptitle(headline(topology).replace("; ", "\n"), fontsize=10, fontweight="bold")
+        axes.set_title(name if beside else name.replace("\n", " "), fontsize=10)
+    figure.suptitle("\n".join(title), fontsize=10, fontweight="bold")
     return figure
 
 

@@ -36,7 +36,9 @@ def grid_of(world: int, tp: int, pp: int) -> Any:
         return PipelineParallelGrid(shape)
 
 
-def groups_of_layer(grid: Any, ep: int, cut_experts: bool, data_first: bool) -> dict[str, Any]:
+def groups_of_layer(
+    grid: Any, ep: int, cut_experts: bool, data_first: bool
+) -> dict[GroupKind, Any]:
     """This rank's handles, as one of DeepSpeed's layers makes them in ``initialize``."""
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups
@@ -159,7 +161,9 @@ def members(group: Any) -> list[int]:
     return [int(rank) for rank in ones.nonzero().flatten()]
 
 
-def sum_over_groups(tp: int, pp: int, ep: int, cut: bool, data_first: bool) -> dict[str, list[int]]:
+def sum_over_groups(
+    tp: int, pp: int, ep: int, cut: bool, data_first: bool
+) -> dict[GroupKind, list[int]]:
     """What is summed with this rank's values, in the groups of a PipelineModule's MoE layer."""
     from deepspeed.pipe import LayerSpec, PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -201,7 +205,7 @@ def test_collectives_of_real_ranks_reach_these_ranks(
             assert topology.group_of(kind, rank) == ranks
 
 
-def engine_groups() -> dict[str, list[int]]:
+def engine_groups() -> dict[GroupKind, list[int]]:
     from tests.pipeline_runs import start_pipeline
 
     engine = start_pipeline("zero1", "module", stages=2)
@@ -216,4 +220,4 @@ def test_a_pipeline_engine_has_these_groups() -> None:
     topology = Topology(world_size=4, pp_size=2, ep_size=2)
     for rank, found in enumerate(run_on_ranks(4, engine_groups)):
         for kind, ranks in found.items():
-            assert topology.group_of(kind, rank) == ranks  # type: ignore[arg-type]
+            assert topology.group_of(kind, rank) == ranks

@@ -75,7 +75,7 @@ def test_groups_of_a_kind_have_one_size(topology: Topology) -> None:
 @given(topologies())
 def test_groups_stay_in_their_stage(topology: Topology) -> None:
     for kind in ("data", "tensor", "expert", "expert_data"):
-        for ranks in topology.groups(kind):  # type: ignore[arg-type]
+        for ranks in topology.groups(kind):
             assert len({topology.stage(rank) for rank in ranks}) == 1
     for ranks in topology.groups("pipeline"):
         assert [topology.stage(rank) for rank in ranks] == list(range(topology.pp_size))
@@ -193,7 +193,7 @@ def test_ranks_in_few_words() -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1), (16, 2, 2, 2), (48, 1, 1, 4), (128, 4, 4, 1)], ids=str
+    "sizes", [(1, 1, 1, 1), (16, 2, 2, 2), (32, 1, 1, 4), (32, 4, 4, 1)], ids=str
 )
 def test_picture_is_drawn(
     sizes: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -204,7 +204,7 @@ def test_picture_is_drawn(
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", data[16:24])
-    assert 600 < width < 4000
+    assert 500 < width < 4000
     assert 200 < height < 4000
 
 
