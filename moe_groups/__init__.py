@@ -45,6 +45,7 @@ from moe_groups.step_config import StepConfig
 from moe_groups.step_memory import estimate_step_memory
 from moe_groups.step_report import StepMemory
 from moe_groups.tags import ExpertTag, copy_expert_tag, get_expert_tag, set_expert_tag
+from moe_groups.topology import Topology
 from moe_groups.verify import verify
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ __all__ = [
     "StepConfig",
     "StepMemory",
     "TagError",
+    "Topology",
     "UnsupportedDeepSpeedError",
     "VerificationError",
     "attach_loss",

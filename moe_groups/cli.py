@@ -12,6 +12,7 @@ from moe_groups.plan import LEVELS
 from moe_groups.plan_command import PlanRequest, make_report
 from moe_groups.quiet import quiet
 from moe_groups.step_config import OptimizerKind, StepConfig
+from moe_groups.topology_command import add_topology
 from moe_groups.units import parse_bytes
 
 _OPTIONS = {
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     output = plan.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON in place of tables")
     output.add_argument("--plot", metavar="FILE", help="draw the curve: .png or .html")
+    add_topology(commands, _count)
     add_commands(commands, _count)
     return parser
 

@@ -1,0 +1,173 @@
+"""Which ranks share what: the process groups that DeepSpeed makes, from the sizes alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from moe_groups.arguments import check_one_of
+from moe_groups.errors import InvalidArgumentError
+
+GroupKind = Literal["data", "tensor", "pipeline", "expert", "expert_data"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """The groups of ranks that DeepSpeed makes for native MoE layers; no process group is needed.
+
+    Ranks are numbered as DeepSpeed's pipeline grid and Megatron number them: tensor-parallel
+    ranks are neighbours, then come the data-parallel ones, and each pipeline stage is a block.
+    For layers of several ``ep_size``, make one topology each. Sequence parallelism and AutoEP
+    are not covered: DeepSpeed makes their groups in other ways.
+
+    Args:
+        world_size: number of ranks.
+        tp_size: tensor-parallel ranks.
+        pp_size: pipeline stages.
+        ep_size: ``ep_size`` of the MoE layers, the ranks that the experts of a layer are shared
+            out to.
+        expert_tensor_parallelism: the layers' ``enable_expert_tensor_parallelism``: experts are
+            cut over the tensor-parallel ranks too, and not whole on each of them.
+        use_data_before_expert_parallel: ``use_data_before_expert_parallelism`` of DeepSpeed's
+            config: ranks that hold the same experts are neighbours.
+
+    Raises:
+        InvalidArgumentError: a size is no positive integer, or one does not divide the ranks.
+
+    Example:
+        >>> Topology(world_size=8, ep_size=2).groups("expert_data")
+        [[0, 2, 4, 6], [1, 3, 5, 7]]
+    """
+
+    world_size: int
+    tp_size: int = 1
+    pp_size: int = 1
+    ep_size: int = 1
+    expert_tensor_parallelism: bool = False
+    use_data_before_expert_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[:4]:
+            _check_size(field.name, getattr(self, field.name))
+        if self.world_size % (self.tp_size * self.pp_size):
+            raise InvalidArgumentError(
+                f"{self.world_size} ranks cannot be cut into tp_size={self.tp_size} times "
+                f"pp_size={self.pp_size}: world_size must be a multiple of "
+                f"{self.tp_size * self.pp_size}."
+            )
+        if len(self._lines()[0]) % self.ep_size:
+            raise InvalidArgumentError(self._why_not())
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that share each dense parameter."""
+        return self.world_size // (self.tp_size * self.pp_size)
+
+    @property
+    def expert_data_parallel_size(self) -> int:
+        """Ranks that share each expert parameter, and that its group is partitioned over."""
+        return len(self._lines()[0]) // self.ep_size
+
+    def stage(self, rank: int) -> int:
+        """The pipeline stage of a rank."""
+        return self._checked(rank) // (self.world_size // self.pp_size)
+
+    def data_rank(self, rank: int) -> int:
+        """The place of a rank in its data-parallel group."""
+        return self._checked(rank) // self.tp_size % self.data_parallel_size
+
+    def tensor_rank(self, rank: int) -> int:
+        """The place of a rank in its tensor-parallel group."""
+        return self._checked(rank) % self.tp_size
+
+    def expert_rank(self, rank: int) -> int:
+        """The place of a rank in its expert-parallel group, 0 to ``ep_size`` - 1.
+
+        It says which experts the rank holds: of a layer with E experts, those from
+        ``expert_rank * E / ep_size`` on.
+        """
+        return self.group_of("expert", rank).index(rank)
+
+    def group_of(self, kind: GroupKind, rank: int) -> list[int]:
+        """The ranks, ascending, that ``rank`` shares a group of this kind with, itself included.
+
+        Raises:
+            InvalidArgumentError: the kind is unknown, or there is no such rank.
+        """
+        self._checked(rank)
+        return next(ranks for ranks in self.groups(kind) if rank in ranks)
+
+    def groups(self, kind: GroupKind) -> list[list[int]]:
+        """All groups of one kind; every rank is in exactly one.
+
+        * "data": the same dense parameters; their gradients are averaged over these ranks.
+        * "tensor": slices of the same dense layers, and of the same experts where those are cut.
+        * "pipeline": the same batch, with other layers on each.
+        * "expert": one set of a layer's experts, shared out; these ranks exchange tokens.
+        * "expert_data": the same experts; their gradients are summed over these ranks.
+
+        Returns:
+            Lists of ranks, ascending, ordered by their first rank.
+
+        Raises:
+            InvalidArgumentError: the kind is unknown.
+        """
+        check_one_of("kind", kind, get_args(GroupKind))
+        ranks = range(self.world_size)
+        width = self.world_size // self.pp_size
+        found: list[list[int]] = []
+        if kind == "pipeline":
+            found = [list(ranks[start::width]) for start in range(width)]
+        elif kind == "tensor":
+            found = _blocks(ranks, self.tp_size)
+        elif kind == "data":
+            found = [
+                line for stage in _blocks(ranks, width) for line in _combs(stage, self.tp_size)
+            ]
+        else:
+            # Of each line one kind takes neighbours, and the other one rank of each of those.
+            neighbours = (kind == "expert") != self.use_data_before_expert_parallel
+            size = self.ep_size if kind == "expert" else self.expert_data_parallel_size
+            for line in self._lines():
+                found += _blocks(line, size) if neighbours else _combs(line, len(line) // size)
+        return sorted(found)
+
+    def _lines(self) -> Sequence[Sequence[int]]:
+        """The ranks that experts are shared out to: a stage's, or those of one tensor rank."""
+        if self.expert_tensor_parallelism:
+            return self.groups("data")
+        return _blocks(range(self.world_size), self.world_size // self.pp_size)
+
+    def _why_not(self) -> str:
+        cut = f"world_size={self.world_size}, tp_size={self.tp_size}, pp_size={self.pp_size}"
+        number = len(self._lines()[0])
+        if self.expert_tensor_parallelism:
+            among = f"the {number} data-parallel ranks ({cut}) over which each slice of an expert"
+        else:
+            among = f"the {number} ranks of a stage ({cut}) over which whole experts"
+        return (
+            f"ep_size={self.ep_size} does not divide {among} are shared out: use a divisor of "
+            f"{number}."
+        )
+
+    def _checked(self, rank: int) -> int:
+        if type(rank) is not int or not 0 <= rank < self.world_size:
+            raise InvalidArgumentError(
+                f"rank={rank!r} is none of the {self.world_size} ranks: use 0 to "
+                f"{self.world_size - 1}."
+            )
+        return rank
+
+
+def _check_size(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise InvalidArgumentError(f"{name}={value!r} must be an integer of at least 1.")
+
+
+def _blocks(ranks: Sequence[int], size: int) -> list[list[int]]:
+    """Neighbours: blocks of ``size`` ranks."""
+    return [list(ranks[start : start + size]) for start in range(0, len(ranks), size)]
+
+
+def _combs(ranks: Sequence[int], number: int) -> list[list[int]]:
+    """Every ``number``-th rank, from each start."""
+    return [list(ranks[start::number]) for start in range(number)]
