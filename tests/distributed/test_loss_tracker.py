@@ -79,16 +79,18 @@ class Drops(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, aux, self.counts = self.moe(self.inp(x))
-        return y.float().square().mean() + 0.01 * aux
+        loss: torch.Tensor = y.float().square().mean() + 0.01 * aux
+        return loss
 
 
 def drops(folder: Path) -> list[Any]:
+    reports: list[Any] = []
     model = Drops()
     optimizer = torch.optim.AdamW(make_groups(model, "expert"), lr=1e-3)
     monitor = {"enabled": True, "output_path": str(folder), "job_name": "run"}
     engine = initialize(model, optimizer, config("zero2", csv_monitor=monitor))
     tracker = LossTracker(engine, coefficient=0.01, interval=2, per_expert=True)
-    counts, dropped, losses, reports = torch.zeros(4), 0, [], []
+    counts, dropped, losses = torch.zeros(4), 0, []
     for step in range(4):
         generator = torch.Generator().manual_seed(100 * step + torch.distributed.get_rank())
         x = torch.randn(4, 8, HIDDEN, generator=generator).bfloat16()
@@ -137,13 +139,10 @@ def test_drops_loads_and_monitor(tmp_path: Path) -> None:
 
 def refusals() -> list[str]:
     found = []
-    for layers, options in (
-        (nn.Linear(2, 2), {}),
-        (nn.Linear(2, 2), {"interval": 0}),
-    ):
-        engine = mock.Mock(module=layers, device="cpu")  # only the model is looked at
+    for interval in (1, 0):
+        engine = mock.Mock(module=nn.Linear(2, 2), device="cpu")  # only the model is looked at
         with pytest.raises(InvalidArgumentError) as error:
-            LossTracker(engine, coefficient=1, **options)
+            LossTracker(engine, coefficient=1, interval=interval)
         found.append(str(error.value))
     return found
 
