@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import (
     PipelineParallelGrid,
     PipeModelDataParallelTopology,
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.functional import gelu
 
 from moe_groups import CarriedLoss, CarryLoss, MoE, attach_loss
-from tests.models import FFN, HIDDEN
+from tests.models import HIDDEN
 from tests.training import config, initialize, make_groups
 
 INNER = 32
@@ -37,6 +37,8 @@ class Run(NamedTuple):
         carry: how the load-balancing loss goes to the loss: "carry", "attach", or "no".
         split: of the groups, see :func:`tests.training.make_groups`.
         off: MoE blocks that forget their loss.
+        data_first: use_data_before_expert_parallelism.
+        tied: the first and the last layer share their weight.
         checkpoint: activation_checkpoint_interval.
         reentrant: checkpoint with DeepSpeed's function, and not with torch's of today.
     """
@@ -49,8 +51,10 @@ class Run(NamedTuple):
     wrapper: str = "bf16"
     plain: bool = False
     expert_tp: bool = False
+    data_first: bool = False
     micro_batches: int = 4
     off: tuple[int, ...] = ()
+    tied: bool = False
     checkpoint: int = 0
     reentrant: bool = True
     cap: int | None = None
@@ -87,23 +91,28 @@ class _Reduce(torch.autograd.Function):
 
 
 class Mlp(nn.Module):
-    """Column-parallel, gelu, row-parallel."""
+    """Column-parallel, gelu, row-parallel; an expert that is not ``cut`` is whole on all ranks."""
 
-    def __init__(self, grid: Any) -> None:
+    def __init__(self, grid: Any, cut: bool = True) -> None:
         super().__init__()
-        self.grid, width = grid, INNER // grid.get_slice_parallel_world_size()
+        self.cut = cut and grid.get_slice_parallel_world_size() > 1
+        self.grid = grid
+        width = INNER // grid.get_slice_parallel_world_size() if self.cut else INNER
         self.up = nn.Linear(HIDDEN, width, bias=False)
         self.down = nn.Linear(width, HIDDEN, bias=False)
         if width < INNER:
             for param in self.parameters():
                 param.model_parallel = True  # type: ignore[attr-defined]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mlp":
+        return Mlp(self.grid, self.cut)  # process groups cannot be copied; `fill` comes later
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group = self.grid.get_slice_parallel_group()
-        if self.grid.get_slice_parallel_world_size() > 1:
+        if self.cut:
             x = _Copy.apply(x, group)  # type: ignore[no-untyped-call]
         y: torch.Tensor = self.down(gelu(self.up(x)))
-        if self.grid.get_slice_parallel_world_size() > 1:
+        if self.cut:
             y = _Reduce.apply(y, group)  # type: ignore[no-untyped-call]
         return y
 
@@ -126,18 +135,19 @@ class Sparse(nn.Module):
         self.attach = run.carry == "attach"
         self.moe = MoE(
             HIDDEN,
-            FFN(),
+            Mlp(grid, cut=run.expert_tp),
             num_experts=4,
             ep_size=run.ep[number],
             k=2,
-            drop_tokens=False,
+            drop_tokens=run.expert_tp,  # without, the capacity may be odd, and is cut in two
+            capacity_factor=2.0,  # room for all
             min_capacity=0,
             use_rts=False,
             top2_2nd_expert_sampling=False,
             enable_expert_tensor_parallelism=run.expert_tp,
             expert_group_name=f"block{number}",
         )
-        fill(self, f"block{number}", grid)
+        fill(self, f"block{number}", grid, run)
 
     def forward(self, x: torch.Tensor) -> Any:
         y, loss, _ = self.moe(self.norm(x))
@@ -160,18 +170,35 @@ class Ends(nn.Module):
         return y
 
 
-def fill(module: nn.Module, name: str, grid: Any) -> None:
+class TiedEnds(nn.Module):
+    """First and last layer in one; what a pipeline ties is called ``weight``."""
+
+    def __init__(self, grid: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(HIDDEN, HIDDEN))
+        fill(self, "ends", grid)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def fill(module: nn.Module, name: str, grid: Any, run: Run = Run()) -> None:  # noqa: B008  (immutable)
     """Numbers that depend on the parameter's name, and its expert's number over all ranks."""
     tensor_rank, width = grid.get_slice_parallel_rank(), grid.get_slice_parallel_world_size()
     parameters: list[tuple[str, Any]] = list(module.named_parameters())
     for own, param in parameters:
         shape, dim, where = list(param.shape), None, own
-        if getattr(param, "model_parallel", False) and "mlp" in own:
+        if getattr(param, "model_parallel", False):
             dim = 0 if "up" in own else 1
             shape[dim] *= width
         if not getattr(param, "allreduce", True):
             ep_size = int(param.group_name.split("_")[2])
-            place = torch.distributed.get_rank() % ep_size
+            rank = torch.distributed.get_rank()
+            if run.data_first:
+                stage = torch.distributed.get_world_size() // run.pp
+                place = rank % stage // (stage // ep_size)
+            else:
+                place = (rank // width if dim is not None else rank) % ep_size
             where = f"{place * param.num_local_experts + param.expert_number} {own.split('.')[-2]}"
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {where}".encode()))
         full = torch.randn(shape, generator=generator) * 0.2
@@ -193,11 +220,10 @@ class Plain(nn.Module):
         super().__init__()
         run = run._replace(carry="no")
         kinds = [Sparse if size else Dense for size in run.ep]
-        self.layers = nn.ModuleList(
-            [Ends("first", grid)]
-            + [kind(number, run, grid) for number, kind in enumerate(kinds)]
-            + [Ends("last", grid)]
-        )
+        first: nn.Module = TiedEnds(grid) if run.tied else Ends("first", grid)
+        last: nn.Module = first if run.tied else Ends("last", grid)
+        blocks = [kind(number, run, grid) for number, kind in enumerate(kinds)]
+        self.layers = nn.ModuleList([first, *blocks, last])
 
     def forward(self, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         total: Any = 0.0
@@ -218,6 +244,7 @@ def start_run(run: Run) -> Any:
         "gradient_clipping": 0.0,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": run.micro_batches // data,
+        "use_data_before_expert_parallelism": run.data_first,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     cfg = config(run.wrapper, **(changes | run.other))
@@ -227,12 +254,15 @@ def start_run(run: Run) -> Any:
         optimizer = torch.optim.AdamW(make_groups(model, run.split, run.cap), lr=2e-3)
         return initialize(model, optimizer, cfg, mpu=grid)
     wrap: tuple[Callable[..., Any], ...] = (CarryLoss,) if run.carry == "carry" else ()
-    specs = [(Ends, "first", grid)]
-    specs += [(Sparse if size else Dense, n, run, grid) for n, size in enumerate(run.ep)]  # type: ignore[misc]
+    specs: list[Any] = [(Ends, "first", grid)]
+    specs += [(Sparse if size else Dense, n, run, grid) for n, size in enumerate(run.ep)]
     specs += [(Ends, "last", grid)]
+    layers = [LayerSpec(*wrap, *spec) for spec in specs]
+    if run.tied:
+        layers[0] = layers[-1] = TiedLayerSpec("ends", TiedEnds, grid)
     loss_fn: Any = CarriedLoss(regression, COEFFICIENT) if wrap else regression
     model = PipelineModule(
-        [LayerSpec(*wrap, *spec) for spec in specs],
+        layers,
         topology=topology,
         loss_fn=loss_fn,
         partition_method="uniform",

@@ -35,6 +35,8 @@ TOPOLOGIES = [
     Run(tp=2, ep=TWO),
     Run(pp=2, tp=2, ep=TWO),
     Run(pp=4),
+    Run(tp=2, ep=TWO, expert_tp=True),
+    Run(ep=TWO, data_first=True),
 ]
 
 
@@ -92,6 +94,27 @@ def test_stages_that_differ(ep: tuple[int, ...]) -> None:
 def test_hierarchical_groups_train_as_deepspeeds(run: Run) -> None:
     stock, *ours = on_ranks([run._replace(split=split) for split in ("stock", "expert")], 3)
     assert ours[0][:3] == stock[:3]
+
+
+def tied_weights(run: Run) -> tuple[list[float], Any, list[int]]:
+    """Losses, the tied weight, and in how many groups it is."""
+    forget_process_groups()
+    engine = start_run(run)
+    ((_, weight),) = [(n, p) for n, p in engine.module.named_parameters() if p.shape == (16, 16)]
+    homes = [sum(p is weight for p in group) for group in engine.optimizer.bf16_groups]
+    return train_run(engine, run, 4), weight.detach().float(), homes
+
+
+def test_tied_layers_are_in_one_group_on_each_side_and_stay_equal() -> None:
+    run = Run(ep=TWO, tied=True, carry="attach", split="expert")
+    reference = run_on_ranks(WORLD, tied_weights, run._replace(plain=True))[0]
+    ranks = run_on_ranks(WORLD, tied_weights, run._replace(pp=2))
+    for history, weight, homes in ranks:
+        assert sorted(homes)[-2:] == [0, 1]
+        assert torch.equal(weight, ranks[0][1])
+        assert torch.allclose(weight, reference[1], atol=2e-3)
+        # a pipeline does not report what is attached
+        assert [a > b for a, b in zip(reference[0], history, strict=True)] == [True] * 4
 
 
 # ---- ways to carry the loss -----------------------------------------------------------
