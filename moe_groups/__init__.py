@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_groups.checkpoint_guard import protect_checkpoints
 from moe_groups.checkpoint_report import CheckpointReport
+from moe_groups.checkpointing import checkpoint_activations
 from moe_groups.compact import compact_gradients
 from moe_groups.describe import describe
 from moe_groups.errors import (
@@ -17,6 +18,7 @@ from moe_groups.errors import (
     OverrideError,
     ParameterInputError,
     PlanError,
+    RecomputationError,
     TagError,
     UnsupportedDeepSpeedError,
     VerificationError,
@@ -66,12 +68,14 @@ __all__ = [
     "ParamGroupPlan",
     "ParameterInputError",
     "PlanError",
+    "RecomputationError",
     "Regrouped",
     "StepConfig",
     "StepMemory",
     "TagError",
     "UnsupportedDeepSpeedError",
     "VerificationError",
+    "checkpoint_activations",
     "compact_gradients",
     "copy_expert_tag",
     "create_moe_param_groups",
