@@ -7,6 +7,7 @@ from moe_groups.aux_loss import load_balancing_loss, router_z_loss
 from moe_groups.carry_loss import CarriedLoss, CarryLoss
 from moe_groups.checkpoint_guard import protect_checkpoints
 from moe_groups.checkpoint_report import CheckpointReport
+from moe_groups.checkpointing import checkpoint_activations
 from moe_groups.compact import compact_gradients
 from moe_groups.describe import describe
 from moe_groups.errors import (
@@ -20,6 +21,7 @@ from moe_groups.errors import (
     OverrideError,
     ParameterInputError,
     PlanError,
+    RecomputationError,
     TagError,
     UnsupportedDeepSpeedError,
     VerificationError,
@@ -76,6 +78,7 @@ __all__ = [
     "ParamGroupPlan",
     "ParameterInputError",
     "PlanError",
+    "RecomputationError",
     "Regrouped",
     "StepConfig",
     "StepMemory",
@@ -84,6 +87,7 @@ __all__ = [
     "UnsupportedDeepSpeedError",
     "VerificationError",
     "attach_loss",
+    "checkpoint_activations",
     "compact_gradients",
     "copy_expert_tag",
     "create_moe_param_groups",

@@ -19,10 +19,14 @@ train as before, bit for bit):
   (``checkpoint_guard.py``);
 * ``BF16_Optimizer`` collects garbage and prints the memory twice for each group while it
   is set up, 0.3 s a group: not for more groups than a handful.
+
+What :func:`support_kept_collectives` changes, for functions in ``checkpoint_activations``
+alone: the MoE layers' collectives give the results of the forward pass in a recomputation.
 """
 
 import functools
 import importlib
+import inspect
 import itertools
 import sys
 import weakref
@@ -37,6 +41,7 @@ from moe_groups.errors import (
     ParameterInputError,
     UnsupportedDeepSpeedError,
 )
+from moe_groups.kept_collectives import inside_region, once
 from moe_groups.tags import is_expert_parameter, numel_of, parallel_group_of
 
 TESTED_VERSION = "0.19.8"
@@ -360,23 +365,35 @@ def support_our_groups(moe: bool) -> None:
     if not moe and "deepspeed" not in sys.modules:
         return
     try:
-        import deepspeed
+        import deepspeed  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name == "deepspeed":
             return
         raise
-    places = [(owner, name, wrap, _find(owner, name)) for owner, name, wrap in _CHANGES]
-    for owner, name, wrap, (holder, original) in places:
+    _change(_CHANGES, "unique group names need")
+
+
+_Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+_Change = tuple[str, str, _Wrap]
+
+
+def _change(changes: Iterable[_Change], needed_by: str) -> None:
+    """Wrap functions of DeepSpeed, each once; if one of them is missing, none."""
+    import deepspeed
+
+    places = [(owner, name, wrap, _find(owner, name)) for owner, name, wrap in changes]
+    for owner, name, _, (_, original) in places:
         if not callable(original):
             raise UnsupportedDeepSpeedError(
-                f"deepspeed {deepspeed.__version__} has no {owner}.{name}, which unique group "
-                f"names need: install deepspeed {TESTED_VERSION}, which this release was tested "
-                "with."
+                f"deepspeed {deepspeed.__version__} has no {owner}.{name}, which {needed_by}: "
+                f"install deepspeed {TESTED_VERSION}, which this release was tested with."
             )
+    for _, name, wrap, (holder, original) in places:
         if not hasattr(original, _PATCHED):
-            changed = functools.wraps(original)(wrap(original))
+            changed: Any = functools.wraps(original)(wrap(original))
             setattr(changed, _PATCHED, original)
-            setattr(holder, name, changed)
+            static = isinstance(inspect.getattr_static(holder, name), staticmethod)
+            setattr(holder, name, staticmethod(changed) if static else changed)
 
 
 def _find(owner: str, name: str) -> tuple[Any, Any]:
@@ -616,7 +633,7 @@ def _wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
 _BF16 = "deepspeed.runtime.bf16_optimizer"
 _ZERO = "deepspeed.runtime.zero.stage_1_and_2"
 _MOST = "_moe_groups_most"
-_CHANGES: tuple[tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]]], ...] = (
+_CHANGES: tuple[_Change, ...] = (
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_configure_distributed_model", _wrap_configure),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_broadcast_model", _wrap_broadcast),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_do_optimizer_sanity_check", _wrap_sanity_check),
@@ -628,6 +645,67 @@ _CHANGES: tuple[tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_reduction", _wrap_grads_for_reduction),
     ("deepspeed.moe.mappings", "_gather_tokens", _wrap_gather_tokens),
     ("deepspeed.runtime.fp16.fused_optimizer", "get_norm_with_moe_layers", _wrap_norm),
+)
+
+
+# ---- collectives of a checkpointed region ----------------------------------------------
+
+
+def support_kept_collectives() -> None:
+    """Send the MoE layers' collectives through ``kept_collectives.py``.
+
+    Outside of a checkpointed region, in the backward pass for one, they run as before. Does
+    nothing when called again, or where DeepSpeed is not imported: no layer is its.
+
+    Raises:
+        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on.
+            Nothing has been changed then.
+    """
+    if "deepspeed" in sys.modules:
+        _change(_KEPT, "checkpoint_activations needs")
+
+
+def _wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Of an autograd function that communicates and returns the result."""
+    kind = original.__qualname__
+
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        if not inside_region():
+            return original(ctx, *args)
+        return once(kind, ctx, lambda: original(ctx, *args))
+
+    return forward
+
+
+def _wrap_all_reduce(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The gates agree on a capacity with it; other tensors are none of ours."""
+
+    def all_reduce(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        capacity = tensor.numel() == 1 and not tensor.is_floating_point()
+        if not capacity or not inside_region() or _is_async(*args, **kwargs):
+            return original(tensor, *args, **kwargs)
+
+        def reduce() -> torch.Tensor:
+            original(tensor, *args, **kwargs)
+            result: torch.Tensor = tensor.clone()
+            return result
+
+        tensor.copy_(once("all_reduce of a whole number", None, reduce))
+        return None
+
+    return all_reduce
+
+
+def _is_async(
+    op: Any = None, group: Any = None, async_op: bool = False, *_: Any, **__: Any
+) -> bool:
+    return async_op
+
+
+_KEPT: tuple[_Change, ...] = (
+    ("deepspeed.moe.sharded_moe:_AllToAll", "forward", _wrap_forward),
+    ("deepspeed.moe.mappings:_GatherTokens", "forward", _wrap_forward),
+    ("deepspeed.comm", "all_reduce", _wrap_all_reduce),
 )
 
 

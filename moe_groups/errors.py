@@ -34,6 +34,10 @@ class MeasurementError(MoEGroupsError):
     """Memory cannot be measured here, or a measurement is used out of turn."""
 
 
+class RecomputationError(MoEGroupsError):
+    """A checkpointed function cannot be computed again as it was in the forward pass."""
+
+
 class CheckpointError(MoEGroupsError):
     """A checkpoint cannot be read, converted or written; nothing has been changed by it."""
 

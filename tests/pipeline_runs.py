@@ -58,8 +58,14 @@ def both_losses(output: Pair, wanted: torch.Tensor) -> torch.Tensor:
     return (output[0] - wanted).square().float().mean() + 0.01 * output[1]
 
 
-def start_pipeline(wrapper: str, split: str, stages: int, blocks: int = 4, ep_size: int = 2) -> Any:
-    """An engine over ``stages`` stages; the other ranks are data-parallel."""
+def start_pipeline(
+    wrapper: str, split: str, stages: int, blocks: int = 4, ep_size: int = 2, **options: Any
+) -> Any:
+    """An engine over ``stages`` stages; the other ranks are data-parallel.
+
+    Args:
+        options: further ones of the ``PipelineModule``.
+    """
     torch.manual_seed(0)
     specs = [LayerSpec(Block, f"block{i}", ep_size) for i in range(blocks)]
     model = PipelineModule(
@@ -69,6 +75,7 @@ def start_pipeline(wrapper: str, split: str, stages: int, blocks: int = 4, ep_si
             num_pp=stages, num_dp=torch.distributed.get_world_size() // stages
         ),
         partition_method="uniform",
+        **options,
     )
     groups = create_moe_param_groups(model, split_by=split)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)

@@ -1,0 +1,103 @@
+"""Activation checkpointing that does not repeat the collectives of MoE layers."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch.utils.checkpoint
+
+from moe_groups import _deepspeed
+from moe_groups.errors import InvalidArgumentError
+from moe_groups.kept_collectives import KeepPass, ReplayPass, Result
+
+Contexts = tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
+
+
+def checkpoint_activations(
+    function: Callable[..., Any],
+    *args: Any,
+    context_fn: Callable[[], Contexts] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Checkpoint a function with MoE layers, without repeating their all-to-alls.
+
+    Like ``torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)``: the
+    activations of ``function`` are dropped after the forward pass and computed again in the
+    backward pass, and gradients are the same, bit for bit. But what the collectives of
+    DeepSpeed's MoE layers gave is kept, and not communicated again. A training step then runs 4
+    all-to-alls for each layer (2 forward, 2 backward) where torch's checkpoint runs 6. Kept
+    are the two all-to-alls, the capacity that ranks agree on with ``drop_tokens=False``, and the
+    gathering of tokens under tensor parallelism. Random choices of the gate are the same in the
+    recomputation, as long as ``preserve_rng_state`` is left on.
+
+    **Memory** that is kept beside what torch's checkpoint keeps, for each MoE layer with
+    ``ep_size > 1``, on each rank, from its forward to its backward pass:
+    2 x experts x capacity x hidden x bytes of an element, where experts are those of all ranks
+    and capacity is the tokens that one rank sends to an expert at most (about capacity_factor x
+    k x tokens / experts). So about 2 x capacity_factor x k tensors of the size of the layer's
+    input. Under tensor parallelism these are split over its ranks, and the gathered tokens come
+    on top: one such tensor, whole.
+
+    It also serves as ``activation_checkpoint_func`` of DeepSpeed's ``PipelineModule``. All
+    ranks of an expert-parallel group must checkpoint a layer in the same way.
+
+    The first call changes three functions of DeepSpeed; outside of checkpointed functions they
+    do what they did. Source: ``MOELayer.forward`` in DeepSpeed's ``moe/sharded_moe.py``, and
+    ``context_fn`` of ``torch.utils.checkpoint.checkpoint``.
+
+    Args:
+        function: what is run, and later run again, with ``args`` and ``kwargs``.
+        args: tensors, or anything else.
+        context_fn: as of torch's checkpoint: makes one context for the forward pass and one
+            for the recomputation, such as those of ``create_selective_checkpoint_contexts``.
+            They are entered outside of ours.
+        kwargs: arguments of ``function``, and those of torch's checkpoint
+            (``preserve_rng_state``, ``determinism_check``, ``debug``, ``early_stop``).
+
+    Returns:
+        What ``function`` returns.
+
+    Raises:
+        InvalidArgumentError: ``use_reentrant=True``, which recomputes in another way.
+        RecomputationError: in the backward pass: the function did something else than in the
+            forward pass, or a kept result was changed in place.
+        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on; nothing
+            has been changed.
+
+    Example:
+        >>> for block in self.blocks:
+        ...     x, aux_loss = checkpoint_activations(block, x)            # doctest: +SKIP
+    """
+    if kwargs.pop("use_reentrant", False):
+        raise InvalidArgumentError(
+            "checkpoint_activations cannot keep results with use_reentrant=True: leave the "
+            "argument out."
+        )
+    _deepspeed.support_kept_collectives()
+    return torch.utils.checkpoint.checkpoint(
+        function, *args, use_reentrant=False, context_fn=lambda: _contexts(context_fn), **kwargs
+    )
+
+
+def _contexts(given: Callable[[], Contexts] | None) -> Contexts:
+    results: list[Result] = []
+    keep, replay = KeepPass(results), ReplayPass(results)
+    if given is None:
+        return keep, replay
+    forward, recompute = given()
+    return _Both(forward, keep), _Both(recompute, replay)
+
+
+class _Both:
+    """Two context managers as one that can be entered again."""
+
+    def __init__(self, *contexts: contextlib.AbstractContextManager[Any]) -> None:
+        self.contexts = contexts
+        self.entered = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        for context in self.contexts:
+            self.entered.enter_context(context)
+
+    def __exit__(self, *error: Any) -> bool:
+        return bool(self.entered.__exit__(*error))
