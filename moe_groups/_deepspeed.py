@@ -15,6 +15,10 @@ train as before, bit for bit):
   norms where ranks that share an expert disagree: names are merged to one per parallel
   group before the norm and the reduction see them, and all experts count. Sums are then
   those of DeepSpeed's own names, bit for bit;
+* stages of a pipeline make the same process groups, and take part in each other's
+  all-reduces of the norm (ZeRO-1 runs one for each group, BF16_Optimizer one for each
+  parallel group), where DeepSpeed waits for ever unless all stages are alike;
+* gloo gathers tokens over tensor-parallel ranks;
 * ``save_checkpoint`` and ``load_checkpoint`` write and compare what the groups were
   (``checkpoint_guard.py``);
 * ``BF16_Optimizer`` collects garbage and prints the memory twice for each group while it

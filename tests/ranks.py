@@ -266,7 +266,7 @@ def forget_process_groups() -> None:
         known.clear()
     groups._EXPERT_PARALLEL_GROUP_RANKS.clear()
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.clear()
-    groups.mpu = None
+    groups.mpu, groups.expert_tensor_parallel_world_size = None, 1
     _destroy_engines()
 
 

@@ -187,6 +187,9 @@ def test_wrapper_keeps_the_members_of_groups(wrapper: str) -> None:
 
 SIGNATURES = {
     "_broadcast_model": "(self)",
+    "_configure_distributed_model": "(self, model)",
+    "scaled_global_norm": "(self, norm_type=2)",
+    "_gather_tokens": "(input_, dim=0)",
     "_do_optimizer_sanity_check": "(self, basic_optimizer)",
     "_setup_for_real_optimizer": "(self)",
     "get_grads_for_norm": "(self, for_clipping=False)",
@@ -204,6 +207,22 @@ SIGNATURES = {
 def test_patched_places(owner: str, name: str) -> None:
     _, place = _deepspeed._find(owner, name)
     assert str(inspect.signature(inspect.unwrap(place))) == SIGNATURES[name]
+
+
+def test_what_stages_agree_with() -> None:
+    zero = DeepSpeedZeroOptimizer
+    for function, first in (
+        (zero.get_grad_norm_direct, ["self", "gradients", "params"]),
+        (zero.complete_grad_norm_calculation_for_cpu_offload, ["self", "params"]),
+        (groups._create_expert_data_and_model_parallel, ["expert_parallel_size_", "mpu"]),
+        (groups._create_expert_and_data_parallel, ["expert_parallel_size_"]),
+    ):
+        assert list(inspect.signature(function).parameters)[: len(first)] == first
+    for function in (
+        groups._create_expert_and_data_parallel,
+        groups._create_expert_data_and_model_parallel,
+    ):
+        assert "use_data_before_expert_parallel_" in inspect.signature(function).parameters
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 12])
