@@ -82,3 +82,32 @@ def lines(
     )
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     _save(pyplot, figure, name)
+
+
+def curves(
+    name: str, panels: Mapping[str, Mapping[str, Sequence[float]]], title: str, x_label: str
+) -> None:
+    """A panel for each key; its first curve is drawn wide, so that others are seen to lie on it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6))
+    for axis, (panel, lines_) in zip(axes, panels.items(), strict=True):
+        axis.spines[["top", "right"]].set_visible(False)
+        for number, (curve, values) in enumerate(lines_.items()):
+            style: dict[str, Any] = {"color": "#c8c8c8", "lw": 7}
+            if number:
+                dash = (0, (3, 2)) if number > len(COLOURS) - 1 else "-"
+                colour = COLOURS[1 + (number - 1) % (len(COLOURS) - 1)]
+                style = {"color": colour, "lw": 1.2, "ls": dash}
+            axis.plot(range(1, len(values) + 1), values, label=curve, **style)
+        axis.set_title(panel, fontsize=10)
+        axis.set_xlabel(x_label)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, ncols=5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.0)
+    )
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    _save(pyplot, figure, name)

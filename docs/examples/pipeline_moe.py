@@ -8,6 +8,8 @@ Ranks that --pp and --tp leave are data-parallel. Text: the source of Python's s
 """
 
 import argparse
+import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,7 +183,8 @@ def start_engine(args: argparse.Namespace) -> Any:
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a lot
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     verify(engine)
     return engine
 

@@ -12,15 +12,15 @@ from tests.ranks import EXTENSIONS, ROOT
 SMALL = ["--steps", "2", "--batch", "2", "--length", "32"]
 
 
-def run_demo(*args: str, ranks: int = 2) -> dict[str, list[str]]:
-    """Cells of the comparison's rows by their first one."""
+def run_example(name: str, *args: str, ranks: int = 2) -> str:
+    """What it prints."""
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
     }
-    program = str(ROOT / "docs" / "examples" / "train_moe_lm.py")
+    program = str(ROOT / "docs" / "examples" / name)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         + ["--nproc-per-node", str(ranks), program, *args],
@@ -31,8 +31,14 @@ def run_demo(*args: str, ranks: int = 2) -> dict[str, list[str]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "The param groups, split by" in done.stdout
-    table = done.stdout.partition("(worst rank):")[2]
+    return done.stdout
+
+
+def run_demo(*args: str, ranks: int = 2) -> dict[str, list[str]]:
+    """Cells of the comparison's rows by their first one."""
+    printed = run_example("train_moe_lm.py", *args, ranks=ranks)
+    assert "The param groups, split by" in printed
+    table = printed.partition("(worst rank):")[2]
     rows = [line.split("  ") for line in table.splitlines() if line.strip()]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     return {row[0]: row[1:] for row in cells}
@@ -62,3 +68,13 @@ def test_flags(args: list[str], ranks: int, tmp_path: Path) -> None:
     text.write_text("to be, or not to be: that is the question\n" * 50)
     rows = run_demo(*SMALL, *args, "--text", str(text), ranks=ranks)
     assert rows["DeepSpeed's split"][3] == rows["moe-groups"][3]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("args", [["--pp", "2", "--ep", "2"], ["--tp", "2", "--attach"]])
+def test_pipeline_example(args: list[str]) -> None:
+    printed = run_example("pipeline_moe.py", *args, "--steps", "20", "--blocks", "2", ranks=4)
+    losses = [float(text.split()[0].rstrip(",")) for text in printed.split("LM loss ")[1:]]
+    assert len(losses) == 2
+    assert losses[1] < losses[0] < 5.6  # log(256) is what knows nothing
+    assert printed.count("blocks.1 ") == 2
