@@ -18,6 +18,7 @@ train as before, bit for bit):
 * stages of a pipeline make the same process groups, and take part in each other's
   all-reduces of the norm (ZeRO-1 runs one for each group, BF16_Optimizer one for each
   parallel group), where DeepSpeed waits for ever unless all stages are alike;
+* ZeRO's norm counts the experts of all tensor-parallel ranks;
 * gloo gathers tokens over tensor-parallel ranks;
 * ``save_checkpoint`` and ``load_checkpoint`` write and compare what the groups were
   (``checkpoint_guard.py``);
@@ -533,6 +534,18 @@ def _wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     return scaled_global_norm
 
 
+def _wrap_is_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
+    """ZeRO's norm leaves out what it takes for copies of the first tensor-parallel rank.
+
+    Each tensor-parallel rank has experts, or parts of them, that no other has.
+    """
+
+    def is_model_parallel_parameter(p: torch.Tensor) -> bool:
+        return bool(original(p)) or is_expert_parameter(p)
+
+    return is_model_parallel_parameter
+
+
 def _groups_of_any_stage(optimizer: Any) -> int:
     """The number of groups, on the stage of this pipeline (model-parallel rank) with most."""
     count = len(optimizer.bit16_groups)
@@ -644,6 +657,7 @@ _CHANGES: tuple[_Change, ...] = (
     ("deepspeed.runtime.engine:DeepSpeedEngine", "save_checkpoint", _wrap_save),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "load_checkpoint", _wrap_load),
     (f"{_BF16}:BF16_Optimizer", "_setup_for_real_optimizer", _wrap_setup),
+    (_ZERO, "is_model_parallel_parameter", _wrap_is_model_parallel),
     (f"{_ZERO}:DeepSpeedZeroOptimizer", "scaled_global_norm", _wrap_zero_norm),
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_norm", _wrap_grads_for_norm),
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_reduction", _wrap_grads_for_reduction),

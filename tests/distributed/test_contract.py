@@ -190,6 +190,7 @@ SIGNATURES = {
     "_configure_distributed_model": "(self, model)",
     "scaled_global_norm": "(self, norm_type=2)",
     "_gather_tokens": "(input_, dim=0)",
+    "is_model_parallel_parameter": "(p) -> bool",
     "_do_optimizer_sanity_check": "(self, basic_optimizer)",
     "_setup_for_real_optimizer": "(self)",
     "get_grads_for_norm": "(self, for_clipping=False)",

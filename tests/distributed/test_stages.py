@@ -91,6 +91,14 @@ def test_stages_that_differ(ep: tuple[int, ...]) -> None:
         assert history[4] == pytest.approx(reference[4], rel=0.03), name(run)
 
 
+@pytest.mark.parametrize("ep", [(1,) * 8, TWO], ids=["EP 1", "EP 2"])
+def test_norm_counts_experts_of_all_tensor_parallel_ranks(ep: tuple[int, ...]) -> None:
+    """ZeRO's leaves out those of the second rank, with DeepSpeed's own split too."""
+    runs = [Run(plain=True, ep=ep), Run(tp=2, ep=ep), Run(tp=2, ep=ep, wrapper="zero1")]
+    norms = [history[-1] for history in on_ranks(runs, 1)]
+    assert norms[1:] == pytest.approx([norms[0]] * 2, rel=0.01)
+
+
 @pytest.mark.parametrize("run", [Run(ep=TWO), *TOPOLOGIES[3:7]], ids=name)
 def test_hierarchical_groups_train_as_deepspeeds(run: Run) -> None:
     ours, stock = on_ranks([run._replace(split=split) for split in ("expert", "stock")], 3)
