@@ -73,7 +73,7 @@ def test_topologies_agree(steps: int) -> None:
     reference, *others = on_ranks([Run(plain=True), *TOPOLOGIES], steps)
     assert reference[steps - 1] < reference[0] / 2
     for run, history in zip(TOPOLOGIES, others, strict=True):
-        assert history[:steps] == pytest.approx(reference[:steps], rel=0.02), name(run)
+        assert history[:steps] == pytest.approx(reference[:steps], rel=0.03), name(run)
 
 
 @pytest.mark.parametrize("ep", [ONLY_LAST, MIXED], ids=["a stage without experts", "mixed"])
@@ -87,7 +87,7 @@ def test_stages_that_differ(ep: tuple[int, ...]) -> None:
     ]
     reference, *others = on_ranks(runs, 4)
     for run, history in zip(runs[1:], others, strict=True):
-        assert history[:4] == pytest.approx(reference[:4], rel=0.02), name(run)
+        assert history[:4] == pytest.approx(reference[:4], rel=0.03), name(run)
         assert history[4] == pytest.approx(reference[4], rel=0.03), name(run)
 
 
