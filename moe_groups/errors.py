@@ -60,7 +60,7 @@ class CheckpointMismatchError(CheckpointError):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was saved, but without the file that says what its groups are."""
+    """A checkpoint cannot be compared, or was saved without its manifest or some weights."""
 
 
 class CostlyGroupsWarning(UserWarning):
