@@ -12,12 +12,15 @@ from moe_groups import (
     CheckpointError,
     CheckpointWarning,
     InvalidArgumentError,
+    MoE,
     inspect_checkpoint,
     regroup_checkpoint,
     verify,
 )
-from tests.ranks import forget_process_groups, run_on_ranks
+from tests.models import TinyMoE
+from tests.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks
 from tests.stage_models import COEFFICIENT, Run, start_run, train_run
+from tests.training import config, initialize, make_groups, train
 
 WORLD = 4
 TWO = (2,) * 8
@@ -124,6 +127,31 @@ def test_tied_layers_are_in_one_group_on_each_side_and_stay_equal() -> None:
         assert torch.allclose(weight, reference[1], atol=2e-3)
         # a pipeline does not report what is attached
         assert [a > b for a, b in zip(reference[0], history, strict=True)] == [True] * 4
+
+
+def sequence_parallel(splits: list[str], wrapper: str) -> list[Any]:
+    """Losses and norms with 2 x 2 data- and sequence-parallel ranks."""
+    found = []
+    for split in splits:
+        forget_process_groups()
+        model = TinyMoE(MoE, ep_size=2)
+        optimizer = torch.optim.AdamW(make_groups(model, split), lr=1e-2)
+        cfg = config(wrapper, sequence_parallel_size=2, gradient_clipping=0.0)
+        engine = initialize(model, optimizer, cfg, mesh_param=(2, 2))
+        verify(engine)
+        found.append(train(engine, 3))
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapper", ["zero1", "zero2", "bf16"])
+def test_sequence_parallel_ranks_train_as_deepspeeds(wrapper: str) -> None:
+    """In processes of their own, as DeepSpeed keeps its mesh of devices."""
+    for ours, stock in run_in_fresh_processes(
+        WORLD, sequence_parallel, ["expert", "stock"], wrapper
+    ):
+        assert ours["loss"] == stock["loss"]
+        assert ours["norm"] == pytest.approx(stock["norm"], rel=1e-6)
 
 
 # ---- ways to carry the loss -----------------------------------------------------------
