@@ -18,9 +18,11 @@ from moe_groups import (
     verify,
 )
 from tests.models import TinyMoE
-from tests.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks
+from tests.ranks import forget_process_groups, run_in_fresh_processes
 from tests.stage_models import COEFFICIENT, Run, start_run, train_run
 from tests.training import config, initialize, make_groups, train
+
+pytestmark = pytest.mark.long  # in processes of their own: a grid makes dozens of process groups
 
 WORLD = 4
 TWO = (2,) * 8
@@ -61,7 +63,7 @@ def histories(runs: list[Run], steps: int) -> list[list[float]]:
 
 def on_ranks(runs: list[Run], steps: int) -> list[list[float]]:
     """:func:`histories`, which all ranks have in common."""
-    found = run_on_ranks(WORLD, histories, runs, steps, timeout=300)
+    found = run_in_fresh_processes(WORLD, histories, runs, steps, timeout=300)
     assert all(other == found[0] for other in found)
     first: list[list[float]] = found[0]
     return first
@@ -70,11 +72,11 @@ def on_ranks(runs: list[Run], steps: int) -> list[list[float]]:
 # ---- the same training under every topology -------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(30, marks=pytest.mark.long)])
+@pytest.mark.parametrize("steps", [30])
 def test_topologies_agree(steps: int) -> None:
     """Within rounding of bf16, which now and then sends a token to another expert."""
     reference, *others = on_ranks([Run(plain=True), *TOPOLOGIES], steps)
-    assert reference[steps - 1] < reference[0] / 2
+    assert reference[steps - 1] < 0.6 * reference[0]
     for run, history in zip(TOPOLOGIES, others, strict=True):
         assert history[:steps] == pytest.approx(reference[:steps], rel=0.03), name(run)
 
@@ -119,8 +121,8 @@ def tied_weights(run: Run) -> tuple[list[float], Any, list[int]]:
 
 def test_tied_layers_are_in_one_group_on_each_side_and_stay_equal() -> None:
     run = Run(ep=TWO, tied=True, carry="attach", split="expert")
-    reference = run_on_ranks(WORLD, tied_weights, run._replace(plain=True))[0]
-    ranks = run_on_ranks(WORLD, tied_weights, run._replace(pp=2))
+    reference = run_in_fresh_processes(WORLD, tied_weights, run._replace(plain=True))[0]
+    ranks = run_in_fresh_processes(WORLD, tied_weights, run._replace(pp=2))
     for history, weight, homes in ranks:
         assert sorted(homes)[-2:] == [0, 1]
         assert torch.equal(weight, ranks[0][1])
@@ -198,7 +200,7 @@ def test_gradients_are_those_without_a_pipeline() -> None:
         Run(pp=2, carry="attach", wrapper="zero1"),
         Run(pp=2, carry="carry", wrapper="zero1"),
     ]
-    ranks = run_on_ranks(WORLD, all_gradients, runs)
+    ranks = run_in_fresh_processes(WORLD, all_gradients, runs)
     without, reference = ranks[0][:2]
     for way in range(2, len(runs)):
         found = ranks[0][way] | ranks[WORLD - 1][way]
@@ -216,7 +218,7 @@ def test_a_loss_that_a_stage_forgets_is_seen() -> None:
     """A planted fault: the checks above have to notice it."""
     reference, off = on_ranks([Run(pp=4), Run(pp=4, off=(3,))], 2)
     assert off[0] < reference[0] - 0.9 * COEFFICIENT
-    ranks = run_on_ranks(
+    ranks = run_in_fresh_processes(
         WORLD, all_gradients, [Run(plain=True), Run(pp=4, carry="attach", off=(3,))]
     )
     whole: dict[str, torch.Tensor] = {}
@@ -238,14 +240,14 @@ def start_error(run: Run) -> str:
 
 
 def test_deepspeeds_checkpointing_cannot_carry() -> None:
-    for text in run_on_ranks(WORLD, start_error, Run(pp=2, checkpoint=2)):
+    for text in run_in_fresh_processes(WORLD, start_error, Run(pp=2, checkpoint=2)):
         assert "use_reentrant=False" in text
         assert "attach_loss" in text
 
 
 def test_partitioned_activations_cannot_carry() -> None:
     run = Run(pp=2, tp=2, other={"pipeline": {"pipe_partitioned": True, "grad_partitioned": True}})
-    for text in run_on_ranks(WORLD, start_error, run):
+    for text in run_in_fresh_processes(WORLD, start_error, run):
         assert '"pipe_partitioned": false' in text
         assert "attach_loss" in text
     attached = run._replace(carry="attach")
@@ -280,7 +282,7 @@ def test_checkpoints_of_every_topology(tmp_path: Path) -> None:
         Run(pp=2, ep=ONLY_LAST, split="expert"),
         Run(pp=2, ep=MIXED, wrapper="zero1"),
     ]
-    assert run_on_ranks(WORLD, resumed, runs, tmp_path, timeout=300) == [[]] * WORLD
+    assert run_in_fresh_processes(WORLD, resumed, runs, tmp_path, timeout=300) == [[]] * WORLD
 
 
 def warned_save(run: Run, folder: Path) -> list[str]:
@@ -293,7 +295,7 @@ def warned_save(run: Run, folder: Path) -> list[str]:
 
 def test_weights_that_deepspeed_does_not_save(tmp_path: Path) -> None:
     """Those of the second tensor-parallel rank, where both have the same experts."""
-    said, *others = run_on_ranks(WORLD, warned_save, Run(tp=2), tmp_path)
+    said, *others = run_in_fresh_processes(WORLD, warned_save, Run(tp=2), tmp_path)
     assert others == [[], [], []]
     assert len(said) == 1
     assert "no weights of the model-parallel rank(s) [1]" in said[0]
