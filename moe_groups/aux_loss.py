@@ -1,7 +1,8 @@
 """Losses that keep a router's work spread over its experts, for DeepSpeed's gate or any other.
 
 All are computed in fp32 and are 0-dimensional. Coefficients are the caller's: add
-``coefficient * loss`` to the language-model loss, or attach it where it arises (``pipeline_loss``).
+``coefficient * loss`` to the language-model loss, or attach it where it arises
+(:func:`attach_loss`).
 """
 
 from typing import Literal, TypeAlias

@@ -20,8 +20,13 @@ class Caps:
     """
 
     def __init__(
-        self, size: int | float | None, nbytes: int | float | None, world: int | None
+        self,
+        size: int | float | None,
+        nbytes: int | float | None,
+        world: int | None,
+        tensor_ranks: int = 1,
     ) -> None:
+        self.tensor_ranks = tensor_ranks
         self.size = _cap("max_group_size", size)
         self.nbytes = _cap("max_group_bytes", nbytes)
         self.world = _cap("data_parallel_size", world)
@@ -39,7 +44,7 @@ class Caps:
         if self.nbytes is None:
             return self.size
         assert self.world is not None
-        ranks = sharing_ranks(key.parallel_group, self.world)
+        ranks = sharing_ranks(key.parallel_group, self.world, self.tensor_ranks)
         most = max(1, largest_group(self.nbytes, key.dtype.itemsize, ranks))
         return most if self.size is None else min(most, self.size)
 

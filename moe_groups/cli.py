@@ -175,6 +175,7 @@ def _request(args: argparse.Namespace) -> PlanRequest:
         optimizer=args.optimizer,
         grad_accum_dtype=args.grad_accum_dtype,
         compact_gradients=args.compact_gradients,
+        tp_size=args.tp,
     )
     if args.world_size % (args.tp * args.pp):
         raise InvalidArgumentError(

@@ -29,18 +29,19 @@ def warn_if_costly(
     """
     world = data_parallel_size or world_size()
     config = step or StepConfig()
-    if world is None or config.offloads or not _fits(table, world):
+    if world is None or config.offloads or not _fits(table, world * config.tensor_ranks):
         return
     from moe_groups.plan_hints import cost_lines
     from moe_groups.planning import trade_off
     from moe_groups.step_cost import step_cost
 
     alike = Counter((table.sizes_of(rows), key.parallel_group) for _, key, _, rows in groups)
-    tiles = [on_ranks(*tile, world, count) for tile, count in alike.items()]
+    tiles = [on_ranks(*tile, world, count, config.tensor_ranks) for tile, count in alike.items()]
     peak = int(step_cost(tiles, config.settings).peak.max())
     if peak < WORTH_A_WORD:
         return
-    least = trade_off(cost_lines(list(lines(table.families)), table, world), config.settings)[-1]
+    costed = cost_lines(list(lines(table.families)), table, world, config.tensor_ranks)
+    least = trade_off(costed, config.settings)[-1]
     if peak > FACTOR * least.peak and peak - least.peak > WORTH_A_WORD:
         assumed = "" if step else " (assumed; say how you step with step=StepConfig(...))"
         warnings.warn(

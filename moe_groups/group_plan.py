@@ -168,7 +168,7 @@ def make_group_plan(
             "device, and grouping changes nothing there: see estimate_step_memory."
         )
     found = list(lines(table.families))
-    costed = cost_lines(found, table, world)
+    costed = cost_lines(found, table, world, step.tensor_ranks)
     curve = trade_off(costed, step.settings)
     chosen = _choose(curve, budget, max_groups, split_by)
     named = name_groups(zip(found, map(_tiles, chosen.cuts), strict=True), table, given.groups)

@@ -141,9 +141,18 @@ class LossTracker:
             loss: its load-balancing loss, without the coefficient.
             counts: assignments to each expert, those that are dropped included, of shape (E,).
             dropped: how many of them found no room.
+
+        Raises:
+            InvalidArgumentError: there is no layer of this name.
         """
         if _recomputes():
             return
+        if name not in self._row_of:
+            raise InvalidArgumentError(
+                f"LossTracker.record: no layer is called {name!r}; there are "
+                f"{', '.join(map(repr, self._row_of))}. Name your routers in experts={{name: "
+                "number of experts}."
+            )
         row = self._sums[self._row_of[name]]
         row[_LOSS] += loss.detach()
         row[_DROPPED] += dropped
@@ -198,17 +207,17 @@ def _layer(row: list[float], experts: int) -> LayerBalance:
 
 def _of_all_ranks(own: list[tuple[str, int]]) -> dict[str, int]:
     """Names and experts of every stage's layers, in the order of the stages."""
-    names = [name for name, _ in own]
-    twice = sorted({name for name in names if names.count(name) > 1})
     everywhere: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everywhere, (own, twice))
+    distributed.all_gather_object(everywhere, own)
     known: dict[str, int] = {}
-    for rank, (layers, twice) in enumerate(everywhere):
+    for rank, layers in enumerate(everywhere):
+        names = [name for name, _ in layers]
         for name, count in layers:
-            if known.setdefault(name, count) != count or twice:
+            # One name on two ranks is one layer, on one rank it is two.
+            if names.count(name) > 1 or known.setdefault(name, count) != count:
                 raise InvalidArgumentError(
-                    f"rank {rank}: two MoE layers are called {twice[0] if twice else name!r}: give "
-                    "each an expert_group_name of its own."
+                    f"rank {rank}: two MoE layers are called {name!r}: give each an "
+                    "expert_group_name of its own."
                 )
     if not known:
         raise InvalidArgumentError(

@@ -69,8 +69,9 @@ def create_moe_param_groups(
             all other arguments.
         step_memory_budget: cut and order the groups as :func:`plan_param_groups` does, in
             place of a cap: bytes, a string such as "2GiB", or "auto".
-        step: how the model will be stepped: for ``step_memory_budget``, and for the warning
-            where groups cost more than they need to.
+        step: how the model will be stepped: for ``step_memory_budget``, for the warning
+            where groups cost more than they need to, and, under tensor parallelism, for
+            ``max_group_bytes`` of whole experts.
 
     Returns:
         Group dicts in the order dense, then experts by layer, expert and tile. Expert
@@ -113,7 +114,9 @@ def create_moe_param_groups(
             )
         return _groups_of_plan(params, plan)
     check_one_of("split_by", split_by, LEVELS)
-    caps = Caps(max_group_size, max_group_bytes, data_parallel_size)
+    caps = Caps(
+        max_group_size, max_group_bytes, data_parallel_size, step.tensor_ranks if step else 1
+    )
     if step_memory_budget is not None and (max_group_size or max_group_bytes) is not None:
         raise InvalidArgumentError(
             "step_memory_budget decides the sizes of the groups itself: leave out max_group_size "
@@ -194,12 +197,12 @@ def _group_dicts(plan: list[PlannedGroup], given: GroupInput, rules: Rules) -> l
     for name, key, expert_number, members in plan:
         if key is not last:
             last, shared = key, rules.options(key.variant, given.groups[key.variant.source])
-            if key.parallel_group is not None:
-                shared = shared | {"moe": True, "expert_group_name": key.layer}
         group = shared.copy()
         group["params"] = list(map(param_of, members))
         group["name"] = name
         if key.parallel_group is not None:
+            group["moe"] = True
+            group["expert_group_name"] = key.layer
             group["expert_number"] = expert_number
         groups.append(group)
     return groups

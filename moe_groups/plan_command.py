@@ -108,7 +108,7 @@ def make_report(request: PlanRequest) -> PlanReport:
             "budget and the number of groups."
         )
     rank = _rank_model(request)
-    _check_fits(rank, request.data_parallel_size)
+    _check_fits(rank, request)
     curve: list[TradeOff] = []
     hints: list[str] = []
     if request.cap is not None or request.step.offloads:
@@ -178,12 +178,13 @@ def _measured(model: nn.Module, pp_rank: int | None, total: int | None) -> RankM
     return RankModel(model, pp_rank, total, held, in_experts.total(), sizes)
 
 
-def _check_fits(rank: RankModel, world: int) -> None:
+def _check_fits(rank: RankModel, request: PlanRequest) -> None:
+    stage = request.world_size // request.pp
     for size in rank.ep_sizes:
-        if world % size:
+        if stage % size:
             raise InvalidArgumentError(
-                f"expert-parallel size {size} does not divide the {world} data-parallel ranks "
-                "(world size / tp / pp)."
+                f"expert-parallel size {size} does not divide the {stage} ranks of a pipeline "
+                "stage (world size / pp), which share out the experts."
             )
 
 

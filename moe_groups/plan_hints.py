@@ -35,7 +35,7 @@ def hints(
     others: list[tuple[str, int]] = []
     if split_by != "parallel_group":
         table = read_table(given, Rules(*rules), "parallel_group")
-        coarse = cost_lines(list(lines(table.families)), table, world)
+        coarse = cost_lines(list(lines(table.families)), table, world, step.tensor_ranks)
         others.append(("split_by='parallel_group' (mixes layers)", best(step, coarse)))
     if step.optimizer in ("for-loop", "foreach"):
         fused = replace(step, optimizer="fused")
@@ -51,7 +51,7 @@ def hints(
     ]
 
 
-def cost_lines(found: list[Line], table: Table, world: int) -> list["CostLine"]:
+def cost_lines(found: list[Line], table: Table, world: int, tensor_ranks: int) -> list["CostLine"]:
     """The lines as the search wants them: sizes, and where their partitions are."""
     from moe_groups.cut_search import Line as CostLine
 
@@ -59,7 +59,9 @@ def cost_lines(found: list[Line], table: Table, world: int) -> list["CostLine"]:
     costed = []
     for key, _, rows in found:
         if key.parallel_group not in places:
-            places[key.parallel_group] = on_ranks((1,), key.parallel_group, world)
+            places[key.parallel_group] = on_ranks(
+                (1,), key.parallel_group, world, tensor_ranks=tensor_ranks
+            )
         place = places[key.parallel_group]
         dense = key.parallel_group is None
         sizes = table.sizes_of(rows)

@@ -142,7 +142,7 @@ def _memory(report: PlanReport) -> "Table":
     experts = f"{_count(rank.held)} parameters, {_count(rank.in_experts)} of them in experts"
     rows: list[tuple[str, int, str]] = [("resident", resident, experts)]
     rows += [(f"  {kind}", size, "") for kind, size in memory.resident.items()]
-    ranks, least = memory.data_parallel_size, show_bytes(memory.least)
+    ranks, least = len(memory.rank_peaks), show_bytes(memory.least)
     spread = f"rank {memory.worst_rank} of {ranks}; the least needs {least}"
     cause = ", ".join(filter(None, (memory.phase, memory.group)))
     rows += [

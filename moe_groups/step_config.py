@@ -32,6 +32,9 @@ class StepConfig:
         gather_copies: the all-gather after the step copies what it receives, as gloo's
             does on CPU; NCCL's does not.
         weight_bytes: bytes of an element of the weights.
+        tp_size: tensor-parallel ranks.
+        expert_tensor_parallel: they cut experts too (``enable_expert_tensor_parallelism``);
+            if not, whole experts are shared out over them as over data-parallel ranks.
 
     Raises:
         InvalidArgumentError: a combination that DeepSpeed does not have.
@@ -45,11 +48,15 @@ class StepConfig:
     compact_gradients: bool = False
     gather_copies: bool = False
     weight_bytes: int = 2
+    tp_size: int = 1
+    expert_tensor_parallel: bool = False
 
     def __post_init__(self) -> None:
         check_one_of("zero_stage", self.zero_stage, (1, 2))
         check_one_of("optimizer", self.optimizer, tuple(_KINDS))
         check_one_of("grad_accum_dtype", self.grad_accum_dtype, ("bf16", "fp32"))
+        if type(self.tp_size) is not int or self.tp_size < 1:
+            raise InvalidArgumentError(f"tp_size={self.tp_size!r} must be an integer of 1 or more.")
         if self.compact_gradients and (self.bf16_optimizer or self.offloads):
             raise InvalidArgumentError(
                 "compact_gradients=True is for ZeRO-1 and ZeRO-2 with the optimizer on the device: "
@@ -62,6 +69,11 @@ class StepConfig:
     def offloads(self) -> bool:
         """Does the optimizer run on the host?"""
         return self.optimizer == "CPUAdam"
+
+    @property
+    def tensor_ranks(self) -> int:
+        """Tensor-parallel ranks that whole experts are shared out to."""
+        return 1 if self.expert_tensor_parallel else self.tp_size
 
     @property
     def label(self) -> str:

@@ -106,7 +106,10 @@ def estimate(
 
     if not named:
         raise InvalidArgumentError("there are no groups with trainable parameters to estimate.")
-    tiles = [on_ranks(sizes, parallel_group, world) for _, sizes, parallel_group in named]
+    tiles = [
+        on_ranks(sizes, parallel_group, world, tensor_ranks=step.tensor_ranks)
+        for _, sizes, parallel_group in named
+    ]
     if step.offloads:
         return _offloaded(named, tiles, step, world)
     cost = step_cost(tiles, step.settings)
@@ -137,12 +140,17 @@ def estimate(
 
 
 def on_ranks(
-    sizes: tuple[int, ...], parallel_group: str | None, world: int, count: int = 1
+    sizes: tuple[int, ...],
+    parallel_group: str | None,
+    world: int,
+    count: int = 1,
+    tensor_ranks: int = 1,
 ) -> "GroupOnRanks":
     """The group with its partitions; experts of ``ep_size_N`` have world / N of them.
 
     DeepSpeed gives neighbouring ranks different experts (``deepspeed/utils/groups.py``), so
-    rank r owns partition r // N.
+    rank r owns partition r // N. Where ``tensor_ranks`` share out whole experts, rank r is
+    one of world times those, and owns the dense partition of its data-parallel rank.
 
     Raises:
         InvalidArgumentError: the expert-parallel size does not divide the world.
@@ -151,8 +159,8 @@ def on_ranks(
 
     from moe_groups.step_cost import GroupOnRanks
 
-    ranks = sharing_ranks(parallel_group, world)
-    return GroupOnRanks(sizes, np.arange(world) // (world // ranks), ranks, count)
+    ranks, everyone = sharing_ranks(parallel_group, world, tensor_ranks), world * tensor_ranks
+    return GroupOnRanks(sizes, np.arange(everyone) // (everyone // ranks), ranks, count)
 
 
 def _held(tiles: Sequence["GroupOnRanks"], step: StepConfig) -> list[int]:
@@ -233,5 +241,5 @@ def _offloaded(
         rows,
         step,
         world,
-        [held] * world,
+        [held] * (world * step.tensor_ranks),
     )

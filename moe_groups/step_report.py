@@ -38,14 +38,14 @@ class StepMemory:
         first_step_peak: the same in the first step, with the optimizer's state created in it.
         phase: what sets the peak.
         group: name of the group that sets it.
-        worst_rank: in the data-parallel world.
+        worst_rank: in the data-parallel world, or of it times ``step.tensor_ranks``.
         least: step peak of the rank that needs least.
         resident: what stays between steps, by kind.
         host: the same on the host, where the optimizer is offloaded.
         groups: one row for each group, in order.
         step: how the model is stepped.
         data_parallel_size: ranks of the data-parallel world.
-        rank_peaks: step peak of each rank.
+        rank_peaks: step peak of each of these ranks.
     """
 
     transient: int
@@ -67,7 +67,7 @@ class StepMemory:
         rest = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in self.resident.items())
         lines = [
             f"step peak T + R   {show_bytes(self.step_peak):>10}   on the worst of "
-            f"{self.data_parallel_size} ranks (rank {self.worst_rank}; the least needs "
+            f"{len(self.rank_peaks)} ranks (rank {self.worst_rank}; the least needs "
             f"{show_bytes(self.least)})",
             f"  T, transient    {show_bytes(self.transient):>10}   set by: {self.phase}"
             + (f", {self.group}" if self.group else ""),

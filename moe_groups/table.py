@@ -91,27 +91,23 @@ class _Reader:
     def _runs(self) -> Iterator[Run]:
         """Runs of trainable parameters; fills in the sizes on the way."""
         tags = None if self.given.model is None else self.given.model.tags
-        by_expert, sizes = self.by_expert, self.sizes
-        sizes.extend(map(torch.Tensor.numel, self.given.params))
+        by_expert, add_size, numel = self.by_expert, self.sizes.append, torch.Tensor.numel
         start, here, here_dtype = 0, _DENSE, None
         for row, param in enumerate(self.given.params):
             attributes = param.__dict__
-            if not sizes[row]:  # ZeRO-3 leaves an empty placeholder
-                sizes[row] = attributes.get("ds_numel", 0)
+            get = attributes.get
+            size = numel(param) or get("ds_numel", 0)  # ZeRO-3 leaves an empty placeholder
+            add_size(size)
             if tags is not None:
                 tag = tags.get(id(param))
                 place = _DENSE if tag is None else (*tag[:2], tag[2] if by_expert else None, None)
-            elif attributes.get("allreduce", True):
+            elif get("allreduce", True):
                 place = _DENSE
             else:
-                get = attributes.get
-                place = (
-                    get("group_name") or "",
-                    get("expert_group_name"),
-                    get("expert_number") if by_expert else None,
-                    get("expert_layer_id"),
-                )
-            dtype = param.dtype if param.requires_grad and sizes[row] else None
+                number = get("expert_number") if by_expert else None
+                group, label = get("group_name") or "", get("expert_group_name")
+                place = group, label, number, get("expert_layer_id")
+            dtype = param.dtype if size and param.requires_grad else None
             if place != here or dtype is not here_dtype:
                 if here_dtype is not None:
                     yield start, row, here, here_dtype

@@ -10,10 +10,12 @@ from moe_groups import (
     ExpertTag,
     InvalidArgumentError,
     StepConfig,
+    Topology,
     create_moe_param_groups,
     estimate_step_memory,
     set_expert_tag,
 )
+from moe_groups.step_memory import on_ranks
 from moe_groups.units import parse_bytes, show_bytes
 
 
@@ -197,3 +199,31 @@ def test_no_sizes(text: Any) -> None:
 )
 def test_sizes_are_shown(size: int, text: str) -> None:
     assert show_bytes(size) == text
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("ep_size", [1, 2, 4, 8])
+def test_whole_experts_are_shared_out_over_tensor_ranks_too(tp_size: int, ep_size: int) -> None:
+    """On the ranks that :class:`Topology` says, which is tested against DeepSpeed's groups."""
+    topology = Topology(world_size=8, tp_size=tp_size, ep_size=ep_size)
+    world = topology.data_parallel_size
+    dense = on_ranks((640,), None, world, tensor_ranks=tp_size)
+    experts = on_ranks((640,), f"ep_size_{ep_size}", world, tensor_ranks=tp_size)
+    assert dense.ranks == world
+    assert experts.ranks == topology.expert_data_parallel_size
+    for rank in range(8):
+        assert dense.partition_of[rank] == topology.data_rank(rank)
+        sharing = topology.group_of("expert_data", rank)
+        assert experts.partition_of[rank] == sharing.index(rank)
+
+
+def test_tensor_ranks_make_smaller_partitions_of_whole_experts_alone() -> None:
+    groups = create_moe_param_groups(model())
+    shared = estimate_step_memory(groups, data_parallel_size=2, step=StepConfig(tp_size=2))
+    assert [(row.ranks, row.partition) for row in shared.groups] == [(2, 500), (2, 800)]
+    assert len(shared.rank_peaks) == 4
+    cut = StepConfig(tp_size=2, expert_tensor_parallel=True)
+    found = estimate_step_memory(groups, data_parallel_size=2, step=cut)
+    assert [(row.ranks, row.partition) for row in found.groups] == [(2, 500), (1, 1600)]
+    with pytest.raises(InvalidArgumentError, match="tp_size=0 must be an integer of 1 or more"):
+        StepConfig(tp_size=0)

@@ -220,7 +220,7 @@ def test_pipeline_stages_are_split_one_by_one() -> None:
         ({"max_group_size": 0}, r"max_group_size=0 must be"),
         ({"alignment": 0}, r"alignment=0 must be"),
         ({"data_parallel_size": 0}, r"data_parallel_size=0 must be"),
-        ({"data_parallel_size": 3}, r"data_parallel_size must be a multiple of 2"),
+        ({"data_parallel_size": 3}, r"their number must be a multiple of 2"),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
