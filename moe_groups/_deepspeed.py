@@ -5,7 +5,7 @@ holds one test for each fact relied on here. DeepSpeed is imported when a functi
 it, never when this module is imported.
 
 What :func:`support_our_groups` changes in DeepSpeed (groups that DeepSpeed made itself
-train as before, bit for bit):
+train as before, bit for bit, but where its norm was wrong and clipping uses it):
 
 * the ZeRO-1/2 and BF16 wrappers look up a group's ``name`` as a process-group key, so
   unique names get aliases of the key ``ep_size_<N>`` (the same handle, no communicator),
@@ -383,22 +383,44 @@ _Change = tuple[str, str, _Wrap]
 
 
 def _change(changes: Iterable[_Change], needed_by: str) -> None:
-    """Wrap functions of DeepSpeed, each once; if one of them is missing, none."""
-    import deepspeed
-
+    """Wrap functions of DeepSpeed, each once; if one of them is missing or another, none."""
     places = [(owner, name, wrap, _find(owner, name)) for owner, name, wrap in changes]
-    for owner, name, _, (_, original) in places:
-        if not callable(original):
-            raise UnsupportedDeepSpeedError(
-                f"deepspeed {deepspeed.__version__} has no {owner}.{name}, which {needed_by}: "
-                f"install deepspeed {TESTED_VERSION}, which this release was tested with."
-            )
+    for owner, name, wrap, (_, original) in places:
+        _check_known(f"{owner}.{name}", original, wrap, needed_by)
     for _, name, wrap, (holder, original) in places:
         if not hasattr(original, _PATCHED):
             changed: Any = functools.wraps(original)(wrap(original))
             setattr(changed, _PATCHED, original)
             static = isinstance(inspect.getattr_static(holder, name), staticmethod)
             setattr(holder, name, staticmethod(changed) if static else changed)
+
+
+def _check_known(place: str, original: Any, wrap: _Wrap, needed_by: str) -> None:
+    """Refuse a DeepSpeed whose function is not there, or takes other arguments than ours."""
+    import deepspeed
+
+    if not callable(original):
+        problem = f"has no {place}, which {needed_by}"
+    else:
+        wanted, theirs = _arguments(wrap(original)), _arguments(original)
+        if theirs is None or wanted is None or theirs[: len(wanted)] == wanted:
+            return
+        problem = (
+            f"has {place}({', '.join(theirs)}), which {needed_by} with the arguments "
+            f"({', '.join(wanted)})"
+        )
+    raise UnsupportedDeepSpeedError(
+        f"deepspeed {deepspeed.__version__} {problem}: install deepspeed {TESTED_VERSION}, which "
+        "this release was tested with."
+    )
+
+
+def _arguments(function: Callable[..., Any]) -> list[str] | None:
+    """Names of its positional arguments; None where it takes any."""
+    found = list(inspect.signature(function).parameters.values())
+    if found and found[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return None
+    return [p.name for p in found if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _find(owner: str, name: str) -> tuple[Any, Any]:
@@ -474,6 +496,11 @@ def _wrap_configure(original: Callable[..., None]) -> Callable[..., None]:
     return _configure_distributed_model
 
 
+def stage_of(model: Any) -> int:
+    """The pipeline stage that this rank has of ``model``; 0 without a pipeline."""
+    return int(model.stage_id) if is_pipeline(model) else 0
+
+
 def is_pipeline(model: object) -> bool:
     """Is ``model`` a ``PipelineModule``?"""
     module = sys.modules.get("deepspeed.runtime.pipe.module")
@@ -486,11 +513,12 @@ def _agree_with_other_stages(engine: Any, model: Any) -> None:
     layers: list[Any] = [m for m in model.modules() if isinstance(m, moe_layer_types())]
     here = [(layer.ep_size, layer.enable_expert_tensor_parallelism) for layer in layers]
     stages: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(stages, (here, _carrying_problem(engine, model)))
-    if problems := [problem for _, problem in stages if problem]:
+    torch.distributed.all_gather_object(stages, (here, *_carrying(engine, model)))
+    problems = [problem for _, _, problem in stages if problem]
+    if problems and any(carries for _, carries, _ in stages):
         raise InvalidArgumentError(problems[0])
     groups.mpu = engine.mpu
-    wanted = dict.fromkeys(itertools.chain.from_iterable(layers for layers, _ in stages))
+    wanted = dict.fromkeys(itertools.chain.from_iterable(layers for layers, _, _ in stages))
     order = engine._config.use_data_before_expert_parallel_
     for ep_size, expert_tensor_parallelism in wanted:
         if f"ep_size_{ep_size}" in groups._EXPERT_PARALLEL_GROUP:
@@ -501,19 +529,24 @@ def _agree_with_other_stages(engine: Any, model: Any) -> None:
             groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=order)
 
 
-def _carrying_problem(engine: Any, model: Any) -> str | None:
-    from moe_groups.carry_loss import carrying_problem
+def _carrying(engine: Any, model: Any) -> tuple[bool, str | None]:
+    """Does the stage carry a loss, and what would be in the way if any stage does?
+
+    The engine has not given the module its config's checkpointing yet.
+    """
+    from moe_groups.carry_loss import CarryLoss, carrying_problem
 
     pipeline = engine._config.pipeline
     partitioned = model.topology().get_dim("model") > 1 and (
         pipeline["pipe_partitioned"] or pipeline["grad_partitioned"]
     )
-    recomputed = model.activation_checkpoint_interval > 0 and model.num_stages > 1
+    interval = pipeline["activation_checkpoint_interval"] or model.activation_checkpoint_interval
     own = getattr(model.activation_checkpoint_func, "__module__", "").startswith("deepspeed.")
-    stage = f"pipeline stage {model.stage_id}"
-    return carrying_problem(
-        model.forward_funcs, model.loss_fn, partitioned, recomputed and own, stage
-    )
+    once = own and pipeline.get("use_reentrant") is not False
+    recomputed = interval > 0 and model.num_stages > 1 and once
+    stage, layers = f"pipeline stage {model.stage_id}", model.forward_funcs
+    problem = carrying_problem(layers, model.loss_fn, partitioned, recomputed, stage)
+    return any(isinstance(layer, CarryLoss) for layer in layers), problem
 
 
 def _wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -537,11 +570,16 @@ def _wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_is_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
     """ZeRO's norm leaves out what it takes for copies of the first tensor-parallel rank.
 
-    Each tensor-parallel rank has experts, or parts of them, that no other has.
+    Each tensor-parallel rank has whole experts that no other has, unless tensor parallelism
+    cuts them: then their parts are marked, and the rest (a bias, a norm) are copies.
     """
 
     def is_model_parallel_parameter(p: torch.Tensor) -> bool:
-        return bool(original(p)) or is_expert_parameter(p)
+        from deepspeed.utils import groups
+
+        if original(p) or not is_expert_parameter(p):
+            return bool(original(p))
+        return bool(groups._get_expert_model_parallel_world_size() == 1)
 
     return is_model_parallel_parameter
 

@@ -22,11 +22,13 @@ def attach_loss(
     """``hidden``, with ``loss`` attached: backward through it is backward through ``loss`` too.
 
     The gradients are those of adding ``loss`` to what ``engine.backward`` gets in the same
-    micro-batch: divided by the steps of gradient accumulation and multiplied by the loss scale.
+    micro-batch: divided by the steps of gradient accumulation (also where its caller does that
+    itself, with ``scale_wrt_gas=False``) and multiplied by the loss scale.
     They come once for each forward, also where activation checkpointing computes it again, or a
     graph is walked twice, as a pipeline engine does whose stages exchange several tensors.
 
-    Nothing is added to any reported loss: log it with :class:`LossTracker`.
+    Nothing is added to any reported loss: log it with :class:`LossTracker`. The result is a view:
+    write ``h = h + x`` after it, not ``h += x``.
 
     Args:
         hidden: activations on the way to the loss, of any shape; the result has its values.

@@ -41,8 +41,8 @@ def load_balancing_loss(
     Args:
         probs: probabilities over the experts, of shape (..., E): (tokens, E), or with the batch
             first (batch, sequence, E). Not those of the chosen experts alone.
-        assigned: the chosen experts: indices of shape (..., k), where a negative one stands for a
-            dropped assignment, or a bool mask of shape (..., E).
+        assigned: the chosen experts: indices of shape (..., k) with k < E, where a negative one
+            stands for a dropped assignment, or a bool mask of shape (..., E).
         balance: "batch" balances over all tokens together; "sequence" within each sequence, and
             takes the mean (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20): ``probs`` must have
             three dimensions.
@@ -76,7 +76,9 @@ def load_balancing_loss(
         assignments, total = both[:-1], both[-1:]
     share = assignments / total.clamp(min=1)
     mean = (probs.float() * weights).sum(-2) / tokens.clamp(min=1)
-    return probs.shape[-1] * (share * mean).sum(-1).mean()
+    losses = probs.shape[-1] * (share * mean).sum(-1)
+    counts = (tokens.squeeze(-1) > 0).float()  # a sequence of padding alone is none
+    return (losses * counts).sum() / counts.sum().clamp(min=1)
 
 
 def router_z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -113,6 +115,11 @@ def _as_mask(probs: torch.Tensor, assigned: torch.Tensor) -> torch.Tensor:
     if assigned.is_floating_point():
         raise InvalidArgumentError(
             f"assigned has dtype {assigned.dtype}: give indices of experts, or a bool mask."
+        )
+    if assigned.shape == probs.shape:
+        raise InvalidArgumentError(
+            f"assigned has dtype {assigned.dtype} and probs' shape {tuple(probs.shape)}: give a "
+            "one-hot mask as assigned.bool(); where every expert is chosen, nothing is balanced."
         )
     on_host = assigned.device.type == "cpu"  # to look at a GPU's numbers would stop it
     if on_host and assigned.numel() and int(assigned.max()) >= probs.shape[-1]:

@@ -41,13 +41,34 @@ class CarryLoss(nn.Module):
         self.block = block if isinstance(block, nn.Module) else block(*args, **kwargs)
 
     def forward(self, inputs: torch.Tensor | Carried) -> Carried:
-        hidden, total = (inputs, None) if isinstance(inputs, torch.Tensor) else inputs
+        hidden, total = (inputs, None) if isinstance(inputs, torch.Tensor) else self._read(inputs)
         result = self.block(hidden)
-        made, loss = (result, None) if isinstance(result, torch.Tensor) else result[:2]
+        made, loss = (result, None) if isinstance(result, torch.Tensor) else self._made(result)
         if total is None:
             # PipelineEngine wants every float that is sent to be part of the graph.
             total = made.flatten()[:0].sum(dtype=torch.float32)
-        return made, total if loss is None else total + loss.float()
+        return made, total if loss is None else total + loss.float().reshape(())
+
+    def _read(self, inputs: Any) -> Carried:
+        if len(inputs) == 2 and inputs[1].dtype == torch.float32 and inputs[1].numel() == 1:
+            return inputs[0], inputs[1].reshape(())
+        raise InvalidArgumentError(
+            f"CarryLoss around {type(self.block).__name__} was given {len(inputs)} values, and not "
+            "hidden states with a sum of losses (fp32, one element): wrap every layer of the "
+            "pipeline; the first gets one tensor."
+        )
+
+    def _made(self, result: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if len(result) < 2:
+            return result[0], None
+        loss = result[1]
+        if loss is None or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+            return result[0], loss
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss)
+        raise InvalidArgumentError(
+            f"CarryLoss: {type(self.block).__name__} returned as its second value no loss of one "
+            f"element, but {what}: return hidden states, or hidden states and the loss."
+        )
 
 
 class CarriedLoss:
@@ -74,7 +95,7 @@ class CarriedLoss:
 def carrying_problem(
     layers: Sequence[Any], loss_fn: Any, partitioned: bool, recomputed: bool, where: str
 ) -> str | None:
-    """Why a carried loss would get lost in a stage of a pipeline, and what to do; None if not.
+    """Why a loss carried along a pipeline gets lost in this stage, and what to do; None if not.
 
     Args:
         layers: the stage's layers in order; of functions among them nothing is known.
@@ -83,13 +104,12 @@ def carrying_problem(
         recomputed: are layers recomputed by DeepSpeed's own activation checkpointing?
         where: what to call the stage.
     """
-    if not any(isinstance(layer, CarryLoss) for layer in layers):
-        return None
     for index, layer in enumerate(layers):
         if isinstance(layer, nn.Module) and not isinstance(layer, CarryLoss):
             return (
                 f"layer {index} of {where} ({type(layer).__name__}) is not wrapped in CarryLoss, "
-                "others are: wrap every layer of the pipeline, as LayerSpec(CarryLoss, Block, ...)."
+                "and others of the pipeline are: wrap every layer, as LayerSpec(CarryLoss, Block, "
+                "...)."
             )
     if loss_fn is not None and not isinstance(loss_fn, CarriedLoss):
         return (
@@ -107,6 +127,7 @@ def carrying_problem(
             f"{where} carries a loss as a second activation, through which PipelineEngine goes "
             "backward a second time, and DeepSpeed's activation checkpointing allows one: give "
             "PipelineModule activation_checkpoint_func=functools.partial(torch.utils.checkpoint."
-            "checkpoint, use_reentrant=False), or use attach_loss."
+            "checkpoint, use_reentrant=False) or moe_groups.checkpoint_activations, or use "
+            "attach_loss."
         )
     return None

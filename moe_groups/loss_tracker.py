@@ -24,7 +24,7 @@ class LayerBalance:
     """How a layer's router did since the last report, over all ranks and micro-batches.
 
     Attributes:
-        loss: mean of the layer's load-balancing loss, without a coefficient.
+        loss: mean of the layer's load-balancing loss over its forwards, without a coefficient.
         shares: for each expert the part of all assignments that chose it; their sum is 1.
         dropped: part of all assignments that found no room in their expert's capacity.
     """
@@ -47,7 +47,8 @@ class BalanceReport:
         step: optimizer steps so far.
         total: mean loss that was trained on, auxiliary losses included.
         lm: the same without them.
-        aux: the coefficient times the sum of the layers' mean losses.
+        aux: the coefficient times the sum of the layers' mean losses; that of the loss where
+            each layer runs once in a micro-batch.
         layers: by label, or by module path where a layer has none; in the order of the model.
     """
 
@@ -112,12 +113,13 @@ class LossTracker:
         self.engine, self.coefficient, self.interval = engine, coefficient, interval
         self.in_loss, self.per_expert = in_loss, per_expert
         found = _deepspeed.routers_of(engine.module)
-        own = [(label, count) for label, count, _ in found] + list((experts or {}).items())
-        self._experts = _of_all_ranks(own)
+        own = [(label, count) for label, count, _ in found]
+        self._experts = _of_all_ranks(own, dict(experts or {}), _deepspeed.stage_of(engine.module))
         width = _HEAD + max(self._experts.values())
         rows = len(self._experts) + 1  # the first has the loss that is reported
         self._sums = torch.zeros(rows, width, device=engine.device)
         self._row_of = {name: row for row, name in enumerate(self._experts, 1)}
+        self._reported = 0
         self._handles = [self._watch(label, gate) for label, _, gate in found]
 
     def _watch(self, label: str, gate: torch.nn.Module) -> Any:
@@ -143,35 +145,45 @@ class LossTracker:
             dropped: how many of them found no room.
 
         Raises:
-            InvalidArgumentError: there is no layer of this name.
+            InvalidArgumentError: there is no layer of this name, or it has another number of
+                experts, or the loss is not one number.
         """
-        if _recomputes():
+        if _recomputes() or not self.engine.module.training:
             return
         if name not in self._row_of:
             raise InvalidArgumentError(
-                f"LossTracker.record: no layer is called {name!r}; there are "
-                f"{', '.join(map(repr, self._row_of))}. Name your routers in experts={{name: "
-                "number of experts}."
+                f"LossTracker.record: no layer {name!r} among {[*self._row_of]}: name your "
+                "routers in experts={name: number of experts}."
+            )
+        experts = self._experts[name]
+        if len(counts) != experts:
+            raise InvalidArgumentError(
+                f"LossTracker.record: {len(counts)} counts for the {experts} experts of {name!r}."
             )
         row = self._sums[self._row_of[name]]
-        row[_LOSS] += loss.detach()
+        row[_LOSS] += _number(loss)
         row[_DROPPED] += dropped
         row[_FORWARDS] += 1
-        row[_HEAD : _HEAD + len(counts)] += counts
+        row[_HEAD : _HEAD + experts] += counts
 
     def step(self, loss: torch.Tensor | float) -> BalanceReport | None:
-        """Count an optimizer step; at the end of an interval all ranks get the report.
+        """Count a loss; at the end of an interval of optimizer steps all ranks get the report.
 
         Args:
-            loss: of the step, as ``train_batch`` returns it, or of one of its micro-batches.
+            loss: of the step, as ``train_batch`` returns it, or, in calls after each
+                ``engine.step()``, of one of its micro-batches.
+
+        Raises:
+            InvalidArgumentError: the loss is not one number.
         """
-        self._sums[0, _LOSS] += loss.detach() if isinstance(loss, torch.Tensor) else loss
+        self._sums[0, _LOSS] += _number(loss) if isinstance(loss, torch.Tensor) else loss
         self._sums[0, _FORWARDS] += 1
         step = self.engine.global_steps
-        return None if step % self.interval else self.report()
+        return None if step == self._reported or step % self.interval else self.report()
 
     def report(self) -> BalanceReport:
         """What happened since the last report, over all ranks, which call it together."""
+        self._reported = self.engine.global_steps
         distributed.all_reduce(self._sums)
         head, *rows = self._sums.tolist()
         self._sums.zero_()
@@ -205,16 +217,28 @@ def _layer(row: list[float], experts: int) -> LayerBalance:
     return LayerBalance(row[_LOSS] / max(row[_FORWARDS], 1.0), shares, row[_DROPPED] / total)
 
 
-def _of_all_ranks(own: list[tuple[str, int]]) -> dict[str, int]:
+def _number(loss: torch.Tensor) -> torch.Tensor:
+    if loss.numel() != 1:
+        raise InvalidArgumentError(
+            f"LossTracker: the loss has shape {tuple(loss.shape)}: give one number, as its mean."
+        )
+    return loss.detach().reshape(())
+
+
+def _of_all_ranks(
+    found: list[tuple[str, int]], given: dict[str, int], stage: int
+) -> dict[str, int]:
     """Names and experts of every stage's layers, in the order of the stages."""
     everywhere: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everywhere, own)
+    distributed.all_gather_object(everywhere, (stage, found, given))
     known: dict[str, int] = {}
-    for rank, layers in enumerate(everywhere):
-        names = [name for name, _ in layers]
-        for name, count in layers:
-            # One name on two ranks is one layer, on one rank it is two.
-            if names.count(name) > 1 or known.setdefault(name, count) != count:
+    stages: dict[str, int] = {}
+    for rank, (stage, layers, routers) in enumerate(everywhere):
+        names = [name for name, _ in layers] + list(routers)
+        for name, count in [*layers, *routers.items()]:
+            # One name on two ranks of a stage is one layer.
+            other = name not in routers and stages.setdefault(name, stage) != stage
+            if other or names.count(name) > 1 or known.setdefault(name, count) != count:
                 raise InvalidArgumentError(
                     f"rank {rank}: two MoE layers are called {name!r}: give each an "
                     "expert_group_name of its own."

@@ -51,7 +51,7 @@ class Topology:
         if self.world_size % (self.tp_size * self.pp_size):
             raise InvalidArgumentError(
                 f"{self.world_size} ranks cannot be cut into tp_size={self.tp_size} times "
-                f"pp_size={self.pp_size}: world_size must be a multiple of "
+                f"pp_size={self.pp_size}: their number must be a multiple of "
                 f"{self.tp_size * self.pp_size}."
             )
         if len(self._lines()[0]) % self.ep_size:

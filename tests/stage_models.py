@@ -41,6 +41,7 @@ class Run(NamedTuple):
         tied: the first and the last layer share their weight.
         checkpoint: activation_checkpoint_interval.
         reentrant: checkpoint with DeepSpeed's function, and not with torch's of today.
+        bare: so many of the last layers are not wrapped to carry the loss.
     """
 
     pp: int = 1
@@ -57,6 +58,7 @@ class Run(NamedTuple):
     tied: bool = False
     checkpoint: int = 0
     reentrant: bool = True
+    bare: int = 0
     cap: int | None = None
     other: dict[str, Any] = {}  # noqa: RUF012  (never changed)
 
@@ -103,6 +105,7 @@ class Mlp(nn.Module):
         if width < INNER:
             for param in self.parameters():
                 param.model_parallel = True  # type: ignore[attr-defined]
+        self.shift = nn.Parameter(torch.zeros(HIDDEN))  # whole on all ranks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mlp":
         return Mlp(self.grid, self.cut)  # process groups cannot be copied; `fill` comes later
@@ -114,7 +117,7 @@ class Mlp(nn.Module):
         y: torch.Tensor = self.down(gelu(self.up(x)))
         if self.cut:
             y = _Reduce.apply(y, group)  # type: ignore[no-untyped-call]
-        return y
+        return y + self.shift
 
 
 class Dense(nn.Module):
@@ -199,7 +202,8 @@ def fill(module: nn.Module, name: str, grid: Any, run: Run = Run()) -> None:  # 
                 place = rank % stage // (stage // ep_size)
             else:
                 place = (rank // width if dim is not None else rank) % ep_size
-            where = f"{place * param.num_local_experts + param.expert_number} {own.split('.')[-2]}"
+            number = place * param.num_local_experts + param.expert_number
+            where = f"{number} {'.'.join(own.split('.')[-2:])}"
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {where}".encode()))
         full = torch.randn(shape, generator=generator) * 0.2
         if "norm" in own:
@@ -257,9 +261,12 @@ def start_run(run: Run) -> Any:
     specs: list[Any] = [(Ends, "first", grid)]
     specs += [(Sparse if size else Dense, n, run, grid) for n, size in enumerate(run.ep)]
     specs += [(Ends, "last", grid)]
-    layers = [LayerSpec(*wrap, *spec) for spec in specs]
+    wrapped = len(specs) - run.bare
+    layers = [LayerSpec(*(wrap if n < wrapped else ()), *spec) for n, spec in enumerate(specs)]
     if run.tied:
-        layers[0] = layers[-1] = TiedLayerSpec("ends", TiedEnds, grid)
+        weight = "block.weight" if wrap else "weight"
+        tied = TiedLayerSpec("ends", *wrap, TiedEnds, grid, tied_weight_attr=weight)
+        layers[0] = layers[-1] = tied
     loss_fn: Any = CarriedLoss(regression, COEFFICIENT) if wrap else regression
     model = PipelineModule(
         layers,

@@ -76,7 +76,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(args.hidden, 3 * width, bias=False)
         self.proj = nn.Linear(width, args.hidden, bias=False)
         cut: list[Any] = [self.qkv.weight, self.proj.weight] if args.tp > 1 else []
+        seed = int(torch.randint(2**31, ()))  # the same on all ranks of the stage
+        own = torch.Generator().manual_seed(seed + grid.get_slice_parallel_rank())
         for weight in cut:
+            nn.init.normal_(weight, std=0.06, generator=own)  # each rank has other heads
             weight.model_parallel = True  # so that the norm counts each rank's part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Facts about DeepSpeed's MoE layer and torch's checkpoint that checkpointing relies on."""
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -120,6 +121,29 @@ def test_missing_function_is_refused() -> None:
     [message] = run_in_fresh_processes(1, refuse)
     assert "has no deepspeed.moe.mappings:_GatherTokens.forward" in message
     assert "checkpoint_activations needs: install deepspeed" in message
+
+
+def other_arguments(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("never called")
+
+
+def refuse_other_arguments() -> str:
+    engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    original, engine.load_checkpoint = engine.load_checkpoint, other_arguments
+    before = engine.save_checkpoint
+    try:
+        with pytest.raises(UnsupportedDeepSpeedError) as failure:
+            _deepspeed.support_our_groups(moe=True)
+    finally:
+        engine.load_checkpoint = original
+    assert engine.save_checkpoint is before, "changed in part"
+    return str(failure.value)
+
+
+def test_other_arguments_are_refused() -> None:
+    [message] = run_in_fresh_processes(1, refuse_other_arguments)
+    assert "has deepspeed.runtime.engine:DeepSpeedEngine.load_checkpoint(ctx, tokens)" in message
+    assert "need with the arguments (self, load_dir, tag" in message
 
 
 # ---- other all-reduces -----------------------------------------------------------------

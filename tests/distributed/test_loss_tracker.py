@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
 
 from moe_groups import InvalidArgumentError, LossTracker, MoE
@@ -37,7 +38,8 @@ def tracked(runs: list[Run], steps: int) -> list[list[Any]]:
                 report = tracker.step(loss)
                 assert calls.call_count == before + 1
             assert report is not None
-            assert report.total == pytest.approx(report.lm + report.aux)
+            given = report.total if in_loss else report.lm
+            assert given == pytest.approx(loss, rel=1e-3)
             reports.append(report)
         found.append(reports)
     return found
@@ -158,8 +160,44 @@ def own_router() -> Any:
     engine.monitor.enabled = False
     tracker = LossTracker(engine, coefficient=0.1, interval=1, experts={"router": 3})
     rank = torch.distributed.get_rank()
-    tracker.record("router", torch.tensor(1.0 + rank), torch.tensor([rank, 2, 1]), dropped=rank)
-    return tracker.step(5.0)
+    loss, counts = torch.tensor([1.0 + rank]), torch.tensor([rank, 2, 1])
+    tracker.record("router", loss, counts, dropped=rank)
+    with engine.module.eval() and torch.no_grad():
+        tracker.record("router", loss, counts)
+    engine.module.train()
+    for wrong in (("other", loss, counts), ("router", torch.ones(2), counts)):
+        with pytest.raises(InvalidArgumentError, match=r"no layer 'other'|shape \(2,\)"):
+            tracker.record(*wrong)
+    with pytest.raises(InvalidArgumentError, match="2 counts for the 3 experts of 'router'"):
+        tracker.record("router", loss, counts[:2])
+    report = tracker.step(torch.tensor([5.0]))
+    assert tracker.step(5.0) is None, "twice in a step"
+    return report
+
+
+class OneLabel(nn.Module):
+    """Of a pipeline, with the same label on both stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = MoE(HIDDEN, FFN(), num_experts=2, expert_group_name="moe")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.moe(x)[0]
+        return y
+
+
+def one_label_on_two_stages() -> str:
+    model = PipelineModule([LayerSpec(OneLabel), LayerSpec(OneLabel)], num_stages=2)
+    engine = mock.Mock(module=model, device="cpu")
+    with pytest.raises(InvalidArgumentError) as error:
+        LossTracker(engine, coefficient=1)
+    return str(error.value)
+
+
+def test_one_label_on_two_stages_is_refused() -> None:
+    for text in run_in_fresh_processes(2, one_label_on_two_stages):
+        assert "rank 1: two MoE layers are called 'moe'" in text
 
 
 def test_any_router() -> None:
