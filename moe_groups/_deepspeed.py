@@ -41,6 +41,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from moe_groups.early_groups import early_problem
 from moe_groups.errors import (
     InvalidArgumentError,
     ParameterInputError,
@@ -474,6 +475,10 @@ def _wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
                 "reduces all parameters as dense ones. Build a layer with one of these, or set "
                 "param.allreduce = True to train the experts as dense parameters."
             )
+        if self.has_moe_layers:
+            named, stage = self.module.named_parameters(), self.zero_optimization_stage()
+            if problem := early_problem(named, basic_optimizer.param_groups, wrapped=stage < 3):
+                raise ParameterInputError(problem)
         register_names(str(g.get("name")) for g in moe)
         _remember(self, basic_optimizer)
         return original(self, basic_optimizer)

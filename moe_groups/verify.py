@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from moe_groups import _deepspeed
+from moe_groups.early_groups import early_problem
 from moe_groups.errors import InvalidArgumentError, VerificationError
 from moe_groups.module_names import named_parameters, walk
 from moe_groups.plan import fingerprint
@@ -51,6 +52,7 @@ def verify(engine: Any) -> None:
         names = {id(param): name for name, param in model}
         layout += [_layout(group, params, names) for group, params in stepped]
         problems = [
+            *_check_made_late(stepped, model),
             *_check_coverage(stepped, model, names),
             *_check_names(stepped),
             *_check_marks(stepped, names),
@@ -59,6 +61,12 @@ def verify(engine: Any) -> None:
     except Exception as error:  # the other ranks wait for this one's answer
         problems = [f"checking failed: {type(error).__name__}: {error}"]
     _agree(engine, problems, layout)
+
+
+def _check_made_late(stepped: _Stepped, model: list[tuple[str, torch.Tensor]]) -> Iterator[str]:
+    groups = [{**group, "params": params} for group, params in stepped]
+    if problem := early_problem(model, groups, wrapped=True):
+        yield problem
 
 
 def _check_coverage(

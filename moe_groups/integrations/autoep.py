@@ -1,0 +1,79 @@
+"""DeepSpeed's AutoEP, which turns the MoE blocks of a ``transformers`` model expert-parallel."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_groups.errors import ParameterInputError
+from moe_groups.expert_layers import tag_experts
+from moe_groups.param_groups import create_moe_param_groups
+
+_REGISTRY = "transformers.utils.output_capturing"
+
+
+def autoep_optimizer(
+    model: nn.Module, make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], **grouping: Any
+) -> Callable[[Any], torch.optim.Optimizer]:
+    """An ``optimizer=`` for ``deepspeed.initialize`` that groups the experts which AutoEP makes.
+
+    AutoEP replaces modules inside of ``deepspeed.initialize``, so that groups of before hold
+    parameters that are in no model any more. A callable is asked later, and groups what is
+    there: each layer's fused experts by themselves, with ``split_by="module"``.
+
+    Makes AutoEP work with transformers 5.3 and newer too, on the way
+    (:func:`support_new_transformers`).
+
+    Args:
+        model: what ``deepspeed.initialize`` gets.
+        make: makes the optimizer of the groups, as ``lambda groups: AdamW(groups, lr=1e-4)``.
+        grouping: arguments of :func:`create_moe_param_groups`.
+
+    Returns:
+        A function of the parameters that DeepSpeed gives it. It raises ParameterInputError
+        where AutoEP has not made any layer, and what :func:`create_moe_param_groups` raises.
+
+    Example:
+        >>> optimizer = autoep_optimizer(model, lambda groups: AdamW(groups, lr=1e-4),
+        ...                              split_by="module", weight_decay=0.1)  # doctest: +SKIP
+        >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer,
+        ...                                   config=config)                   # doctest: +SKIP
+    """
+    support_new_transformers()
+
+    def optimizer(params: Any) -> torch.optim.Optimizer:
+        if not tag_experts(model):
+            raise ParameterInputError(
+                "AutoEP has made no expert-parallel layer of the model: set "
+                '"expert_parallel": {"enabled": true, "autoep_size": N} in the DeepSpeed config, '
+                "and give autoep_optimizer the model that deepspeed.initialize gets."
+            )
+        return make(create_moe_param_groups(model, **grouping))
+
+    return optimizer
+
+
+def support_new_transformers() -> None:
+    """Let AutoEP find the outputs that a ``transformers`` model records, whatever its version.
+
+    AutoEP (deepspeed 0.19.8, ``module_inject/auto_ep_presets/base.py``) asks the registry of
+    transformers as a dict of class names. Since transformers made its ``get`` take a model,
+    that is a TypeError; with this, ``get`` takes either. Does nothing where it is not needed.
+    """
+    try:
+        registry = type(importlib.import_module(_REGISTRY)._CAN_RECORD_REGISTRY)
+    except (ModuleNotFoundError, AttributeError):
+        return
+    original = registry.get
+    if original is dict.get or hasattr(original, "_moe_groups_original"):
+        return
+
+    @functools.wraps(original)
+    def get(self: Any, key: Any, *default: Any) -> Any:
+        return dict.get(self, key, *default) if isinstance(key, str) else original(self, key)
+
+    get._moe_groups_original = original  # type: ignore[attr-defined]
+    registry.get = get

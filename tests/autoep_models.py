@@ -1,0 +1,84 @@
+"""Small transformers models that AutoEP knows, with random weights."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+VOCABULARY = 64
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+}
+PRESETS = {"mixtral": "mixtral", "qwen3": "qwen3_moe", "deepseek": "deepseek_v3"}
+
+
+def make_model(kind: str) -> Any:
+    """4 experts in each MoE layer; the same weights on every rank."""
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**_SHAPE, num_local_experts=4))
+    if kind == "qwen3":
+        return Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**_SHAPE, head_dim=16, moe_intermediate_size=24, num_experts=4)
+        )
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **_SHAPE,
+            moe_intermediate_size=24,
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=16,
+        )
+    )
+
+
+def autoep_config(kind: str, wrapper: str) -> dict[str, Any]:
+    """A DeepSpeed config; ``wrapper`` is "zero1", "zero2", "zero3" or "bf16"."""
+    stage = 1 if wrapper == "bf16" else int(wrapper[-1])
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32" if wrapper == "bf16" else "bf16"},
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,  # the norm's last bit depends on the groups
+        "zero_allow_untested_optimizer": True,
+        "expert_parallel": {
+            "enabled": True,
+            "autoep_size": 2,
+            "preset_model": PRESETS[kind],
+        },
+    }
+
+
+def train_autoep(engine: Any, steps: int) -> list[float]:
+    """The losses on data that differs per step and rank."""
+    losses = []
+    for step in range(steps):
+        seed = 100 * step + torch.distributed.get_rank()
+        tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(seed))
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return losses
