@@ -30,6 +30,7 @@ from moe_groups.expert_layers import tag_experts
 from moe_groups.group_plan import ParamGroupPlan, plan_param_groups
 from moe_groups.inspect_checkpoint import inspect_checkpoint
 from moe_groups.loss_tracker import BalanceReport, LayerBalance, LossTracker
+from moe_groups.mark_experts import mark_experts
 from moe_groups.measure import (
     MeasuredIteration,
     MeasuredPhase,
@@ -98,6 +99,7 @@ __all__ = [
     "inspect_checkpoint",
     "is_norm_or_bias",
     "load_balancing_loss",
+    "mark_experts",
     "measure_iteration_memory",
     "measure_step_memory",
     "plan_param_groups",

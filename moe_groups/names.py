@@ -15,8 +15,8 @@ class GroupNames:
     """Makes the names of one plan.
 
     ``dense`` or the caller's name, for experts ``ep_size_<N>``, followed by what tells the
-    group from its neighbours: layer, expert, the caller's group, decay, overrides, dtype
-    (where a neighbour has another one) and tile, as in
+    group from its neighbours: layer, expert, the caller's group, decay, overrides, dtype and
+    mesh (where a neighbour has another one) and tile, as in
     ``ep_size_2_blocks.1.moe.expert.3.no_decay.tile.0``.
 
     Args:
@@ -30,8 +30,12 @@ class GroupNames:
             for name in given
         ]
         self.dtypes: dict[Any, set[torch.dtype]] = {}
+        self.meshes: dict[Any, list[Any]] = {}
         for key in keys:
             self.dtypes.setdefault(key[:3], set()).add(key.dtype)
+            meshes = self.meshes.setdefault(key[:3], [])
+            if key.mesh not in meshes:
+                meshes.append(key.mesh)
         self.last: Key | None = None
         self.prefix = self.suffix = ""
         self.used: set[str] = set()
@@ -68,6 +72,9 @@ class GroupNames:
         parts += [f"override.{index}" for index in variant.overrides]
         if len(self.dtypes[key[:3]]) > 1:
             parts.append(str(key.dtype).removeprefix("torch."))
+        meshes = self.meshes[key[:3]]
+        if len(meshes) > 1:
+            parts.append(f"mesh.{meshes.index(key.mesh)}")
         return "".join(f".{part}" for part in parts)
 
     def _unused(self, name: str) -> str:

@@ -39,6 +39,8 @@ def create_moe_param_groups(
 ) -> list[ParamGroup]:
     """Group parameters for an optimizer that DeepSpeed wraps (ZeRO-1, ZeRO-2, BF16_Optimizer).
 
+    Also for FSDP2: DTensors of different device meshes are in different groups.
+
     Call it before ``deepspeed.initialize`` and build the optimizer from the result. Each
     trainable parameter is in exactly one group. No group mixes dense and expert
     parameters, parallel groups, the caller's groups, dtypes, layers (from "module" on) or
@@ -128,8 +130,14 @@ def create_moe_param_groups(
         table = read_table(given, Rules(*rules), split_by)
         if step_memory_budget is None:
             groups = make_plan(table, caps.of, given.groups)
-            warn_if_costly(groups, table, split_by, step, data_parallel_size)
+            if not table.sharded:
+                warn_if_costly(groups, table, split_by, step, data_parallel_size)
             return groups
+        if table.sharded:
+            raise InvalidArgumentError(
+                "step_memory_budget counts what DeepSpeed's optimizer step takes; these parameters "
+                "are DTensors, which DeepSpeed does not step: leave it out."
+            )
         from moe_groups.group_plan import make_group_plan
 
         made = make_group_plan(
@@ -157,7 +165,8 @@ def _make_groups(
         given = read_input(params)
         with given.model.written() if given.model else contextlib.nullcontext():
             groups = make(given)
-            _deepspeed.support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
+            if all(key.mesh is None for _, key, _, _ in groups):
+                _deepspeed.support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
         return _group_dicts(groups, given, rules)
 
 

@@ -26,12 +26,14 @@ class Key(NamedTuple):
     """What all parameters of a group have in common beside the expert.
 
     ``layer`` is None where layers are not kept apart, both are None for dense parameters.
+    ``mesh`` is the device mesh of parameters that are DTensors, as FSDP2 makes them.
     """
 
     parallel_group: str | None
     layer: str | None
     variant: Variant
     dtype: torch.dtype
+    mesh: Any = None
 
 
 Families: TypeAlias = dict[Key, dict[int, Rows]]
@@ -49,6 +51,11 @@ class Table:
 
     sizes: list[int]
     families: Families
+
+    @property
+    def sharded(self) -> bool:
+        """Are parameters DTensors, which another library shards and steps than DeepSpeed?"""
+        return any(key.mesh is not None for key in self.families)
 
     def sizes_of(self, rows: Rows) -> tuple[int, ...]:
         """Elements of each parameter in these rows."""
@@ -74,7 +81,7 @@ def make_plan(
     """Cut the families by size and put them in order; dense groups first, then experts.
 
     Expert groups stand in the order in which their parallel group and layer first appear,
-    then by expert number, variant and dtype, so order and names depend on the order of
+    then by expert number, variant, dtype and mesh, so order and names depend on the order of
     the input alone.
 
     Args:
@@ -126,13 +133,13 @@ def _cells(families: Families) -> list[list[tuple[Key, dict[int, Rows]]]]:
     """The families of each layer together, in the order that the plan promises."""
     groups: dict[str | None, int] = {None: 0}
     layers: dict[str | None, int] = {None: 0}
-    dtypes: dict[torch.dtype, int] = {}
+    dtypes: dict[tuple[torch.dtype, Any], int] = {}
     for key in families:
         groups.setdefault(key.parallel_group, len(groups))
         layers.setdefault(key.layer, len(layers))
-        dtypes.setdefault(key.dtype, len(dtypes))
+        dtypes.setdefault(key[3:], len(dtypes))
     cells: dict[tuple[int, int], list[tuple[Key, dict[int, Rows]]]] = {}
-    for key, experts in sorted(families.items(), key=lambda f: (f[0].variant, dtypes[f[0].dtype])):
+    for key, experts in sorted(families.items(), key=lambda f: (f[0].variant, dtypes[f[0][3:]])):
         cell = groups[key.parallel_group], layers[key.layer]
         cells.setdefault(cell, []).append((key, experts))
     return [cells[cell] for cell in sorted(cells)]

@@ -1,6 +1,6 @@
 """Size, dtype, place and variant of each parameter: what the plan needs to know."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, TypeAlias, cast
 
@@ -41,9 +41,12 @@ def read_table(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
     families = reader.read()
     _check_trainable(given, families)
     if rules.active:
-        families = _split(families, _apply(rules, given, families))
+        families = _split(families, "variant", _apply(rules, given, families))
     elif len(given.groups) > 1:
-        families = _split(families, [Variant(source) for source in given.sources])
+        families = _split(families, "variant", [Variant(source) for source in given.sources])
+    if any(hasattr(kind, "device_mesh") for kind in set(map(type, given.params))):
+        meshes = [getattr(param, "device_mesh", None) for param in given.params]
+        families = _split(families, "mesh", meshes)
     return Table(reader.sizes, families)
 
 
@@ -148,13 +151,13 @@ class _Reader:
             )
 
 
-def _split(families: Families, variants: list[Variant]) -> Families:
-    """The families with one part for each variant."""
+def _split(families: Families, field: str, values: Sequence[Any]) -> Families:
+    """The families with one part for each value that rows have of this field of the key."""
     parts: dict[Key, dict[int, list[int]]] = {}
     for key, experts in families.items():
         for number, rows in experts.items():
             for row in rows:
-                part = parts.setdefault(key._replace(variant=variants[row]), {})
+                part = parts.setdefault(key._replace(**{field: values[row]}), {})
                 part.setdefault(number, []).append(row)
     return cast(Families, parts)
 

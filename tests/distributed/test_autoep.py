@@ -18,6 +18,7 @@ from moe_groups import (
 from moe_groups.integrations.autoep import autoep_optimizer, support_new_transformers
 from moe_groups.tags import is_expert_parameter
 from tests.autoep_models import autoep_config, make_model, train_autoep
+from tests.distributed.test_demo import run_example
 from tests.ranks import run_in_fresh_processes, run_on_ranks
 from tests.training import initialize
 
@@ -149,3 +150,10 @@ def test_registry_answers_as_before() -> None:
     assert registry.get(model.model) == before != {}
     assert registry.get(str(type(model.model)), None) == before
     assert registry.get("nobody", 5) == 5
+
+
+def test_example() -> None:
+    printed = run_example("autoep_mixtral.py")
+    first, last = (float(line.split()[-1]) for line in printed.splitlines() if "loss" in line)
+    assert last < first < 6
+    assert "ep_size_2_model.layers.1.mlp" in printed
