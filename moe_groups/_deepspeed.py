@@ -558,8 +558,6 @@ def _wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """One all-reduce over the stages for each group of the stage that has most of them."""
 
     def scaled_global_norm(self: Any, norm_type: Any = 2) -> Any:
-        from deepspeed.runtime.utils import combine_grad_norm_groups
-
         missing = _groups_of_any_stage(self) - len(self.bit16_groups)
         norms = [original(self, norm_type)]
         for _ in range(missing):
@@ -567,7 +565,11 @@ def _wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
                 norms.append(self.complete_grad_norm_calculation_for_cpu_offload([]))
             else:
                 norms.append(self.get_grad_norm_direct([], []))
-        return norms[0] if len(norms) == 1 else combine_grad_norm_groups(norms, norm_type)
+        if not missing:
+            return norms[0]
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        return combine_grad_norm_groups(norms, norm_type)
 
     return scaled_global_norm
 
