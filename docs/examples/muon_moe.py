@@ -13,6 +13,8 @@ from moe_groups.muon import split_for_muon
 
 
 class Block(nn.Module):
+    """A norm and an MoE layer, with a residual."""
+
     def __init__(self, hidden=32):
         super().__init__()
         self.norm = nn.LayerNorm(hidden)
@@ -21,10 +23,12 @@ class Block(nn.Module):
 
     def forward(self, x):
         out, aux_loss, _ = self.moe(self.norm(x))
-        return x + out, aux_loss
+        return x + out, 0.01 * aux_loss
 
 
 class Model(nn.Module):
+    """Says which token comes next."""
+
     def __init__(self, hidden=32):
         super().__init__()
         self.embed = nn.Embedding(64, hidden)
@@ -35,7 +39,7 @@ class Model(nn.Module):
         x, total = self.embed(tokens), 0.0
         for block in self.blocks:
             x, aux_loss = block(x)
-            total = total + 0.01 * aux_loss
+            total = total + aux_loss
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten()) + total
 
 
