@@ -254,4 +254,4 @@ def test_example() -> None:
     printed = run_example("muon_moe.py")
     losses = [float(text.split()[0]) for text in printed.split("loss ")[1:]]
     assert losses[-1] < losses[0]
-    assert "ep_size_2_blocks.0.moe.muon" in printed
+    assert "ep_size_2_moe.0.muon" in printed
