@@ -20,6 +20,8 @@ train as before, bit for bit):
   parallel group), where DeepSpeed waits for ever unless all stages are alike;
 * ZeRO's norm counts the experts of all tensor-parallel ranks;
 * gloo gathers tokens over tensor-parallel ranks;
+* parameters under Muon are those of the groups that say ``use_muon``, and what cannot step
+  our groups (the config's Muon, ``torch.optim.Muon`` under ZeRO) is refused;
 * ``save_checkpoint`` and ``load_checkpoint`` write and compare what the groups were
   (``checkpoint_guard.py``);
 * ``BF16_Optimizer`` collects garbage and prints the memory twice for each group while it
@@ -467,7 +469,7 @@ def _settle_muon(engine: Any, optimizer: Any) -> None:
     lose the marks; a group that says True over parameters that do not would be stepped by
     plain gradients, without a word.
     """
-    if isinstance(optimizer, getattr(torch.optim, "Muon", ())) and engine.zero_optimization():
+    if isinstance(optimizer, torch.optim.Muon) and engine.zero_optimization():
         raise InvalidArgumentError(
             "torch.optim.Muon cannot step under ZeRO: it takes matrices, and ZeRO gives it flat "
             "partitions. Use DeepSpeed's, deepspeed.runtime.zero.muon.muon_optimizer."

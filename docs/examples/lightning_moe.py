@@ -18,23 +18,20 @@ from moe_groups.integrations.lightning import GroupLearningRateMonitor
 
 
 class Model(pl.LightningModule):
-    """Two MoE layers that learn to say 1."""
+    """An MoE layer that learns to say 1."""
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
         self.inp = nn.Linear(8, hidden)
-        expert = nn.Linear(hidden, hidden)
-        self.moe = nn.ModuleList(MoE(hidden, expert, num_experts=4, ep_size=2) for _ in range(2))
+        self.moe = MoE(hidden, nn.Linear(hidden, hidden), num_experts=4, ep_size=2)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        x, total = self.inp(batch), torch.zeros((), device=batch.device)
-        for layer in self.moe:
-            out, aux_loss, _ = layer(x)
-            x, total = x + out, total + 0.01 * aux_loss
-        return total + (x.float() - 1).square().mean()
+        out, aux_loss, _ = self.moe(self.inp(batch))
+        loss: Tensor = (out.float() - 1).square().mean() + 0.01 * aux_loss
+        return loss
 
     def configure_optimizers(self) -> Any:
-        overrides = [("moe.1.expert.0", {"lr": 1e-3})]
+        overrides = [("moe.expert.0", {"lr": 1e-3})]
         groups = create_moe_param_groups(self, split_by="expert", overrides=overrides)
         optimizer = torch.optim.AdamW(groups, lr=1e-2)
         halve = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -52,12 +49,12 @@ class AnyDevice(DeepSpeedStrategy):
 
 
 cpus = None if torch.cuda.is_available() else [torch.device("cpu", i) for i in range(2)]
-strategy = AnyDevice(stage=2, parallel_devices=cpus)
 logger, monitor = CSVLogger(tempfile.mkdtemp()), GroupLearningRateMonitor()
-options: Any = {"precision": "bf16-true", "enable_checkpointing": False, "log_every_n_steps": 1}
 trainer = pl.Trainer(
-    devices=2, max_epochs=1, strategy=strategy, logger=logger, callbacks=[monitor], **options
-)
-trainer.fit(Model(), torch.utils.data.DataLoader(torch.randn(24, 8), batch_size=4))
+    devices=2, max_epochs=1, precision="bf16-true", log_every_n_steps=1, callbacks=[monitor],
+    strategy=AnyDevice(stage=2, parallel_devices=cpus), logger=logger, enable_checkpointing=False,
+)  # fmt: skip
+data: Any = torch.randn(24, 8)
+trainer.fit(Model(), torch.utils.data.DataLoader(data, batch_size=4))
 if trainer.is_global_zero:
     print(Path(logger.experiment.metrics_file_path).read_text())

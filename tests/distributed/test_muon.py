@@ -94,6 +94,9 @@ def test_training_equals_that_of_the_split_of_deepspeed(wrapper: str, ep_size: i
     assert run_on_ranks(2, compare_with_deepspeed, wrapper, ep_size) == [(True, names)] * 2
 
 
+DENSE_MATRICES = ("inp.weight", "out.weight", "blocks.0.moe.deepspeed_moe.gate.wg.weight")
+
+
 class FusedModel(TinyMoE):
     """Has, beside DeepSpeed's layers, one with a tensor for both of this rank's experts."""
 
@@ -118,7 +121,8 @@ class Fused(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         up = torch.einsum("bsh,ehf->besf", x, self.up_proj) + self.up_proj_bias[:, None]
-        return torch.einsum("besf,efh->bsh", torch.tanh(up), self.down_proj)
+        out: torch.Tensor = torch.einsum("besf,efh->bsh", torch.tanh(up), self.down_proj)
+        return out
 
 
 def orthogonalized(gradient: torch.Tensor) -> torch.Tensor:
@@ -134,9 +138,9 @@ def orthogonalized(gradient: torch.Tensor) -> torch.Tensor:
 
 def after_one_step(before: torch.Tensor, gradient: torch.Tensor, muon: bool) -> torch.Tensor:
     options: Any = MUON if muon else ADAM
-    kept = before.double() * (1 - options["lr"] * options["weight_decay"])
+    lr, weight_decay = float(options["lr"]), float(options["weight_decay"])
     update = orthogonalized(gradient) if muon else gradient.double().sign()
-    return kept - options["lr"] * update
+    return before.double() * (1 - lr * weight_decay) - lr * update
 
 
 @eager
@@ -148,12 +152,14 @@ def compare_with_svd(wrapper: str) -> dict[str, float]:
     groups = create_moe_param_groups(model)
     plain = initialize(model, torch.optim.SGD(groups, lr=scale), cfg)
     before = weights(plain)
-    train(plain, 1)
+    plain_norm = train(plain, 1)["norm"][0]
     gradients = {name: (before[name] - after) / scale for name, after in weights(plain).items()}
     model = FusedModel()
     engine = muon_engine(model, our_groups(model, "expert"), cfg)
     verify(engine)
-    train(engine, 1)
+    norm = train(engine, 1)["norm"][0]
+    updates = [orthogonalized(gradients[name]) for name in gradients if name in DENSE_MATRICES]
+    assert norm > float(torch.cat([update.flatten() for update in updates]).norm()) > 3 * plain_norm
     errors: dict[str, float] = {}
     params = dict(engine.module.named_parameters())
     for name, after in weights(engine).items():

@@ -24,4 +24,4 @@ def test_example() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "lr/ep_size_2_moe.1.expert.0.override.0" in done.stdout
+    assert "lr/ep_size_2_moe.expert.0.override.0" in done.stdout

@@ -35,10 +35,10 @@ class Module(pl.LightningModule):
         self.group, self.changes = group, changes
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        loss = self.dense(batch)
+        loss: torch.Tensor = self.dense(batch).sum()
         for expert in self.experts:
-            loss = loss + expert(batch)
-        return loss.sum()
+            loss = loss + expert(batch).sum()
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.group(self), lr=1.0)
@@ -64,7 +64,8 @@ def logged(
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(Module(group, list(changes)), torch.utils.data.DataLoader(torch.ones(8, 2)))
+    data: Any = torch.ones(8, 2)
+    trainer.fit(Module(group, list(changes)), torch.utils.data.DataLoader(data))
     return [one for one in logger.metrics if any(name.startswith("lr/") for name in one)]
 
 
