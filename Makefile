@@ -1,6 +1,7 @@
 # make demo   train a small MoE language model and look at its param groups
 # make test   the tests (make test-long: the long matrices)
 # make lint   ruff and mypy;  make docs: the site, into site/;  make bench: benchmarks
+# make compatibility   tests of each feature with several releases of DeepSpeed
 #
 # Each sets up what it needs in .venv. PYTHON chooses the interpreter, ARGS goes to the demo.
 
@@ -19,7 +20,7 @@ QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::Fu
 BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory large_world \
   regroup_checkpoint checkpoint_faults topologies checkpointing
 
-.PHONY: demo test test-long lint docs bench clean
+.PHONY: demo test test-long lint docs bench compatibility clean
 
 demo: $(VENV)/.demo unlock
 	@[ $(GPUS) -ge $(RANKS) ] || $(CPU_ONLY); \
@@ -42,6 +43,9 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.test
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+
+compatibility: $(VENV)/.compatibility
+	$(BIN)/nox -f tests/noxfile.py
 
 # A killed process leaves a lock behind on which the next compilation would wait forever.
 .PHONY: unlock

@@ -38,6 +38,7 @@ from moe_groups.measure import (
     measure_iteration_memory,
     measure_step_memory,
 )
+from moe_groups.muon import is_hidden_matrix, split_for_muon
 from moe_groups.param_groups import (
     create_moe_param_groups,
     split_params_into_different_moe_groups_for_optimizer,
@@ -97,6 +98,7 @@ __all__ = [
     "get_expert_tag",
     "gradient_scale",
     "inspect_checkpoint",
+    "is_hidden_matrix",
     "is_norm_or_bias",
     "load_balancing_loss",
     "mark_experts",
@@ -107,6 +109,7 @@ __all__ = [
     "regroup_checkpoint",
     "router_z_loss",
     "set_expert_tag",
+    "split_for_muon",
     "split_params_into_different_moe_groups_for_optimizer",
     "tag_experts",
     "verify",

@@ -20,6 +20,8 @@ train as before, bit for bit, but where its norm was wrong and clipping uses it)
   parallel group), where DeepSpeed waits for ever unless all stages are alike;
 * ZeRO's norm counts the experts of all tensor-parallel ranks;
 * gloo gathers tokens over tensor-parallel ranks;
+* parameters under Muon are those of the groups that say ``use_muon``, and what cannot step
+  our groups (the config's Muon, ``torch.optim.Muon`` under ZeRO) is refused;
 * ``save_checkpoint`` and ``load_checkpoint`` write and compare what the groups were
   (``checkpoint_guard.py``);
 * ``BF16_Optimizer`` collects garbage and prints the memory twice for each group while it
@@ -479,11 +481,50 @@ def _wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
             named, stage = self.module.named_parameters(), self.zero_optimization_stage()
             if problem := early_problem(named, basic_optimizer.param_groups, wrapped=stage < 3):
                 raise ParameterInputError(problem)
+        _settle_muon(self, basic_optimizer)
         register_names(str(g.get("name")) for g in moe)
         _remember(self, basic_optimizer)
         return original(self, basic_optimizer)
 
     return _do_optimizer_sanity_check
+
+
+def _settle_muon(engine: Any, optimizer: Any) -> None:
+    """The wrappers ask the parameters for ``use_muon``; what the groups say is what holds.
+
+    DeepSpeed marks all parameters anew where the config names Muon, and copies of a model
+    lose the marks; a group that says True over parameters that do not would be stepped by
+    plain gradients, without a word.
+    """
+    if isinstance(optimizer, torch.optim.Muon) and engine.zero_optimization():
+        raise InvalidArgumentError(
+            "torch.optim.Muon cannot step under ZeRO: it takes matrices, and ZeRO gives it flat "
+            "partitions. Use DeepSpeed's, deepspeed.runtime.zero.muon.muon_optimizer."
+            "MuonWithAuxAdam, over the same groups, or train without ZeRO (or with FSDP2)."
+        )
+    for group in optimizer.param_groups:
+        if "use_muon" in group:
+            for param in group["params"]:
+                param.use_muon = bool(group["use_muon"])
+
+
+def _wrap_basic(original: Callable[..., Any]) -> Callable[..., Any]:
+    """DeepSpeed makes groups of its own for the config's Muon: ours would be lost."""
+
+    def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
+        given = model_parameters if isinstance(model_parameters, list) else []
+        groups = [group for group in given if isinstance(group, dict)]
+        ours = any("use_muon" in group or "expert_group_name" in group for group in groups)
+        if ours and self.optimizer_name() == "muon":
+            raise InvalidArgumentError(
+                'the config\'s "optimizer": {"type": "Muon"} makes groups of its own, by the '
+                "shapes of the parameters, and drops the names and labels of those that it is "
+                "given. Take it out of the config and pass optimizer=MuonWithAuxAdam(groups) "
+                "(deepspeed.runtime.zero.muon.muon_optimizer), with the groups of split_for_muon."
+            )
+        return original(self, model_parameters)
+
+    return _configure_basic_optimizer
 
 
 def _wrap_configure(original: Callable[..., None]) -> Callable[..., None]:
@@ -699,6 +740,7 @@ _CHANGES: tuple[_Change, ...] = (
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_configure_distributed_model", _wrap_configure),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_broadcast_model", _wrap_broadcast),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_do_optimizer_sanity_check", _wrap_sanity_check),
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "_configure_basic_optimizer", _wrap_basic),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "save_checkpoint", _wrap_save),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "load_checkpoint", _wrap_load),
     (f"{_BF16}:BF16_Optimizer", "_setup_for_real_optimizer", _wrap_setup),

@@ -127,6 +127,13 @@ def _state(
     source: RegroupSource, group: FlatGroup, rank: Rank
 ) -> tuple[dict[str, Any], dict[int, list[Chunk]]]:
     """Optimizer state of a group: what has the size of a partition is laid out anew."""
+    if any(shard.options[index].get("use_muon") for shard, index in source.saved(group)):
+        raise CheckpointError(
+            f"group {group.name!r} of the new groups would hold parameters that DeepSpeed's Muon "
+            "steps, whose momentum is kept as whole matrices on each rank that has a part of them, "
+            "and cannot be laid out anew. Load with the groups of the checkpoint, or its weights "
+            "alone (load_module_only=True)."
+        )
     olds = [(shard, shard.states(index)) for shard, index in source.saved(group)]
     kinds = sorted({str(sorted(states)) for _, states in olds})
     if len(kinds) > 1:

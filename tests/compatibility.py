@@ -94,7 +94,7 @@ def _cell(counts: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    found = {"versions": versions(), "features": {}}
+    found: dict[str, Any] = {"versions": versions(), "features": {}}
     for name, files in FEATURES.items():
         found["features"][name] = run_feature(files)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []

@@ -1,8 +1,8 @@
 """The tests that tell whether a release of DeepSpeed works, in an environment for each release.
 
-``make compatibility`` (``nox -f tests/noxfile.py``) runs all; each session writes what passed into
-``benchmarks/results/compatibility.json``, and the table into ``docs/compatibility.md``. Other packages have the versions of ``constraints.txt``, which are the
-newest.
+``make compatibility`` (``nox -f tests/noxfile.py``) runs all; each session writes what passed
+into ``benchmarks/results/compatibility.json``, and the table into ``docs/compatibility.md``. Other
+packages have the versions of ``constraints.txt``, which are the newest.
 """
 
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Inside of the tools that people train with; each file imports the one it is named after."""
+"""moe-groups inside of other libraries; each file imports the library that it is named after."""

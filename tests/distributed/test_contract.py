@@ -192,6 +192,7 @@ SIGNATURES = {
     "_gather_tokens": "(input_, dim=0)",
     "is_model_parallel_parameter": "(p) -> bool",
     "_do_optimizer_sanity_check": "(self, basic_optimizer)",
+    "_configure_basic_optimizer": "(self, model_parameters)",
     "_setup_for_real_optimizer": "(self)",
     "get_grads_for_norm": "(self, for_clipping=False)",
     "get_grads_for_reduction": "(self)",

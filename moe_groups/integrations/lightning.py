@@ -1,0 +1,99 @@
+"""Learning rates in Lightning's loggers: a curve for each layer or expert, not for each group."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from moe_groups.arguments import check_one_of
+from moe_groups.optional import need
+
+need("lightning", "lightning", "curves in Lightning's loggers")
+
+import lightning.pytorch as pl  # noqa: E402
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+
+_VARIANT = re.compile(r"(\.no_decay)?(\.override\.\d+)*(\.tile\.\d+)?$")
+
+
+class GroupLearningRateMonitor(Callback):
+    """Logs the learning rates of param groups, those that are equal as one curve.
+
+    Lightning's ``LearningRateMonitor`` accepts our groups, and logs a curve for each of them.
+    Here each MoE layer (or expert) and each dense group of the caller is one curve,
+    ``lr/<layer>``, whatever was set apart in it by caps, decay rules or experts. Groups whose rate
+    is not that of the others (an override, a change in the middle of the run) get a curve of
+    their own, ``lr/<name of the first of them>``, and keep it. Logs to all loggers, in every
+    ``log_every_n_steps``-th step of the trainer.
+
+    Args:
+        by: "layer", or "expert": a curve for each expert of a layer too, where the groups are
+            split by expert. Rates are logged by rank 0, and experts have their numbers on it.
+
+    Attributes:
+        curves: name of each curve to the indices of its param groups.
+
+    Raises:
+        InvalidArgumentError: no such ``by``.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[GroupLearningRateMonitor()])     # doctest: +SKIP
+    """
+
+    def __init__(self, by: Literal["layer", "expert"] = "layer") -> None:
+        check_one_of("by", by, ("layer", "expert"))
+        self.by = by
+        self.curves: dict[str, list[int]] = {}
+        self._logged = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.curves = {}
+        for index, group in enumerate(_groups_of(trainer)):
+            self.curves.setdefault(self._place(group, index), []).append(index)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        if not every or (step + 1) % every or step == self._logged:  # as LearningRateMonitor
+            return
+        self._logged = step
+        groups = _groups_of(trainer)
+        self._set_apart(groups)
+        rates = {f"lr/{name}": groups[first]["lr"] for name, (first, *_) in self.curves.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(rates, step=step)
+
+    def _place(self, group: Mapping[str, Any], index: int) -> str:
+        """The layer, or expert, or group of the caller that ``group`` is a part of."""
+        if not group.get("moe"):
+            return _VARIANT.sub("", _name(group, index))
+        place = str(group.get("expert_group_name") or "experts")
+        if self.by == "expert" and group.get("expert_number") is not None:
+            place += f".expert.{group['expert_number']}"
+        halves = {True: ".muon", False: ".adam"}  # of split_for_muon
+        return place + halves.get(group.get("use_muon"), "")  # type: ignore[arg-type]
+
+    def _set_apart(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Cut curves whose groups have several rates by now."""
+        for name, members in list(self.curves.items()):
+            by_rate: dict[float, list[int]] = {}
+            for index in members:
+                by_rate.setdefault(float(groups[index]["lr"]), []).append(index)
+            parts = [
+                ([_name(groups[index], index) for index in part], part) for part in by_rate.values()
+            ]
+            stays = max(parts, key=lambda part: _claim(name, part[0]))
+            self.curves |= {(name if part is stays else part[0][0]): part[1] for part in parts}
+
+
+def _claim(curve: str, names: Sequence[str]) -> tuple[bool, bool, int]:
+    """Which part of a curve stays: that of the group it is named after, or what is usual."""
+    return curve in names, any(_VARIANT.sub("", name) == name for name in names), len(names)
+
+
+def _name(group: Mapping[str, Any], index: int) -> str:
+    return str(group.get("name") or f"group.{index}")
+
+
+def _groups_of(trainer: pl.Trainer) -> list[Mapping[str, Any]]:
+    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
