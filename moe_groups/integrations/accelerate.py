@@ -56,6 +56,9 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
     _check_optimizer(optimizer)
     found = find_experts(model)
     given = _named_groups(_own_groups(optimizer), found)
+    if "no_decay" not in options and _second_has_no_decay(given, optimizer):
+        given, rule = _as_one_group(given, found)
+        options = options | rule
     with found.written():
         groups = create_moe_param_groups(given, **options)
     if isinstance(optimizer, DummyOptim):
@@ -121,3 +124,26 @@ def _named_groups(groups: list[ParamGroup], found: TaggedModel) -> list[ParamGro
     frozen = [(n, p) for n, p in found.names if not p.requires_grad and id(p) not in mine]
     named[-1]["params"] += frozen
     return named
+
+
+def _second_has_no_decay(groups: list[ParamGroup], optimizer: Any) -> bool:
+    """Are these the usual two groups, which differ in weight decay and in nothing else?"""
+    own = [{k: v for k, v in g.items() if k not in ("params", "weight_decay")} for g in groups]
+    default = getattr(optimizer, "defaults", {}).get("weight_decay")
+    decay = groups[-1].get("weight_decay", default)
+    return len(groups) == 2 and own[0] == own[1] and decay == 0
+
+
+def _as_one_group(
+    groups: list[ParamGroup], found: TaggedModel
+) -> tuple[list[ParamGroup], dict[str, Any]]:
+    """One group in the model's order and a rule, for the names and order that a rule gives."""
+    first, second = groups
+    undecayed = {id(param) for _, param in second["params"]}
+    place = {id(param): index for index, (_, param) in enumerate(found.names)}
+    params = sorted([*first["params"], *second["params"]], key=lambda pair: place[id(pair[1])])
+    rule: dict[str, Any] = {"no_decay": lambda _, param: id(param) in undecayed}
+    if "weight_decay" in first:
+        rule["weight_decay"] = first["weight_decay"]
+    options = {k: v for k, v in first.items() if k not in ("params", "weight_decay")}
+    return [{"params": params, **options}], rule
