@@ -1,20 +1,22 @@
 """Training runs through Hugging Face's Trainer and Accelerate, and the same through DeepSpeed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments, get_scheduler
 
-from moe_groups import MoE
+from moe_groups import MoE, create_moe_param_groups
+from moe_groups.integrations.accelerate import group_optimizer
 from moe_groups.integrations.hf_trainer import MoETrainer
 from tests.models import HIDDEN, TinyMoE
+from tests.training import initialize
 
 LR, BETAS, EPS, DECAY, CLIP, BATCH = 1e-2, (0.8, 0.95), 1e-6, 0.1, 0.05, 4
 
@@ -127,6 +129,108 @@ def trainer(
     return MoETrainer(model=model or make_model(), args=args, train_dataset=Data(), **more)
 
 
-def accelerator(cfg: dict[str, Any]) -> Accelerator:
+def train_with_accelerate(
+    wrapper: str, blocks: tuple[str, ...], model: nn.Module | None = None, steps: int = 4
+) -> tuple[Accelerator, Any]:
+    """The accelerator and the engine of a run."""
+    prepared = prepare_with_accelerate(wrapper, blocks, model, steps)
+    run_accelerate(*prepared, steps)
+    return prepared[:2]
+
+
+def prepare_with_accelerate(
+    wrapper: str, blocks: tuple[str, ...], model: nn.Module | None = None, steps: int = 4
+) -> tuple[Accelerator, Any, Any, Any, Any]:
+    """``(accelerator, engine, optimizer, batches, scheduler)``."""
     start_accelerate()
-    return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=cfg), mixed_precision="bf16")
+    cfg = config(wrapper, blocks) | {"gradient_clipping": CLIP}
+    if "optimizer" in blocks:  # Accelerate fills in the other two
+        params = cfg["optimizer"]["params"] | {"betas": BETAS, "eps": EPS}
+        cfg["optimizer"] = cfg["optimizer"] | {"params": params}
+    plugin = DeepSpeedPlugin(hf_ds_config=cfg)
+    accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="bf16")
+    model = model or make_model()
+    optimizer: Any = DummyOptim(model.parameters(), lr=LR, weight_decay=DECAY)
+    if "optimizer" not in blocks:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
+        )
+    optimizer = group_optimizer(
+        optimizer, model, split_by="expert", no_decay=lambda name, _: is_undecayed(name)
+    )
+    # Accelerate steps a scheduler once for each rank, and divides the number of steps by them
+    counts = {"total_num_steps": 2 * steps, "warmup_num_steps": 2}
+    scheduler: Any = DummyScheduler(optimizer, **counts)
+    if "scheduler" not in blocks and "optimizer" in blocks:
+        scheduler = DummyScheduler(
+            optimizer, lr_scheduler_callable=lambda made: get_scheduler("linear", made, 2, steps)
+        )
+    elif "scheduler" not in blocks:
+        scheduler = get_scheduler("linear", optimizer, 4, 2 * steps)
+    loader = torch.utils.data.DataLoader(Data(), batch_size=BATCH)
+    return accelerator, *accelerator.prepare(model, optimizer, loader, scheduler)
+
+
+def run_accelerate(
+    accelerator: Accelerator, model: Any, optimizer: Any, loader: Any, scheduler: Any, steps: int
+) -> None:
+    """Train ``steps`` steps from the first batch on."""
+    for _, batch in zip(range(steps), loader, strict=False):
+        loss = model(**{key: value.bfloat16() for key, value in batch.items()})["loss"]
+        accelerator.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def plain_config(wrapper: str, blocks: tuple[str, ...], steps: int) -> dict[str, Any]:
+    """What :func:`config` should come to, without an optimizer block."""
+    cfg: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": CLIP,
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        **WRAPPERS[wrapper],
+    }
+    if "scheduler" in blocks:
+        params = {"warmup_min_lr": 0, "warmup_max_lr": LR, "warmup_num_steps": 2}
+        params["total_num_steps"] = steps
+        cfg["scheduler"] = {"type": "WarmupDecayLR", "params": params}
+    return cfg
+
+
+def train_plainly(
+    wrapper: str,
+    blocks: tuple[str, ...],
+    groups_of: Callable[[nn.Module], list[dict[str, Any]]],
+    model: nn.Module | None = None,
+    steps: int = 4,
+    decay: float = DECAY,
+) -> Any:
+    """The engine of a run through DeepSpeed alone, without Trainer and Accelerate."""
+    model = model or make_model()
+    fused = {"foreach": None} if "optimizer" in blocks else {"fused": True}  # as they choose
+    optimizer = torch.optim.AdamW(
+        groups_of(model), lr=LR, betas=BETAS, eps=EPS, weight_decay=decay, **fused
+    )
+    schedule = get_scheduler("linear", optimizer, 2, steps) if "scheduler" not in blocks else None
+    engine = initialize(model, optimizer, plain_config(wrapper, blocks, steps))
+    for x, labels in batches(steps):
+        engine.backward(engine(x.bfloat16(), labels.bfloat16())["loss"])
+        engine.step()
+        if schedule is not None:
+            schedule.step()
+    return engine
+
+
+def is_undecayed(name: str) -> bool:
+    """Trainer's rules, as far as they are about :class:`HFModel`."""
+    return "bias" in name or ".norm." in name
+
+
+def by_expert(model: nn.Module) -> list[dict[str, Any]]:
+    """The groups of all runs."""
+    return create_moe_param_groups(
+        model, split_by="expert", no_decay=lambda name, _: is_undecayed(name)
+    )

@@ -76,9 +76,9 @@ def _check_optimizer(optimizer: Any) -> None:
         block = plugin.deepspeed_config.get("optimizer", {}) if plugin else {}
         if str(block.get("type")).lower() == "muon":
             raise InvalidArgumentError(
-                'the optimizer block of the DeepSpeed config has "type": "Muon", for which DeepSpeed '
-                "makes groups itself and drops those that it is given: take the block out of the "
-                "config, and make the optimizer in code."
+                'the optimizer block of the DeepSpeed config has "type": "Muon", for which '
+                "DeepSpeed makes groups itself and drops those that it is given: take the block "
+                "out of the config, and make the optimizer in code."
             )
     elif not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidArgumentError(

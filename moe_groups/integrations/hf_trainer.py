@@ -1,9 +1,12 @@
 """Groups for Hugging Face's ``Trainer`` and its subclasses."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from moe_groups import _deepspeed
 from moe_groups.arguments import check_one_of
@@ -17,11 +20,9 @@ need("accelerate", "hf", "groups for Trainer")
 
 from accelerate.utils import DummyOptim  # noqa: E402
 from transformers import Trainer  # noqa: E402
+from transformers.trainer import SCHEDULER_NAME  # noqa: E402
 
 from moe_groups.integrations.accelerate import group_optimizer  # noqa: E402
-
-if TYPE_CHECKING:
-    import torch
 
 
 class MoETrainer(Trainer):
@@ -95,6 +96,26 @@ class MoETrainer(Trainer):
                 protect_checkpoints(engine, regroup=self.regroup)
                 verify(engine)
         return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer keeps a torch scheduler's state itself, with a rate for each group."""
+        scheduler, file = self.lr_scheduler, Path(checkpoint or "", SCHEDULER_NAME)
+        if self.regroup != "auto" or not isinstance(scheduler, LRScheduler) or not file.is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            saved = torch.load(file, weights_only=True)
+            scheduler.load_state_dict(saved | _rates_of_groups(scheduler, saved))
+
+
+def _rates_of_groups(scheduler: LRScheduler, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler's lists for the groups as they are now: their rates have been loaded."""
+    groups = scheduler.optimizer.param_groups
+    lists = {
+        "base_lrs": [group["initial_lr"] for group in groups],
+        "_last_lr": [group["lr"] for group in groups],
+        "lr_lambdas": saved.get("lr_lambdas", [])[:1] * len(groups),  # Trainer has one for all
+    }
+    return {key: value for key, value in lists.items() if key in saved}
 
 
 _OPTIONS = (
