@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -102,12 +102,17 @@ def start_accelerate() -> None:
 
 
 def trainer(
-    output: Path, cfg: dict[str, Any], model: nn.Module | None = None, steps: int = 4, **more: Any
-) -> MoETrainer:
+    output: Path,
+    cfg: dict[str, Any],
+    model: nn.Module | None = None,
+    kind: type[Any] = MoETrainer,
+    **options: Any,
+) -> Any:
+    """A Trainer that saves after two of its four steps."""
     start_accelerate()
     args = TrainingArguments(
         output_dir=str(output),
-        max_steps=steps,
+        max_steps=4,
         per_device_train_batch_size=BATCH,
         learning_rate=LR,
         weight_decay=DECAY,
@@ -123,25 +128,22 @@ def trainer(
         train_sampling_strategy="sequential",
         save_steps=2,
         logging_steps=1,
-        report_to=[],
         disable_tqdm=True,
     )
-    return MoETrainer(model=model or make_model(), args=args, train_dataset=Data(), **more)
+    return kind(model=model or make_model(), args=args, train_dataset=Data(), **options)
 
 
-def train_with_accelerate(
-    wrapper: str, blocks: tuple[str, ...], model: nn.Module | None = None, steps: int = 4
-) -> tuple[Accelerator, Any]:
-    """The accelerator and the engine of a run."""
-    prepared = prepare_with_accelerate(wrapper, blocks, model, steps)
-    run_accelerate(*prepared, steps)
-    return prepared[:2]
+AcceleratedRun: TypeAlias = tuple[Accelerator, Any, Any, Any, Any]
+"""The accelerator, and what it prepared: engine, optimizer, batches, learning-rate scheduler."""
 
 
 def prepare_with_accelerate(
-    wrapper: str, blocks: tuple[str, ...], model: nn.Module | None = None, steps: int = 4
-) -> tuple[Accelerator, Any, Any, Any, Any]:
-    """``(accelerator, engine, optimizer, batches, scheduler)``."""
+    wrapper: str,
+    blocks: tuple[str, ...],
+    model: nn.Module | None = None,
+    steps: int = 4,
+    split_by: str = "expert",
+) -> AcceleratedRun:
     start_accelerate()
     cfg = config(wrapper, blocks) | {"gradient_clipping": CLIP}
     if "optimizer" in blocks:  # Accelerate fills in the other two
@@ -156,7 +158,7 @@ def prepare_with_accelerate(
             model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
         )
     optimizer = group_optimizer(
-        optimizer, model, split_by="expert", no_decay=lambda name, _: is_undecayed(name)
+        optimizer, model, split_by=split_by, no_decay=lambda name, _: is_undecayed(name)
     )
     # Accelerate steps a scheduler once for each rank, and divides the number of steps by them
     counts = {"total_num_steps": 2 * steps, "warmup_num_steps": 2}
@@ -171,10 +173,9 @@ def prepare_with_accelerate(
     return accelerator, *accelerator.prepare(model, optimizer, loader, scheduler)
 
 
-def run_accelerate(
-    accelerator: Accelerator, model: Any, optimizer: Any, loader: Any, scheduler: Any, steps: int
-) -> None:
-    """Train ``steps`` steps from the first batch on."""
+def run_accelerate(run: AcceleratedRun, steps: int) -> None:
+    """Train ``steps`` steps, from the first batch on."""
+    accelerator, model, optimizer, loader, scheduler = run
     for _, batch in zip(range(steps), loader, strict=False):
         loss = model(**{key: value.bfloat16() for key, value in batch.items()})["loss"]
         accelerator.backward(loss)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import get_scheduler
 
 from moe_groups import MoE, describe, is_norm_or_bias, verify
@@ -47,10 +47,10 @@ if __name__ == "__main__":
     group_optimizer(optimizer, model, split_by="expert", no_decay=is_norm_or_bias)
     schedule = get_scheduler("constant", optimizer)  # after the groups
     data = (torch.arange(64) + torch.randint(256, (480, 1))) % 256  # bytes that count up
-    prepared = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=8), schedule)
-    engine, optimizer, loader, schedule = prepared
+    loader = DataLoader(TensorDataset(data), batch_size=8)
+    engine, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     verify(engine)
-    for step, batch in enumerate(loader, 1):
+    for step, (batch,) in enumerate(loader, 1):
         accelerator.backward(loss := engine(batch))
         optimizer.step()
         schedule.step()

@@ -17,7 +17,7 @@ from moe_groups.integrations.hf_trainer import MoETrainer
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 BATCH = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
-DEEPSPEED = {**BATCH, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
+CONFIG = {**BATCH, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
 
 
 class FFN(MoE):
@@ -47,14 +47,12 @@ if __name__ == "__main__":
     os.environ["ACCELERATE_USE_DEEPSPEED"], gpu = "true", torch.cuda.is_available()
     PartialState(backend=None if gpu else "gloo")  # without a GPU, Accelerate chooses none
     data = (torch.arange(64) + torch.randint(256, (200, 1))) % 256  # bytes that count up
-    options: dict[str, Any] = {"bf16": True, "use_cpu": not gpu, "deepspeed": DEEPSPEED}
-    options |= {"max_steps": 20, "logging_steps": 5, "save_strategy": "no", "report_to": []}
+    options: dict[str, Any] = {"accelerator_config": {"use_configured_state": True}}
+    options |= {"max_steps": 20, "logging_steps": 5, "save_strategy": "no", "disable_tqdm": True}
     options |= {"learning_rate": 3e-3, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
     trainer = MoETrainer(
         model=MoELlama(LlamaConfig(vocab_size=256, **SIZES)),
-        args=TrainingArguments(
-            mkdtemp(), accelerator_config={"use_configured_state": True}, **options
-        ),
+        args=TrainingArguments(mkdtemp(), deepspeed=CONFIG, bf16=True, use_cpu=not gpu, **options),
         train_dataset=[{"input_ids": row, "labels": row} for row in data],
         group_options={"split_by": "expert", "overrides": [("*.expert.0", {"lr": 1e-3})]},
     )

@@ -142,13 +142,13 @@ def test_trainer_resumes_with_adapters(tmp_path: Path) -> None:
 
 
 def accelerated() -> tuple[int, int, list[str]]:
-    accelerator, engine, *rest = prepare_with_accelerate("zero2", (), adapt(make_model()), STEPS)
+    run = prepare_with_accelerate("zero2", (), adapt(make_model()), STEPS)
+    engine, schedule = run[1], run[-1].scheduler
     before = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
-    run_accelerate(accelerator, engine, *rest, steps=STEPS)
+    run_accelerate(run, STEPS)
     verify(engine)
     changed = [n for n, p in engine.module.named_parameters() if not torch.equal(p, before[n])]
-    rates = rest[-1].scheduler.base_lrs
-    return len(rates), len(engine.optimizer.param_groups), changed
+    return len(schedule.base_lrs), len(engine.optimizer.param_groups), changed
 
 
 def test_accelerate_trains_adapters() -> None:

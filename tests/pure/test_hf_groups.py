@@ -42,8 +42,9 @@ class TupleToTensor(nn.Module):
 def llama() -> nn.Module:
     """A model of transformers whose feed-forward networks are MoE layers."""
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32, num_attention_heads=2))
-    for layer in model.model.layers:
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32, num_attention_heads=2))
+    layers: Any = model.get_submodule("model.layers")
+    for layer in layers:
         layer.mlp = TupleToTensor()
     return model
 
@@ -59,9 +60,7 @@ models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
 
 def arguments(folder: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to=[], weight_decay=0.1, adam_beta1=0.8
-    )
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, weight_decay=0.1, adam_beta1=0.8)
 
 
 def options_of(groups: Groups, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -160,9 +159,8 @@ def test_groups_of_ones_own_keep_their_options() -> None:
     model = TinyMoE(MoE, ep_size=2)
     blocks = list(model.blocks.parameters())
     rest = [*model.inp.parameters(), *model.out.parameters()]
-    optimizer = torch.optim.AdamW(
-        [{"params": blocks, "lr": 0.5, "mine": 7}, {"params": rest, "betas": (0.1, 0.2)}]
-    )
+    own: Groups = [{"params": blocks, "lr": 0.5, "mine": 7}]
+    optimizer = torch.optim.AdamW([*own, {"params": rest, "betas": (0.1, 0.2)}])
     before = options_of(optimizer.param_groups, model)
     assert group_optimizer(optimizer, model, split_by="expert") is optimizer
     assert options_of(optimizer.param_groups, model) == before
