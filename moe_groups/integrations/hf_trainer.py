@@ -24,6 +24,16 @@ from transformers.trainer import SCHEDULER_NAME  # noqa: E402
 
 from moe_groups.integrations.accelerate import group_optimizer  # noqa: E402
 
+_OPTIONS = (
+    "split_by",
+    "max_group_size",
+    "max_group_bytes",
+    "data_parallel_size",
+    "overrides",
+    "step_memory_budget",
+    "step",
+)
+
 
 class MoETrainer(Trainer):
     """``Trainer`` whose optimizer has MoE groups.
@@ -100,11 +110,12 @@ class MoETrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer keeps a torch scheduler's state itself, with a rate for each group."""
         scheduler, file = self.lr_scheduler, Path(checkpoint or "", SCHEDULER_NAME)
-        if self.regroup != "auto" or not isinstance(scheduler, LRScheduler) or not file.is_file():
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
+        converted = self.is_deepspeed_enabled and self.regroup == "auto" and file.is_file()
+        if converted and isinstance(scheduler, LRScheduler):
             saved = torch.load(file, weights_only=True)
             scheduler.load_state_dict(saved | _rates_of_groups(scheduler, saved))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
 
 def _rates_of_groups(scheduler: LRScheduler, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,14 +127,3 @@ def _rates_of_groups(scheduler: LRScheduler, saved: Mapping[str, Any]) -> dict[s
         "lr_lambdas": saved.get("lr_lambdas", [])[:1] * len(groups),  # Trainer has one for all
     }
     return {key: value for key, value in lists.items() if key in saved}
-
-
-_OPTIONS = (
-    "split_by",
-    "max_group_size",
-    "max_group_bytes",
-    "data_parallel_size",
-    "overrides",
-    "step_memory_budget",
-    "step",
-)

@@ -22,7 +22,7 @@ from tests.hf_runs import (
 from tests.models import TinyMoE
 from tests.ranks import forget_process_groups, run_on_ranks
 from tests.training import config as deepspeed_config
-from tests.training import initialize, largest_difference, train, weights
+from tests.training import initialize, largest_difference, make_groups, train, weights
 
 Groups = list[dict[str, Any]]
 TARGETS = ["inp", "up", "down"]
@@ -109,6 +109,23 @@ def test_adapters_of_experts_train_as_experts(
         assert counts == (5, 5, 5)  # the scheduler's rates and the engine's groups
     for name, param in found[0][-1].items():  # each rank has experts of its own
         assert not torch.equal(param, found[1][-1][name]), name
+
+
+def train_with_an_empty_group() -> tuple[int, int]:
+    model = TinyMoE(DeepSpeedMoE, ep_size=2)
+    groups = [*make_groups(model, "stock"), {"params": [], "name": "all frozen"}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    schedule = get_scheduler("linear", optimizer, 1, STEPS)
+    engine = initialize(model, optimizer, deepspeed_config("zero2"), lr_scheduler=schedule)
+    with pytest.raises(ValueError, match="zip"):
+        train(engine, 1)
+    return len(schedule.base_lrs), len(engine.optimizer.param_groups)
+
+
+def test_deepspeed_drops_an_empty_group_and_a_scheduler_fails() -> None:
+    """Why no group may be empty: the rates that the scheduler keeps are then too many."""
+    for rates, groups in run_on_ranks(2, train_with_an_empty_group):
+        assert rates == groups + 1
 
 
 # ---- through Trainer and Accelerate ------------------------------------------------------

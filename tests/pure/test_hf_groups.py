@@ -144,6 +144,26 @@ def test_a_subclass_decides_on_decay_and_overrides_win(tmp_path: Path) -> None:
             assert (given["lr"], given["weight_decay"]) == own, name
 
 
+def test_groups_of_another_trainer_keep_their_options(tmp_path: Path) -> None:
+    class OwnRates(Trainer):  # type: ignore[misc, unused-ignore]
+        def create_optimizer(self, *args: Any) -> Any:
+            if self.optimizer is None:
+                moe, rest = self.model.body.blocks, (self.model.body.inp, self.model.body.out)
+                groups = [{"params": [*moe.parameters()], "lr": 0.5}]
+                groups.append({"params": [p for m in rest for p in m.parameters()]})
+                self.optimizer = torch.optim.SGD(groups, lr=0.1)
+            return self.optimizer
+
+    class Both(MoETrainer, OwnRates):
+        pass
+
+    model, args = make_model(), arguments(tmp_path)
+    ours = Both(model=model, args=args, group_options={"split_by": "expert"}).create_optimizer()
+    theirs = OwnRates(model=model, args=args).create_optimizer()
+    assert options_of(ours.param_groups, model) == options_of(theirs.param_groups, model)
+    assert sum(bool(group.get("moe")) for group in ours.param_groups) == 4
+
+
 @pytest.mark.parametrize("option", ["weight_decay", "no_decay", "plan", "max_size"])
 def test_options_that_trainer_decides_are_refused(option: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"group_options has {option}: .*split_by"):
