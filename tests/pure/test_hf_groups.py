@@ -146,6 +146,8 @@ def test_a_subclass_decides_on_decay_and_overrides_win(tmp_path: Path) -> None:
 
 def test_groups_of_another_trainer_keep_their_options(tmp_path: Path) -> None:
     class OwnRates(Trainer):  # type: ignore[misc, unused-ignore]
+        optimizer: Any
+
         def create_optimizer(self, *args: Any) -> Any:
             if self.optimizer is None:
                 moe, rest = self.model.body.blocks, (self.model.body.inp, self.model.body.out)
