@@ -203,7 +203,9 @@ def _remember(engine: Any, optimizer: Any) -> None:
     given: dict[int, Given] = {}
     for group in optimizer.param_groups:
         options = {key: float(group[key]) for key in ("lr", "weight_decay") if key in group}
-        record = Given(str(group.get("name", "")), options, group.get("lr") != default)
+        if "initial_lr" in group:  # a scheduler was there first (Accelerate), and set its own
+            options["lr"] = float(group["initial_lr"])
+        record = Given(str(group.get("name", "")), options, options.get("lr") != default)
         given.update((id(param), record) for param in group["params"])
     setattr(engine, _GIVEN, given)
     _ENGINES.add(engine)

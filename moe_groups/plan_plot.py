@@ -6,8 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 from moe_groups.errors import InvalidArgumentError
+from moe_groups.optional import need
 from moe_groups.plan_command import PlanReport
-from moe_groups.plan_report import headline, need
+from moe_groups.plan_report import headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,5 @@
 """What ``moe-groups plan`` prints: tables for people, or JSON."""
 
-import importlib
 import json
 import re
 import shutil
@@ -9,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_groups.errors import InvalidArgumentError
+from moe_groups.optional import need
 from moe_groups.plan_command import PlanReport
 from moe_groups.step_report import GroupMemory
 from moe_groups.units import show_bytes
@@ -22,16 +21,6 @@ _WIDTH = 100
 _BAR = 24
 _MOST_ROWS = 24
 _MOST_POINTS = 14
-
-
-def need(package: str, extra: str, what: str) -> None:
-    """Raise InvalidArgumentError unless ``package`` of the optional ``extra`` is there."""
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        raise InvalidArgumentError(
-            f"{what} need {package}, which cannot be imported: pip install 'moe-groups[{extra}]'."
-        ) from error
 
 
 def headline(report: PlanReport) -> str:

@@ -1,0 +1,149 @@
+"""Groups for an optimizer that Accelerate prepares, with an optimizer block or without."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from moe_groups.errors import InvalidArgumentError, ParameterInputError
+from moe_groups.expert_layers import TaggedModel, find_experts
+from moe_groups.inputs import ParamGroup
+from moe_groups.optional import need
+from moe_groups.param_groups import create_moe_param_groups
+
+need("accelerate", "hf", "groups for Accelerate")
+
+from accelerate.state import AcceleratorState, is_initialized  # noqa: E402
+from accelerate.utils import DummyOptim  # noqa: E402
+
+_Optimizer = TypeVar("_Optimizer", bound=Any)
+_NOT_HERE = {
+    "plan": "its groups have options of their own, which a plan would drop: give "
+    "step_memory_budget, with which they are planned",
+    "weight_decay": "it has a weight decay already: give it to the optimizer",
+}
+
+
+def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> _Optimizer:
+    """Put MoE groups into an optimizer, between its making and ``accelerator.prepare``.
+
+    Takes a torch optimizer over ``model.parameters()`` or over groups of yours, whose
+    hyperparameters are kept. With an ``"optimizer"`` block in the DeepSpeed config, takes
+    Accelerate's ``DummyOptim``: type and hyperparameters are then those of the block. Make a
+    learning-rate scheduler afterwards, for it remembers the groups that it finds.
+
+    Args:
+        optimizer: is changed, and returned.
+        model: the model that is prepared with it, not wrapped by DeepSpeed yet.
+        options: of :func:`moe_groups.create_moe_param_groups`, but for ``plan`` and
+            ``weight_decay``. ``no_decay`` counts for groups that have no weight decay of their
+            own.
+
+    Raises:
+        InvalidArgumentError: such an optimizer or option cannot be used.
+        MoEGroupsError: as :func:`moe_groups.create_moe_param_groups`. The optimizer is as it
+            was then.
+
+    Example:
+        >>> optimizer = group_optimizer(AdamW(model.parameters(), lr=3e-4), model,
+        ...                             split_by="expert")                # doctest: +SKIP
+        >>> model, optimizer = accelerator.prepare(model, optimizer)      # doctest: +SKIP
+    """
+    for option in _NOT_HERE.keys() & options.keys():
+        raise InvalidArgumentError(
+            f"{option} cannot be given where an optimizer is grouped: {_NOT_HERE[option]}."
+        )
+    _check_optimizer(optimizer)
+    found = find_experts(model)
+    given = _named_groups(_own_groups(optimizer), found)
+    if "no_decay" not in options and _second_has_no_decay(given, optimizer):
+        given, rule = _as_one_group(given, found)
+        options = options | rule
+    with found.written():
+        groups = create_moe_param_groups(given, **options)
+    if isinstance(optimizer, DummyOptim):
+        optimizer.params = groups
+    else:
+        optimizer.param_groups.clear()
+        for group in groups:
+            optimizer.add_param_group(group)
+    return optimizer
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, DummyOptim):
+        plugin = AcceleratorState().deepspeed_plugin if is_initialized() else None
+        block = plugin.deepspeed_config.get("optimizer", {}) if plugin else {}
+        if str(block.get("type")).lower() == "muon":
+            raise InvalidArgumentError(
+                'the optimizer block of the DeepSpeed config has "type": "Muon", for which '
+                "DeepSpeed makes groups itself and drops those that it is given: take the block "
+                "out of the config, and make the optimizer in code."
+            )
+    elif not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidArgumentError(
+            f"a {type(optimizer).__name__} cannot be grouped: expected a torch optimizer, or "
+            "Accelerate's DummyOptim."
+        )
+    elif any("initial_lr" in group for group in optimizer.param_groups):
+        raise InvalidArgumentError(
+            f"a learning-rate scheduler was made from this {type(optimizer).__name__}, and has a "
+            "rate for each group that it found: group the optimizer first, then make the scheduler."
+        )
+
+
+def _own_groups(optimizer: Any) -> list[ParamGroup]:
+    """Its groups, with the options that are not the optimizer's defaults."""
+    if isinstance(optimizer, DummyOptim):
+        optimizer.params = params = list(optimizer.params)  # it may be a generator
+        grouped = bool(params) and isinstance(params[0], dict)
+        return params if grouped else [{"params": params}]
+    defaults = optimizer.defaults
+    return [
+        {key: value for key, value in group.items() if defaults.get(key, group) != value}
+        for group in optimizer.param_groups
+    ]
+
+
+def _named_groups(groups: list[ParamGroup], found: TaggedModel) -> list[ParamGroup]:
+    """The groups with named parameters; the last has what is frozen too, for errors to tell of."""
+    names = {id(param): name for name, param in found.names}
+    named = []
+    for index, group in enumerate(groups):
+        params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        for param in params:
+            if id(param) not in names:
+                raise ParameterInputError(
+                    f"group {index} of the optimizer has a parameter of shape "
+                    f"{tuple(param.shape)} that is not in the model: make the optimizer from the "
+                    "model's parameters, before it is prepared."
+                )
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        named.append({"params": [(names[id(p)], p) for p in params], **options})
+    mine = {id(param) for group in named for _, param in group["params"]}
+    frozen = [(n, p) for n, p in found.names if not p.requires_grad and id(p) not in mine]
+    named[-1]["params"] += frozen
+    return named
+
+
+def _second_has_no_decay(groups: list[ParamGroup], optimizer: Any) -> bool:
+    """Are these the usual two groups, which differ in weight decay and in nothing else?"""
+    own = [{k: v for k, v in g.items() if k not in ("params", "weight_decay")} for g in groups]
+    default = getattr(optimizer, "defaults", {}).get("weight_decay")
+    decay = groups[-1].get("weight_decay", default)
+    return len(groups) == 2 and own[0] == own[1] and decay == 0
+
+
+def _as_one_group(
+    groups: list[ParamGroup], found: TaggedModel
+) -> tuple[list[ParamGroup], dict[str, Any]]:
+    """One group in the model's order and a rule, for the names and order that a rule gives."""
+    first, second = groups
+    undecayed = {id(param) for _, param in second["params"]}
+    place = {id(param): index for index, (_, param) in enumerate(found.names)}
+    params = sorted([*first["params"], *second["params"]], key=lambda pair: place[id(pair[1])])
+    rule: dict[str, Any] = {"no_decay": lambda _, param: id(param) in undecayed}
+    if "weight_decay" in first:
+        rule["weight_decay"] = first["weight_decay"]
+    options = {k: v for k, v in first.items() if k not in ("params", "weight_decay")}
+    return [{"params": params, **options}], rule

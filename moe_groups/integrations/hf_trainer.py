@@ -1,0 +1,129 @@
+"""Groups for Hugging Face's ``Trainer`` and its subclasses."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from moe_groups import _deepspeed
+from moe_groups.arguments import check_one_of
+from moe_groups.checkpoint_guard import Regroup, protect_checkpoints
+from moe_groups.errors import InvalidArgumentError
+from moe_groups.optional import need
+from moe_groups.verify import verify
+
+need("transformers", "hf", "groups for Trainer")
+need("accelerate", "hf", "groups for Trainer")
+
+from accelerate.utils import DummyOptim  # noqa: E402
+from transformers import Trainer  # noqa: E402
+from transformers.trainer import SCHEDULER_NAME  # noqa: E402
+
+from moe_groups.integrations.accelerate import group_optimizer  # noqa: E402
+
+_OPTIONS = (
+    "split_by",
+    "max_group_size",
+    "max_group_bytes",
+    "data_parallel_size",
+    "overrides",
+    "step_memory_budget",
+    "step",
+)
+
+
+class MoETrainer(Trainer):
+    """``Trainer`` whose optimizer has MoE groups.
+
+    Weight decay is Trainer's own (``get_decay_parameter_names``), and so are the type of the
+    optimizer and its hyperparameters: those of the training arguments, or those of an
+    ``"optimizer"`` block in the DeepSpeed config. The groups are verified on all ranks before
+    the first step (:func:`moe_groups.verify`).
+
+    Goes before other subclasses of ``Trainer`` in a class of yours:
+    ``class MoESFTTrainer(MoETrainer, SFTTrainer): ...``.
+
+    Args:
+        args: and ``kwargs``: as for the class that it is mixed into.
+        group_options: of :func:`moe_groups.create_moe_param_groups`: ``split_by``, the caps,
+            ``overrides``, ``step_memory_budget`` and what belongs to them.
+        regroup: what to do with a checkpoint of other groups, as in
+            :func:`moe_groups.protect_checkpoints`.
+
+    Raises:
+        InvalidArgumentError: an option that Trainer decides, or one that does not exist.
+
+    Example:
+        >>> trainer = MoETrainer(model=model, args=args, train_dataset=data,
+        ...                      group_options={"split_by": "expert"})    # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        group_options: Mapping[str, Any] | None = None,
+        regroup: Regroup = "refuse",
+        **kwargs: Any,
+    ) -> None:
+        check_one_of("regroup", regroup, ("refuse", "auto", "off"))
+        self.group_options, self.regroup = dict(group_options or {}), regroup
+        if unknown := sorted(self.group_options.keys() - _OPTIONS):
+            raise InvalidArgumentError(
+                f"group_options has {', '.join(unknown)}: expected some of {', '.join(_OPTIONS)}. "
+                "Weight decay is Trainer's: override its get_decay_parameter_names to change it."
+            )
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any) -> Any:
+        """Trainer's optimizer, with MoE groups in place of its two."""
+        model = args[0] if args else self.model
+        before = self.optimizer
+        optimizer = super().create_optimizer(*args)
+        if isinstance(optimizer, DummyOptim):
+            optimizer.params = self._decay_groups(model)
+        elif optimizer is before:  # Trainer asks twice
+            return optimizer
+        return group_optimizer(optimizer, model, **self.group_options)
+
+    def _decay_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """With Trainer's decay rules, where DeepSpeed makes the optimizer and Trainer none."""
+        decayed = set(self.get_decay_parameter_names(model))
+        parts: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+        for name, param in model.named_parameters():
+            if param.requires_grad:
+                parts[name in decayed].append(param)
+        return [{"params": parts[True]}, {"params": parts[False], "weight_decay": 0.0}]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's scheduler; the engine is there then, and no checkpoint is loaded yet."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        mine = getattr(self.optimizer, "optimizer", None)
+        for engine in _deepspeed.known_engines():
+            if mine is not None and engine.optimizer is mine:
+                protect_checkpoints(engine, regroup=self.regroup)
+                verify(engine)
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer keeps a torch scheduler's state itself, with a rate for each group."""
+        scheduler, file = self.lr_scheduler, Path(checkpoint or "", SCHEDULER_NAME)
+        converted = self.is_deepspeed_enabled and self.regroup == "auto" and file.is_file()
+        if converted and isinstance(scheduler, LRScheduler):
+            saved = torch.load(file, weights_only=True)
+            scheduler.load_state_dict(saved | _rates_of_groups(scheduler, saved))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def _rates_of_groups(scheduler: LRScheduler, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler's lists for the groups as they are now: their rates have been loaded."""
+    groups = scheduler.optimizer.param_groups
+    lists = {
+        "base_lrs": [group["initial_lr"] for group in groups],
+        "_last_lr": [group["lr"] for group in groups],
+        "lr_lambdas": saved.get("lr_lambdas", [])[:1] * len(groups),  # Trainer has one for all
+    }
+    return {key: value for key, value in lists.items() if key in saved}
