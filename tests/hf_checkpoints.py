@@ -1,4 +1,4 @@
-"""Tiny checkpoints that transformers itself writes, and models of ours that are filled from them."""
+"""Tiny checkpoints that transformers itself writes, and models of ours to fill from them."""
 
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,9 @@ class GatedFFN(nn.Module):
     def __init__(self, names: tuple[str, str, str], hidden: int = HIDDEN, inner: int = INNER):
         super().__init__()
         self.names = names
-        for name, sizes in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):
+        for name, sizes in zip(
+            names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True
+        ):
             self.add_module(name, nn.Linear(*sizes, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,7 +100,7 @@ NUMBERED = ("w1", "w3", "w2")
 def moe_layer(ep_size: int, names: tuple[str, str, str] = PROJECTIONS, **options: Any) -> MoE:
     """DeepSpeed's layer with the routing of Mixtral and Qwen3-MoE: top 2, nothing dropped."""
     options = {"num_experts": EXPERTS, "k": 2, "drop_tokens": False} | options
-    expert = GatedFFN(names)
+    expert = GatedFFN(names, inner=options.pop("inner", INNER))
     return MoE(HIDDEN, expert, ep_size=ep_size, top2_2nd_expert_sampling=False, **options)
 
 
