@@ -10,7 +10,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
-from moe_groups import create_moe_param_groups
+from moe_groups import MoE, create_moe_param_groups
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.load_experts import load_experts
 from moe_groups.save_experts import save_experts
@@ -28,7 +28,7 @@ from tests.hf_checkpoints import (
     true_experts,
 )
 from tests.ranks import run_on_ranks
-from tests.training import WRAPPERS, config, initialize, largest_difference, weights
+from tests.training import WRAPPERS, TorchFusedAdam, config, initialize, largest_difference, weights
 
 STYLES = [(family, fused) for family in FAMILIES for fused in (False, True)]
 
@@ -50,7 +50,7 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
 def bind(model: nn.Module) -> None:
     """What ``deepspeed.initialize`` does with the layers."""
     for module in model.modules():
-        if hasattr(module, "set_deepspeed_parallelism"):
+        if isinstance(module, MoE | AutoEPMoELayer):
             module.set_deepspeed_parallelism()
 
 
@@ -202,12 +202,11 @@ class Trained(nn.Module):
 
 
 def engine_of(model: nn.Module, wrapper: str) -> Any:
-    optimizer = torch.optim.AdamW(create_moe_param_groups(model), lr=1e-2)
-    if wrapper == "half":
-        from tests.training import TorchFusedAdam
-
-        optimizer = TorchFusedAdam(create_moe_param_groups(model), lr=1e-2)  # type: ignore[assignment]
-    return initialize(model, optimizer, config(wrapper))
+    # FP16_Optimizer steps once with gradients of zero when it is made, and so would decay.
+    options = {"lr": 1e-2, "weight_decay": 0.0}
+    kind = TorchFusedAdam if wrapper == "half" else torch.optim.AdamW
+    groups = create_moe_param_groups(model)
+    return initialize(model, kind(groups, **options), config(wrapper))  # type: ignore[arg-type]
 
 
 def trained(engine: Any) -> list[dict[str, torch.Tensor]]:
