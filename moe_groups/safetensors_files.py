@@ -96,8 +96,9 @@ class SafetensorsFiles:
         self._files.close()
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """``tensor[index]``: a view of the mapped file, of which nothing else is read."""
-        tensor: torch.Tensor = self._open[self.tensors[name].file].get_slice(name)[index or ...]
+        """The tensor, or its ``index``, as a view of the mapped file: nothing else is read."""
+        file = self._open[self.tensors[name].file]
+        tensor: torch.Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
         return tensor
 
     def _read_header(self, file: str) -> None:
@@ -142,7 +143,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     try:
         names = json.loads(path.read_bytes())["weight_map"]
         assert isinstance(names, dict)
-        assert all(isinstance(file, str) and Path(file).name == file for file in names.values())
+        assert all(Path(file).name == file for file in set(names.values()))
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(
             f'{path} is damaged: it must hold "weight_map", the file of each tensor by its name.'

@@ -15,6 +15,7 @@ from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.load_experts import load_experts
 from moe_groups.save_experts import save_experts
 from moe_groups.topology import Topology
+from tests.distributed.test_demo import run_example
 from tests.hf_checkpoints import (
     DENSE_LAYERS,
     EXPERTS,
@@ -362,3 +363,12 @@ def load_round_trip(source: Path, back: Path) -> bool:
 def test_round_trip_to_another_ep_size(tmp_path: Path) -> None:
     source = save(hf_model("qwen3_moe"), tmp_path / "in")
     assert run_on_ranks(2, load_round_trip, source, tmp_path / "out") == [True, True]
+
+
+def test_example() -> None:
+    printed = run_example("load_mixtral_experts.py")
+    for rank, numbers in ((0, "0 to 3"), (1, "4 to 7")):
+        assert f"model.layers.1.mlp: experts {numbers}" in printed
+        assert f"rank {rank} wrote model-0000{rank + 1}-of-00002.safetensors" in printed
+    assert "not filled" not in printed
+    assert "not used" not in printed
