@@ -10,6 +10,7 @@ pages of files.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -40,13 +41,10 @@ class Shape(NamedTuple):
     inner: int
 
 
-LARGE = Shape(layers=4, experts=8, hidden=1024, inner=3584)  # Mixtral-8x7B's widths / 4
-SMALL = Shape(layers=8, experts=64, hidden=512, inner=256)  # Qwen3-30B-A3B's / 4 and / 3
 CASES = (
-    ("8 large experts, one tensor each", LARGE, False),
-    ("8 large experts, fused", LARGE, True),
-    ("64 small experts, one tensor each", SMALL, False),
-    ("64 small experts, fused", SMALL, True),
+    ("Mixtral-8x7B's widths / 2", Shape(layers=1, experts=8, hidden=2048, inner=7168)),
+    ("Qwen3-30B-A3B's widths", Shape(layers=1, experts=128, hidden=2048, inner=768)),
+    ("very small experts", Shape(layers=8, experts=64, hidden=512, inner=256)),
 )
 
 
@@ -55,7 +53,7 @@ def make(directory: Path, shape: Shape, fused: bool) -> None:
     from safetensors.torch import save_file
 
     directory.mkdir()
-    index = {}
+    index: dict[str, str] = {}
     sizes = {
         "gate_proj": (shape.inner, shape.hidden),
         "up_proj": (shape.inner, shape.hidden),
@@ -87,8 +85,10 @@ def build(shape: Shape) -> nn.Module:
     from moe_groups import MoE
 
     expert = GatedFFN(PROJECTIONS, shape.hidden, shape.inner).bfloat16()
-    options = {"num_experts": shape.experts, "ep_size": WORLD}
-    layers = (MoE(shape.hidden, expert, **options) for _ in range(shape.layers))
+    layers = (
+        MoE(shape.hidden, expert, num_experts=shape.experts, ep_size=WORLD)
+        for _ in range(shape.layers)
+    )
     model = nn.Module()
     model.blocks = nn.ModuleList(layers)
     return model.bfloat16()
@@ -103,9 +103,10 @@ def ranges(directory: Path, shape: Shape) -> list[Range]:
     local = shape.experts // WORLD
     matrix = 2 * shape.hidden * shape.inner
     for path in sorted(directory.glob("*.safetensors")):
-        data = path.read_bytes()[: 2**20]
-        length = int.from_bytes(data[:8], "little")
-        for name, tensor in json.loads(data[8 : 8 + length]).items():
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        for name, tensor in header.items():
             begin, end = tensor["data_offsets"]
             parts = name.split(".")
             if parts[-1] in ("gate_up_proj", "down_proj"):  # of all experts
@@ -128,7 +129,7 @@ def plain(wanted: list[Range]) -> None:
         if path not in opened:
             opened[path] = open(path, "rb", buffering=0)  # noqa: SIM115
         opened[path].seek(first)
-        read = opened[path].readinto(memoryview(memory.numpy()))
+        read = opened[path].readinto(memory.numpy().data)
         assert read == len(memory)
     for file in opened.values():
         file.close()
@@ -208,12 +209,13 @@ def main() -> None:
     parser.add_argument("--directory", default=tempfile.gettempdir(), help="of the disk to use")
     args = parser.parse_args()
     rows = []
-    for name, shape, fused in CASES:
+    for (name, shape), fused in itertools.product(CASES, (False, True)):
         with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
             directory = Path(scratch) / "checkpoint"
             make(directory, shape, fused)
             found = run_as_rank(RANK, WORLD, measure, directory, shape, args.rounds)
-        rows.append({"experts": name, **found})
+        style = "one for all" if fused else "each its own"
+        rows.append({"experts": name, "tensors": style, **found})
     write("load_experts", rows)
 
 

@@ -317,9 +317,11 @@ def is_engine(value: object) -> bool:
 
 
 def has_engine(model: nn.Module) -> bool:
-    """Is ``model`` what an engine steps? Every engine puts hooks on its module."""
+    """Is ``model`` what an engine steps, or a part of it? Every engine puts hooks on its module."""
     hooks = model._forward_pre_hooks.values()
-    return any(getattr(h, "__module__", "") == "deepspeed.runtime.engine" for h in hooks)
+    if any(getattr(hook, "__module__", "") == "deepspeed.runtime.engine" for hook in hooks):
+        return True
+    return any(part is model for engine in _ENGINES for part in engine.module.modules())
 
 
 def refresh_master_weights(engine: Any) -> None:

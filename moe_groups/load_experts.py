@@ -12,7 +12,7 @@ from moe_groups import _deepspeed
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.expert_checkpoint_names import ROUTER
 from moe_groups.load_plan import LoadPlan, NamesGiven, plan_load
-from moe_groups.local_experts import find_local_experts
+from moe_groups.local_experts import find_local_experts, module_of
 from moe_groups.safetensors_files import SafetensorsFiles
 from moe_groups.topology import Topology
 
@@ -100,9 +100,8 @@ def load_experts(
         >>> loaded.experts["model.layers.0.moe"]                          # doctest: +SKIP
         range(4, 8)
     """
-    engine = model if _deepspeed.is_engine(model) else None
-    module: nn.Module = model if engine is None else engine.module
-    _check_model(module, engine, layers)
+    module = module_of(model, "load_experts")
+    _check_module(module, model is module, layers)
     local = find_local_experts(module, topology)
     given = NamesGiven(layers, matrices or {}, router)
     with SafetensorsFiles(directory) as files:
@@ -110,26 +109,17 @@ def load_experts(
         unused = sorted(set(files.tensors) - plan.used)
         _refuse(plan, unused, strict, files.directory)
         read = _copy(plan, files)
-    if engine is not None:
-        _deepspeed.refresh_master_weights(engine)
+    if model is not module:
+        _deepspeed.refresh_master_weights(model)
     experts = {layer.path: layer.numbers for layer in local}
     return LoadedExperts(experts, plan.filled, plan.not_filled, unused, read)
 
 
-def _check_model(module: nn.Module, engine: Any, layers: Mapping[str, str] | None) -> None:
-    if not isinstance(module, nn.Module):
-        raise InvalidArgumentError(
-            f"model is a {type(module).__name__}: give a module, or a DeepSpeed engine."
-        )
-    if engine is None and _deepspeed.has_engine(module):
+def _check_module(module: nn.Module, alone: bool, layers: Mapping[str, str] | None) -> None:
+    if alone and _deepspeed.has_engine(module):
         raise InvalidArgumentError(
             "this model belongs to a DeepSpeed engine, which steps weights of its own: give "
             "load_experts the engine, or call it before deepspeed.initialize."
-        )
-    if _deepspeed.is_partitioned(module):
-        raise InvalidArgumentError(
-            "ZeRO-3 keeps this model's parameters in parts: load_experts works with ZeRO-1, ZeRO-2 "
-            "and BF16_Optimizer."
         )
     if _deepspeed.is_pipeline(module) and layers is None:
         raise InvalidArgumentError(

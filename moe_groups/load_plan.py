@@ -60,6 +60,11 @@ def plan_load(
     stored = find_stored_layers(files.tensors)
     prefixes = match_layers([layer.path for layer in layers], stored, given.layers)
     planner = _Planner(files.tensors, given, LoadPlan())
+    if layers and stored and not prefixes:
+        planner.plan.problems.append(
+            f"the MoE layers {_some([layer.path for layer in layers])} are none of the "
+            f"checkpoint's {_some([*stored])}: say which is which with layers={{...}}"
+        )
     for layer in layers:
         prefix = prefixes.get(layer.path)
         planner.add_experts(layer, stored[prefix] if prefix else None)
@@ -150,6 +155,10 @@ class _Planner:
                 f"matrices names {unknown[0]!r}, which no expert of the model has: theirs are "
                 f"{sorted(self.matrices)}."
             )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2] + ["..."] * (len(names) > 2))
 
 
 def _wrong_number(layer: LocalExperts, stored: StoredLayer) -> str | None:

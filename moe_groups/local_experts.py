@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,28 @@ class LocalExperts:
     def numbers(self) -> range:
         """This rank's experts by their number over all ranks."""
         return range(self.first, self.first + len(self.experts))
+
+
+def module_of(model: Any, name: str) -> nn.Module:
+    """The module that ``model`` is, or that the engine ``model`` steps.
+
+    Args:
+        name: of the function that wants its weights.
+
+    Raises:
+        InvalidArgumentError: it is neither, or ZeRO-3 has its weights.
+    """
+    module = model.module if _deepspeed.is_engine(model) else model
+    if not isinstance(module, nn.Module):
+        raise InvalidArgumentError(
+            f"model is a {type(module).__name__}: give a module, or a DeepSpeed engine."
+        )
+    if _deepspeed.is_partitioned(module):
+        raise InvalidArgumentError(
+            f"ZeRO-3 keeps this model's parameters in parts: {name} works with ZeRO-1, ZeRO-2 and "
+            "BF16_Optimizer."
+        )
+    return module
 
 
 def find_local_experts(model: nn.Module, topology: Topology | None) -> list[LocalExperts]:

@@ -141,10 +141,10 @@ def _read_index(directory: Path) -> dict[str, str] | None:
             f"{directory} is no checkpoint of safetensors: it has neither {INDEX} nor {SINGLE}."
         )
     try:
-        names = json.loads(path.read_bytes())["weight_map"]
-        assert isinstance(names, dict)
-        assert all(Path(file).name == file for file in set(names.values()))
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        names: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        if any(Path(file).name != file for file in set(names.values())):
+            raise ValueError("a file of another directory")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f'{path} is damaged: it must hold "weight_map", the file of each tensor by its name.'
         ) from error

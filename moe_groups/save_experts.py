@@ -1,5 +1,6 @@
 """``save_experts``: the model as a Hugging Face checkpoint, written by all ranks."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,12 +20,17 @@ from moe_groups.expert_checkpoint_names import (
     saved_prefix,
 )
 from moe_groups.layer_names import expand, layer_number
-from moe_groups.local_experts import LocalExperts, dense_tensors, find_local_experts
+from moe_groups.local_experts import (
+    LocalExperts,
+    dense_tensors,
+    find_local_experts,
+    module_of,
+)
 from moe_groups.plan_report import need
 from moe_groups.safetensors_files import INDEX
 from moe_groups.saving import together
 from moe_groups.topology import Topology
-from moe_groups.unfinished import finished_file
+from moe_groups.unfinished import PART, finished_file
 from moe_groups.units import parse_bytes
 
 Named = dict[str, torch.Tensor]
@@ -72,8 +78,8 @@ def save_experts(
     need("safetensors", "hf", "safetensors checkpoints")
     check_one_of("family", family, FAMILIES)
     size = parse_bytes(max_shard_size, "max_shard_size")
-    module: nn.Module = model.module if _deepspeed.is_engine(model) else model
-    _check_model(module)
+    module = module_of(model, "save_experts")
+    _check_whole(module)
     local = find_local_experts(module, topology)
     prefixes = _prefixes([layer.path for layer in local], family, layers)
     rank = distributed.get_rank() if distributed.is_initialized() else 0
@@ -85,12 +91,7 @@ def save_experts(
     return _write(_Job(Path(directory), rank), list(_cut(mine, size)))
 
 
-def _check_model(module: nn.Module) -> None:
-    if _deepspeed.is_partitioned(module):
-        raise InvalidArgumentError(
-            "ZeRO-3 keeps this model's parameters in parts: save_experts works with ZeRO-1, ZeRO-2 "
-            "and BF16_Optimizer."
-        )
+def _check_whole(module: nn.Module) -> None:
     if _deepspeed.is_pipeline(module) or _deepspeed.tensor_parallel_size() > 1:
         raise InvalidArgumentError(
             "save_experts writes what is dense from rank 0, which under tensor or pipeline "
@@ -182,6 +183,13 @@ class _Job:
                 "remove the files of the other checkpoint."
             )
 
+    def remove(self, paths: list[Path]) -> None:
+        """What a save that failed has left."""
+        for path in paths:
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                path.with_name(path.name + PART).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+
 
 def _write(job: _Job, shards: list[Named]) -> list[Path]:
     job.together(job.check_directory)
@@ -212,8 +220,12 @@ def _write(job: _Job, shards: list[Named]) -> list[Path]:
             with finished_file(job.directory / INDEX) as part:
                 part.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    job.together(write_shards)
-    job.together(write_index)
+    try:
+        job.together(write_shards)
+        job.together(write_index)
+    except CheckpointError:
+        job.remove(paths)
+        raise
     return paths
 
 

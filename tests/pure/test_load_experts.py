@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,23 @@ def test_fused_with_another_number_of_experts(tmp_path: Path) -> None:
 def test_nothing_in_common(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     refused(decoder(), tmp_path, "no name of the checkpoint is one of the model", strict=False)
+
+
+def test_layers_of_no_known_number(mixtral: Path) -> None:
+    model = nn.ModuleDict({"norm": nn.Identity(), "moe": decoder().blocks["0"]["moe"]})  # type: ignore[index]
+    message = r"MoE layers moe are none of the checkpoint's model.layers.0.block.*layers=\{...\}"
+    refused(model, mixtral, message, strict=False)
+    loaded = load_experts(
+        model, mixtral, strict=False, layers={"moe": "model.layers.1.block_sparse_moe"}
+    )
+    assert loaded.not_filled == []
+
+
+def test_without_the_package(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # an import of it fails
+    refused(decoder(), mixtral, r"need safetensors, .* pip install 'moe-groups\[hf\]'")
+    with pytest.raises(InvalidArgumentError, match=r"moe-groups\[hf\]"):
+        save_experts(decoder(), mixtral / "out", family="mixtral")
 
 
 def test_many_problems_are_cut(mixtral: Path) -> None:
