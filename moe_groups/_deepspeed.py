@@ -37,7 +37,7 @@ import inspect
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -82,6 +82,61 @@ def layer_experts(module: Any) -> list[nn.Module]:
 def layer_parallel_group(module: Any) -> str:
     """Process-group key of a DeepSpeed ``MoE``, which calls it ``expert_group_name``."""
     return str(module.expert_group_name)
+
+
+class LayerParts(NamedTuple):
+    """What a layer of DeepSpeed holds on this rank.
+
+    Attributes:
+        num_experts: over all ranks.
+        ep_size: ranks that share them.
+        parallel_group: key of their process groups.
+        experts: the tensors of each expert here by their name in it.
+        params: the parameters that these are, or are views of.
+        router: its tensors, by their name in it.
+    """
+
+    num_experts: int
+    ep_size: int
+    parallel_group: str
+    experts: Sequence[Mapping[str, torch.Tensor]]
+    params: list[torch.Tensor]
+    router: Mapping[str, torch.Tensor]
+
+
+def layer_parts(module: Any) -> LayerParts | None:
+    """The parts of a DeepSpeed ``MoE`` or an ``AutoEPMoELayer``; None for another module.
+
+    AutoEP keeps ``gate_proj``, ``down_proj`` and ``up_proj`` of all its experts as ``w1``, ``w2``
+    and ``w3`` (``repack_expert_weights``, ``moe/ep_repack.py``).
+    """
+    autoep = sys.modules.get("deepspeed.module_inject.auto_ep_layer")
+    if autoep is not None and isinstance(module, autoep.AutoEPMoELayer):
+        layer: Any = module
+        fused = {f"{name}.weight": getattr(layer.experts, name) for name in ("w1", "w2", "w3")}
+        own = [
+            {name: param.detach()[number] for name, param in fused.items()}
+            for number in range(layer.num_local_experts)
+        ]
+        router = dict(layer.router.gate.named_parameters())
+        if layer.router.e_score_correction_bias is not None:
+            router["e_score_correction_bias"] = layer.router.e_score_correction_bias
+        sizes = layer.num_experts, layer.ep_size, layer.ep_group_name
+        return LayerParts(*sizes, own, [*fused.values()], router)
+    if not isinstance(module, moe_layer_types()):
+        return None
+    layer = module
+    own = [dict(expert.named_parameters()) for expert in layer_experts(layer)]
+    params = [param for expert in own for param in expert.values()]
+    router = dict(layer.deepspeed_moe.gate.wg.named_parameters())
+    return LayerParts(
+        layer.num_experts, layer.ep_size, layer.expert_group_name, own, params, router
+    )
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Does ZeRO-3 keep the parameters, and leave placeholders in the model?"""
+    return any(hasattr(param, "ds_id") for param in model.parameters())
 
 
 def routers_of(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
@@ -132,6 +187,23 @@ def expert_parallel_rank(parallel_group: str) -> int | None:
     groups = sys.modules.get("deepspeed.utils.groups")
     ranks = groups and groups._EXPERT_PARALLEL_GROUP_RANKS.get(parallel_group)
     return list(ranks).index(torch.distributed.get_rank()) if ranks else None
+
+
+def expert_place(parallel_group: str) -> tuple[int, bool] | None:
+    """:func:`expert_parallel_rank`, and whether the rank is the first with the same experts."""
+    ep_rank = expert_parallel_rank(parallel_group)
+    if ep_rank is None:
+        return None
+    from deepspeed.utils import groups
+
+    sharing = groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[parallel_group]
+    return ep_rank, torch.distributed.get_rank() == min(sharing)
+
+
+def tensor_parallel_size() -> int:
+    """Ranks that share each dense layer, by the ``mpu`` that DeepSpeed was given."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    return 1 if groups is None else int(groups._get_model_parallel_world_size())
 
 
 def register_names(names: Iterable[str]) -> None:
@@ -247,6 +319,24 @@ def is_engine(value: object) -> bool:
     """Is ``value`` a DeepSpeed engine (its pipeline engine included)?"""
     module = sys.modules.get("deepspeed.runtime.engine")
     return module is not None and isinstance(value, module.DeepSpeedEngine)
+
+
+def has_engine(model: nn.Module) -> bool:
+    """Is ``model`` what an engine steps, or a part of it? Every engine puts hooks on its module."""
+    hooks = model._forward_pre_hooks.values()
+    if any(getattr(hook, "__module__", "") == "deepspeed.runtime.engine" for hook in hooks):
+        return True
+    return any(part is model for engine in _ENGINES for part in engine.module.modules())
+
+
+def refresh_master_weights(engine: Any) -> None:
+    """Copy the model's weights into the full-precision ones that the wrapper steps, if it has any.
+
+    DeepSpeed's own call, after loading weights alone (``load_checkpoint``, ``runtime/engine.py``).
+    """
+    refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
+    if refresh is not None:
+        refresh()
 
 
 # ---- checkpoints ----------------------------------------------------------------------

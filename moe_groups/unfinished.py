@@ -18,14 +18,14 @@ from moe_groups.plan import fingerprint
 _LOCK = ".lock"
 _JOB = ".job.json"
 _RESULT = "checkpoint"
-_PART = ".part"
+PART = ".part"
 
 
 @contextlib.contextmanager
 def finished_file(path: Path) -> Iterator[Path]:
     """A path to write to; when that ends well, the file appears under its own name, on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + _PART)
+    part = path.with_name(path.name + PART)
     part.unlink(missing_ok=True)
     yield part
     with open(part, "rb") as file:
