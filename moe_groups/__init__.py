@@ -29,6 +29,7 @@ from moe_groups.errors import (
 from moe_groups.expert_layers import tag_experts
 from moe_groups.group_plan import ParamGroupPlan, plan_param_groups
 from moe_groups.inspect_checkpoint import inspect_checkpoint
+from moe_groups.load_experts import LoadedExperts, load_experts
 from moe_groups.loss_tracker import BalanceReport, LayerBalance, LossTracker
 from moe_groups.mark_experts import mark_experts
 from moe_groups.measure import (
@@ -45,6 +46,7 @@ from moe_groups.param_groups import (
 )
 from moe_groups.regroup import Regrouped, regroup_checkpoint
 from moe_groups.rules import is_norm_or_bias
+from moe_groups.save_experts import save_experts
 from moe_groups.step_config import StepConfig
 from moe_groups.step_memory import estimate_step_memory
 from moe_groups.step_report import StepMemory
@@ -69,6 +71,7 @@ __all__ = [
     "ExpertTag",
     "InvalidArgumentError",
     "LayerBalance",
+    "LoadedExperts",
     "LossTracker",
     "MeasuredIteration",
     "MeasuredPhase",
@@ -101,6 +104,7 @@ __all__ = [
     "is_hidden_matrix",
     "is_norm_or_bias",
     "load_balancing_loss",
+    "load_experts",
     "mark_experts",
     "measure_iteration_memory",
     "measure_step_memory",
@@ -108,6 +112,7 @@ __all__ = [
     "protect_checkpoints",
     "regroup_checkpoint",
     "router_z_loss",
+    "save_experts",
     "set_expert_tag",
     "split_for_muon",
     "split_params_into_different_moe_groups_for_optimizer",

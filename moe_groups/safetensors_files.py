@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_groups.errors import CheckpointError
-from moe_groups.plan_report import need
+from moe_groups.optional import need
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

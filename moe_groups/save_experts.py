@@ -26,7 +26,7 @@ from moe_groups.local_experts import (
     find_local_experts,
     module_of,
 )
-from moe_groups.plan_report import need
+from moe_groups.optional import need
 from moe_groups.safetensors_files import INDEX
 from moe_groups.saving import together
 from moe_groups.topology import Topology

@@ -203,7 +203,7 @@ def fill(module: nn.Module, name: str, grid: Any, run: Run = Run()) -> None:  # 
             else:
                 place = (rank // width if dim is not None else rank) % ep_size
             number = place * param.num_local_experts + param.expert_number
-            where = f"{number} {'.'.join(own.split('.')[-2:])}"
+            where = f"{number} {own.partition('deepspeed_experts.')[2].partition('.')[2]}"
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {where}".encode()))
         full = torch.randn(shape, generator=generator) * 0.2
         if "norm" in own:

@@ -15,9 +15,7 @@ from torch import distributed
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
-from moe_groups import MoE, create_moe_param_groups
-from moe_groups.load_experts import load_experts
-from moe_groups.save_experts import save_experts
+from moe_groups import MoE, create_moe_param_groups, load_experts, save_experts
 
 
 class Block(MoE):
