@@ -201,7 +201,7 @@ def fill(module: nn.Module, name: str, grid: Any, run: Run = Run()) -> None:  # 
                 stage = torch.distributed.get_world_size() // run.pp
                 place = rank % stage // (stage // ep_size)
             else:
-                place = (rank // width if dim is not None else rank) % ep_size
+                place = (rank // width if run.expert_tp else rank) % ep_size
             number = place * param.num_local_experts + param.expert_number
             where = f"{number} {own.partition('deepspeed_experts.')[2].partition('.')[2]}"
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {where}".encode()))
