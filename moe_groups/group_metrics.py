@@ -8,7 +8,7 @@ from torch import distributed
 from moe_groups import _deepspeed
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.metric_rows import rows_of_all_ranks, stepped_tensors
-from moe_groups.metric_sums import COLUMNS, GRAD, PARAM, UPDATE, SteppedPieces
+from moe_groups.metric_sums import GRAD, PARAM, UPDATE, SteppedPieces, StepSums
 from moe_groups.metrics_report import MetricsReport, make_report
 from moe_groups.step_options import stepped_lr
 
@@ -55,10 +55,8 @@ class GroupMetrics:
         stepped, layers = stepped_tensors(engine)
         self._rows = rows_of_all_ranks(stepped, layers)
         index_of = {row: index for index, row in enumerate(self._rows)}
-        device = engine.device
-        self._parts = {id(one.tensor): SteppedPieces(one, index_of, device) for one in stepped}
-        self._sums = torch.zeros(len(self._rows), COLUMNS, dtype=torch.float64, device=device)
-        self._read_at = self._gradients_at = -1
+        self._parts = {id(one.tensor): SteppedPieces(one, index_of) for one in stepped}
+        self._sums, self._read_at, self._gradients_at = StepSums(), -1, -1
         self._copies: list[tuple[SteppedPieces, torch.Tensor]] = []
         before = engine.basic_optimizer.register_step_pre_hook(self._before)
         after = engine.basic_optimizer.register_step_post_hook(self._after)
@@ -72,7 +70,7 @@ class GroupMetrics:
             return False
         if self._read_at != step:
             self._read_at = step
-            self._sums.zero_()
+            self._sums = StepSums()
         return True
 
     @torch.no_grad()
@@ -81,7 +79,7 @@ class GroupMetrics:
         if self._begins():
             self._gradients_at = self._read_at
             for part in self._parts.values():
-                part.add_squares(self._sums, GRAD, part.tensor.grad)
+                self._sums.add_norms(GRAD, part, part.tensor.grad)
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -91,9 +89,9 @@ class GroupMetrics:
         for group in optimizer.param_groups:
             lr = stepped_lr(group)
             for part in self._parts_of(group):
-                part.add_elements(self._sums, lr)
+                self._sums.add_elements(part, lr)
                 if self._gradients_at != self._read_at:
-                    part.add_squares(self._sums, GRAD, part.tensor.grad)
+                    self._sums.add_norms(GRAD, part, part.tensor.grad)
                 if self.update_ratio:
                     self._copies.append((part, part.tensor.detach().clone()))
 
@@ -103,9 +101,9 @@ class GroupMetrics:
             return
         for group in optimizer.param_groups:
             for part in self._parts_of(group):
-                part.add_squares(self._sums, PARAM, part.tensor)
+                self._sums.add_norms(PARAM, part, part.tensor)
         for part, copy in self._copies:
-            part.add_squares(self._sums, UPDATE, copy.sub_(part.tensor))
+            self._sums.add_norms(UPDATE, part, copy.sub_(part.tensor))
         self._copies.clear()
 
     def _parts_of(self, group: dict[str, Any]) -> list[SteppedPieces]:
@@ -117,11 +115,10 @@ class GroupMetrics:
         if self._read_at != self.engine.global_steps:
             return None
         self._read_at = -1
-        distributed.all_reduce(self._sums)
-        self._sums[:, GRAD] *= _deepspeed.clipping_divisor(self.engine) ** 2
-        report = make_report(
-            self.engine.global_steps, self._rows, self._sums.tolist(), self.update_ratio
-        )
+        sums = self._sums.total(len(self._rows), self.engine.device)
+        distributed.all_reduce(sums)
+        sums[:, GRAD] *= _deepspeed.clipping_divisor(self.engine) ** 2
+        report = make_report(self.engine.global_steps, self._rows, sums.tolist(), self.update_ratio)
         self._send(report)
         return report
 

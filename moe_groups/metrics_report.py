@@ -109,9 +109,7 @@ def make_report(
         total,
         {row.layer: one for row in rows if not row.moe and (one := stats([row]))},
         {
-            layer: LayerStats(
-                whole, tuple(stats([row]) for row in own if row.expert is not None)
-            )
+            layer: LayerStats(whole, tuple(stats([row]) for row in own if row.expert is not None))
             for layer, own in layers.items()
             if (whole := stats(own))
         },

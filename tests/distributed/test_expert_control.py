@@ -167,9 +167,7 @@ def multiplied(wrapper: str, scheduler: str, ep_size: int) -> tuple[float, bool,
     forget_process_groups()
 
     def split(model: torch.nn.Module) -> list[dict[str, Any]]:
-        return create_moe_param_groups(
-            model, split_by="expert", overrides=[("*.gate.*", {})]
-        )
+        return create_moe_param_groups(model, split_by="expert", overrides=[("*.gate.*", {})])
 
     ours = start(wrapper, split, **options)  # type: ignore[arg-type]
     set_group_options(ours, "*.moe.expert.3", lr_multiplier=0.5)
@@ -185,9 +183,7 @@ def multiplied(wrapper: str, scheduler: str, ep_size: int) -> tuple[float, bool,
 def test_multiplier_on_top_of_a_scheduler(scheduler: str) -> None:
     wrapper = {"lambda": "zero1", "exponential": "bf16", "cosine": "zero2"}[scheduler]
     for ep_size in (1, 2):
-        for difference, followed, rates in run_on_ranks(
-            2, multiplied, wrapper, scheduler, ep_size
-        ):
+        for difference, followed, rates in run_on_ranks(2, multiplied, wrapper, scheduler, ep_size):
             assert followed, rates
             assert difference < 1e-7
 
