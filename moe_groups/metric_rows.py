@@ -83,12 +83,12 @@ def stepped_tensors(engine: Any) -> tuple[list[Stepped], dict[str, int]]:
                 continue
             if flat is None:
                 if group.ranks[0] == own:
-                    stepped.append(Stepped(param, list(_cut(runs, 0, 0, numel_of(param)))))
+                    stepped.append(Stepped(param, list(cut_runs(runs, 0, 0, numel_of(param)))))
                 continue
             first = group.ranks.index(own) * flat.numel()
-            pieces += _cut(runs, offset, first, flat.numel())
+            pieces += cut_runs(runs, offset, first, flat.numel())
         if flat is not None:
-            stepped.append(Stepped(flat, list(_merged(pieces))))
+            stepped.append(Stepped(flat, list(merge_neighbours(pieces))))
     return stepped, layers
 
 
@@ -111,7 +111,7 @@ def _rows(
         yield Row(layer, True, rank * own + number), numel // own
 
 
-def _cut(runs: Sequence[tuple[Row, int]], offset: int, first: int, size: int) -> Iterator[Piece]:
+def cut_runs(runs: Sequence[tuple[Row, int]], offset: int, first: int, size: int) -> Iterator[Piece]:
     """The parts of ``runs``, which begin at ``offset``, in ``size`` elements from ``first``."""
     for row, numel in runs:
         start, stop = max(offset, first), min(offset + numel, first + size)
@@ -120,7 +120,7 @@ def _cut(runs: Sequence[tuple[Row, int]], offset: int, first: int, size: int) ->
         offset += numel
 
 
-def _merged(pieces: list[Piece]) -> Iterator[Piece]:
+def merge_neighbours(pieces: list[Piece]) -> Iterator[Piece]:
     """Neighbours of one row as one piece."""
     last: Piece | None = None
     for piece in sorted(pieces, key=lambda piece: piece.start):

@@ -34,19 +34,15 @@ config = {
     "zero_optimization": {"stage": 2},
     "zero_allow_untested_optimizer": True,
 }
+cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
 engine, *_ = deepspeed.initialize(
-    model=model,
-    optimizer=optimizer,
-    lr_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40),
-    config=config,
+    model=model, optimizer=optimizer, lr_scheduler=cosine, config=config
 )
-schedule = GroupSchedule(
-    engine,
-    [
-        ("moe.expert.*", lambda step: {"lr_multiplier": 0.5}),
-        ("moe.expert.3", lambda step: {"lr_multiplier": min(1.0, step / 20)}),  # warms up anew
-    ],
-)
+schedules = [
+    ("moe.expert.*", lambda step: {"lr_multiplier": 0.5}),
+    ("moe.expert.3", lambda step: {"lr_multiplier": min(1.0, step / 20)}),  # warms up anew
+]
+schedule = GroupSchedule(engine, schedules)
 metrics = GroupMetrics(engine, interval=10)
 
 torch.manual_seed(torch.distributed.get_rank())

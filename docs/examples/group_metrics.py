@@ -41,7 +41,6 @@ config = {
     "bf16": {"enabled": True},
     "zero_optimization": {"stage": 2},
     "zero_allow_untested_optimizer": True,
-    "gradient_clipping": 1.0,
 }
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 metrics = GroupMetrics(engine, interval=10)
