@@ -358,6 +358,7 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 # ---- around the optimizer's step -------------------------------------------------------
 
+_BEFORE_CLIPPING = "_moe_groups_before_clipping"
 _PARTITIONED = ("ZeRO-1", "ZeRO-2", "BF16_Optimizer")
 
 
@@ -413,15 +414,27 @@ def clipping_divisor(engine: Any) -> float:
 
 
 def before_own_clipping(engine: Any, function: Callable[[], None]) -> Callable[[], None]:
-    """Call ``function`` before this engine clips without a wrapper; gives what undoes it."""
-    original = engine.clip_fp32_gradients
+    """Call ``function`` before an engine without a wrapper clips; gives what undoes it."""
+    functions: list[Callable[[], None]] | None = getattr(engine, _BEFORE_CLIPPING, None)
+    if functions is None:
+        setattr(engine, _BEFORE_CLIPPING, functions := [])
+        original, called = engine.clip_fp32_gradients, functions
 
-    def clip_fp32_gradients() -> None:
-        function()
-        original()
+        def clip_fp32_gradients() -> None:
+            for one in called:
+                one()
+            original()
 
-    engine.clip_fp32_gradients = clip_fp32_gradients
-    return lambda: delattr(engine, "clip_fp32_gradients")
+        engine.clip_fp32_gradients = clip_fp32_gradients
+    functions.append(function)
+
+    def undo() -> None:
+        functions.remove(function)
+        if not functions:
+            del engine.clip_fp32_gradients
+            delattr(engine, _BEFORE_CLIPPING)
+
+    return undo
 
 
 # ---- unique names in DeepSpeed's wrappers ----------------------------------------------

@@ -63,8 +63,9 @@ class GroupSchedule:
     Args:
         engine: from ``deepspeed.initialize``.
         schedules: pairs of a pattern, as in :func:`set_group_options`, and a function that makes
-            options of the number of optimizer steps done so far, the same on all ranks. Where
-            two select the same group, the later one wins.
+            options of the number of optimizer steps done so far, the same on all ranks; an
+            option that it gives once it gives at every step. Where two select the same group,
+            the later one wins.
 
     Raises:
         InvalidArgumentError: as :func:`set_group_options`; :meth:`apply` too.

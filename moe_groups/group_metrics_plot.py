@@ -93,7 +93,6 @@ def _values(report: MetricsReport, metric: str) -> list[list[float]]:
     width = max((len(layer.experts) for layer in report.layers.values()), default=0)
     rows = []
     for layer in report.layers.values():
-        found = [getattr(stats, metric) if stats else None for stats in layer.experts]
-        found += [None] * (width - len(found))
-        rows.append([math.nan if value is None else value for value in found])
+        found = [getattr(stats, metric) if stats else math.nan for stats in layer.experts]
+        rows.append([*found, *[math.nan] * (width - len(found))])
     return rows

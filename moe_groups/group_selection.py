@@ -53,7 +53,7 @@ def _select(
         for place, (group, params) in enumerate(_deepspeed.stepped_groups(engine)):
             sides: dict[bool, list[str]] = {True: [], False: []}
             for param in params:
-                name, known = names[id(param)]
+                name, known = names.get(id(param), ("a parameter of no module", []))
                 sides[any(map(matcher.fullmatch, known))].append(name)
             if sides[True] and sides[False]:
                 return [], (

@@ -70,15 +70,15 @@ def stepped_tensors(engine: Any) -> tuple[list[Stepped], dict[str, int]]:
     found = find_experts(engine.module)
     names = {id(param): name for name, param in found.names}
     own = _deepspeed.checkpoint_rank(engine)[1]
+    unwrapped = _deepspeed.steps_parameters(engine)
     stepped: list[Stepped] = []
     layers: dict[str, int] = {}
     for group in _deepspeed.laid_out_groups(engine):
-        whole = _deepspeed.steps_parameters(engine)
-        flat = None if whole else group.options["params"][0]
+        flat = None if unwrapped else group.options["params"][0]
         pieces: list[Piece] = []
-        for _, param, offset in group.members:
+        for name, param, offset in group.members:
             tag = found.tags.get(id(param))
-            runs = list(_rows(names[id(param)], param, tag, layers))
+            runs = list(_rows(names.get(id(param), name), param, tag, layers))
             if not _deepspeed.is_counted(engine, param):
                 continue
             if flat is None:
@@ -111,7 +111,9 @@ def _rows(
         yield Row(layer, True, rank * own + number), numel // own
 
 
-def cut_runs(runs: Sequence[tuple[Row, int]], offset: int, first: int, size: int) -> Iterator[Piece]:
+def cut_runs(
+    runs: Sequence[tuple[Row, int]], offset: int, first: int, size: int
+) -> Iterator[Piece]:
     """The parts of ``runs``, which begin at ``offset``, in ``size`` elements from ``first``."""
     for row, numel in runs:
         start, stop = max(offset, first), min(offset + numel, first + size)

@@ -1,5 +1,6 @@
 """What :class:`GroupMetrics` reports: the numbers of one step by block, layer and expert."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,22 +20,20 @@ class GroupStats:
         grad_norm: L2 norm of the gradient that is averaged over ranks and micro-batches, before
             clipping.
         param_norm: L2 norm of the parameters after the step, in the optimizer's precision.
-        update_norm: L2 norm of what the step changed; None if it was not asked for.
+        update_norm: L2 norm of what the step changed; NaN if it was not asked for.
         elements: trained parameters, each counted once.
     """
 
     lr: float
     grad_norm: float
     param_norm: float
-    update_norm: float | None
+    update_norm: float
     elements: int
 
     @property
-    def update_ratio(self) -> float | None:
+    def update_ratio(self) -> float:
         """Norm of the step's change, divided by the norm of the parameters."""
-        if self.update_norm is None:
-            return None
-        return self.update_norm / self.param_norm if self.param_norm else 0.0
+        return self.update_norm / self.param_norm if self.param_norm else self.update_norm
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class MetricsReport:
         """Names and numbers for a logger; ``per_expert`` adds those of each expert.
 
         Names are as ``grad_norm/dense/blocks.3``, ``grad_norm/moe/blocks.3.moe`` and
-        ``grad_norm/moe/blocks.3.moe/expert_5``.
+        ``grad_norm/moe/blocks.3.moe/expert_5``. An ``update_ratio`` that is NaN is left out.
         """
         found = {"total": self.total}
         found |= {f"dense/{block}": stats for block, stats in self.dense.items()}
@@ -85,7 +84,11 @@ class MetricsReport:
             for name, stats in found.items()
             for metric in METRICS
         }
-        return {name: value for name, value in values.items() if value is not None}
+        return {
+            name: value
+            for name, value in values.items()
+            if not (name.startswith("update_ratio/") and math.isnan(value))
+        }
 
 
 def make_report(
@@ -123,6 +126,6 @@ def _stats(sums: Sequence[float], updates: bool) -> GroupStats | None:
         lr=sums[LR] / elements,
         grad_norm=sums[GRAD] ** 0.5,
         param_norm=sums[PARAM] ** 0.5,
-        update_norm=sums[UPDATE] ** 0.5 if updates else None,
+        update_norm=sums[UPDATE] ** 0.5 if updates else math.nan,
         elements=round(elements),
     )

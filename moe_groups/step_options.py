@@ -65,7 +65,8 @@ class StepHooks:
     def hold(self, index: int, params: Iterable[torch.Tensor]) -> None:
         """Gradients of a frozen group are zero, so that it does not count in the norm."""
         if index not in self._held:
-            self._held[index] = [param.register_hook(torch.zeros_like) for param in params]
+            trained = [param for param in params if param.requires_grad]
+            self._held[index] = [param.register_hook(torch.zeros_like) for param in trained]
 
     def let_go(self, index: int) -> None:
         """The group has gradients again."""
@@ -84,6 +85,8 @@ def write_options(engine: Any, options: Mapping[int, Options]) -> None:
         merged = {key: value for key, value in {**old, **given}.items() if value is not None}
         if merged != old:
             groups[index][KEY] = merged
+            if not merged:
+                del groups[index][KEY]
             _hold_frozen(engine, [index])
 
 

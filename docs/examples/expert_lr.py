@@ -52,7 +52,7 @@ for _ in range(30):
     engine.step()
     report = metrics.step()
     if report and torch.distributed.get_rank() == 0:
-        rates = [f"{expert.lr:.2e}" for expert in report.layers["moe"].experts]
+        rates = [f"{expert.lr:.2e}" for expert in report.layers["moe"].experts if expert]
         print(
             f"step {report.step}: dense {report.dense['inp'].lr:.2e}, experts", *rates, flush=True
         )

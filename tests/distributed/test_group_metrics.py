@@ -51,10 +51,7 @@ def squares(tensors: dict[str, torch.Tensor], ep_size: int) -> dict[Key, float]:
     own: dict[str, tuple[Key, float]] = {}
     for name, tensor in tensors.items():
         key = key_of(name, ep_size)
-        own[f"{key} {name.rpartition('.experts.')[2][22:]} {name}"] = (
-            key,
-            float(tensor.double().square().sum()),
-        )
+        own[f"{key} {name}"] = key, float(tensor.double().square().sum())
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, own)
     sums: dict[Key, float] = {}
@@ -262,14 +259,13 @@ class Fused(nn.Module):
         super().__init__()
         torch.manual_seed(torch.distributed.get_rank())
         self.moe = MoE(HIDDEN, FFN(), num_experts=2, ep_size=2, drop_tokens=False, use_rts=False)
-        self.experts = nn.Module()
-        self.experts.up = nn.Parameter(torch.randn(2, HIDDEN, HIDDEN) * 0.1)
-        set_expert_tag(self.experts.up, ExpertTag("ep_size_2", "fused", None, None, True))
+        self.up = nn.Parameter(torch.randn(2, HIDDEN, HIDDEN) * 0.1)
+        set_expert_tag(self.up, ExpertTag("ep_size_2", "fused", None, None, True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, aux, _ = self.moe(x)
-        loss: torch.Tensor = (h @ self.experts.up[0] @ self.experts.up[1]).float().square().mean()
-        return loss + 0.01 * aux
+        loss: torch.Tensor = (h @ self.up[0] @ self.up[1]).float().square().mean() + 0.01 * aux
+        return loss
 
 
 def fused() -> list[list[float]]:
@@ -282,7 +278,7 @@ def fused() -> list[list[float]]:
     engine.step()
     report = metrics.step()
     assert report is not None
-    own = weights(engine)["experts.up"].flatten(1).norm(dim=1)
+    own = weights(engine)["up"].flatten(1).norm(dim=1)
     reported = [stats.param_norm for stats in report.layers["fused"].experts if stats]
     return [reported, own.tolist()]
 
