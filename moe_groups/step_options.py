@@ -37,6 +37,7 @@ class StepHooks:
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
         self._changed: list[dict[str, Any]] = []
+        self._skipped: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._held: dict[int, list[Any]] = {}
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -48,6 +49,7 @@ class StepHooks:
     def _put(self, group: dict[str, Any], options: Mapping[str, Any]) -> None:
         if options.get("frozen"):
             for tensor in group["params"]:
+                self._skipped.append((tensor, tensor.grad))
                 tensor.grad = None  # a torch optimizer leaves it alone, and its state too
             return
         lr = stepped_lr(group)
@@ -61,6 +63,9 @@ class StepHooks:
         while self._changed:
             group = self._changed.pop()
             group.update(group.pop(_OWN))
+        while self._skipped:  # an offloaded optimizer's gradients have one buffer for ever
+            tensor, grad = self._skipped.pop()
+            tensor.grad = grad
 
     def hold(self, index: int, params: Iterable[torch.Tensor]) -> None:
         """Gradients of a frozen group are zero, so that it does not count in the norm."""

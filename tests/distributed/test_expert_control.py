@@ -13,6 +13,7 @@ from moe_groups import create_moe_param_groups, verify
 from moe_groups.errors import InvalidArgumentError, OverrideError
 from moe_groups.expert_control import GroupSchedule, set_group_options
 from moe_groups.group_metrics import GroupMetrics
+from tests.distributed.test_group_metrics import OFFLOADED
 from tests.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks
 from tests.training import batches, groups_by, largest_difference, start, train, weights
 
@@ -54,8 +55,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def freeze(wrapper: str, ep_size: int) -> None:
-    engine = start(wrapper, groups_by("expert"), model_options={"ep_size": ep_size})
+def freeze(wrapper: str, ep_size: int, changes: dict[str, Any] | None = None) -> None:
+    options: dict[str, Any] = {"model_options": {"ep_size": ep_size}, **(changes or {})}
+    engine = start(wrapper, groups_by("expert"), **options)
     train(engine, 2)
     for pattern in ALL_BUT_TWO:
         set_group_options(engine, pattern, frozen=True)
@@ -96,6 +98,10 @@ def freeze(wrapper: str, ep_size: int) -> None:
 def test_frozen_experts_stay_as_they_are(wrapper: str) -> None:
     for ep_size in (1, 2):
         run_on_ranks(2, freeze, wrapper, ep_size)
+
+
+def test_frozen_experts_of_an_offloaded_optimizer() -> None:
+    run_on_ranks(2, freeze, "zero2", 2, OFFLOADED)
 
 
 def as_if_never_trained(wrapper: str) -> tuple[float, float]:

@@ -92,12 +92,26 @@ def steps(engine: Any, count: int, first: int = 0) -> Iterator[dict[str, torch.T
             engine.step()
 
 
-def compare(wrapper: str, split: str, ep_size: int, micro: int, cap: int | None = None) -> Any:
+OFFLOADED: dict[str, Any] = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def compare(
+    wrapper: str,
+    split: str,
+    ep_size: int,
+    micro: int,
+    cap: int | None = None,
+    changes: dict[str, Any] | None = None,
+) -> list[MetricsReport]:
     engine = start(
         wrapper,
         groups_by(split, cap),
         model_options={"ep_size": ep_size},
         gradient_accumulation_steps=micro,
+        **(changes or {}),
     )
     metrics = GroupMetrics(engine, interval=2)
     reports = []
@@ -148,6 +162,11 @@ def test_experts_shared_by_ranks_of_both_kinds() -> None:
     """2 expert-parallel times 2 expert-data-parallel ranks, groups cut into small tiles."""
     ranks = run_on_ranks(4, compare, "zero2", "expert", 2, 1, 300)
     assert ranks == [ranks[0]] * 4
+
+
+def test_offloaded_optimizer() -> None:
+    ranks = run_on_ranks(2, compare, "zero2", "module", 2, 2, changes=OFFLOADED)
+    assert ranks == [ranks[0]] * 2
 
 
 TWO = (2,) * 8
