@@ -52,8 +52,8 @@ class GroupMetrics:
         _deepspeed.check_steps_partitions(engine, "GroupMetrics")
         self.engine, self.interval = engine, interval
         self.per_expert, self.update_ratio = per_expert, update_ratio
-        stepped, layers = stepped_tensors(engine)
-        self._rows = rows_of_all_ranks(stepped, layers)
+        stepped, rows = stepped_tensors(engine)
+        self._rows = rows_of_all_ranks(rows)
         index_of = {row: index for index, row in enumerate(self._rows)}
         self._parts = {id(one.tensor): SteppedPieces(one, index_of) for one in stepped}
         self._sums, self._read_at, self._gradients_at = StepSums(), -1, -1

@@ -61,8 +61,8 @@ def block_of(name: str) -> str:
     return ".".join(parts[:-1]) or name
 
 
-def stepped_tensors(engine: Any) -> tuple[list[Stepped], dict[str, int]]:
-    """What this rank steps, and the number of experts of each MoE layer in it.
+def stepped_tensors(engine: Any) -> tuple[list[Stepped], list[Row]]:
+    """What this rank steps, and the rows of all that it shares, in the order of the groups.
 
     Each element of the model is in a piece of exactly one rank: copies of a parameter on other
     ranks are not counted, as in DeepSpeed's global norm.
@@ -72,13 +72,15 @@ def stepped_tensors(engine: Any) -> tuple[list[Stepped], dict[str, int]]:
     own = _deepspeed.checkpoint_rank(engine)[1]
     unwrapped = _deepspeed.steps_parameters(engine)
     stepped: list[Stepped] = []
-    layers: dict[str, int] = {}
+    rows: dict[Row, None] = {}
     for group in _deepspeed.laid_out_groups(engine):
         flat = None if unwrapped else group.options["params"][0]
         pieces: list[Piece] = []
         for name, param, offset in group.members:
             tag = found.tags.get(id(param))
-            runs = list(_rows(names.get(id(param), name), param, tag, layers))
+            runs = list(_rows(names.get(id(param), name), param, tag))
+            if any(row not in rows for row, _ in runs):
+                rows |= dict.fromkeys(_all_rows(runs, tag))
             if not _deepspeed.is_counted(engine, param):
                 continue
             if flat is None:
@@ -89,26 +91,30 @@ def stepped_tensors(engine: Any) -> tuple[list[Stepped], dict[str, int]]:
             pieces += cut_runs(runs, offset, first, flat.numel())
         if flat is not None:
             stepped.append(Stepped(flat, list(merge_neighbours(pieces))))
-    return stepped, layers
+    return stepped, list(rows)
 
 
-def _rows(
-    name: str, param: torch.Tensor, tag: ExpertTag | None, layers: dict[str, int]
-) -> Iterator[tuple[Row, int]]:
-    """Rows of a parameter with their elements, in order; notes the layer's experts."""
+def _rows(name: str, param: torch.Tensor, tag: ExpertTag | None) -> list[tuple[Row, int]]:
+    """Rows of a parameter with their elements, in order."""
     numel = numel_of(param)
     if tag is None:
-        yield Row(block_of(name)), numel
-        return
-    ep_size, layer = ep_size_of(tag.parallel_group), tag.layer or "experts"
+        return [(Row(block_of(name)), numel)]
+    layer = tag.layer or "experts"
     rank = _deepspeed.expert_parallel_rank(tag.parallel_group) or 0
-    own = shape_of(param)[0] if tag.fused else tag.num_local_experts or 0
-    layers[layer] = max(layers.get(layer, 0), own * ep_size)
     if not tag.fused:
-        yield Row(layer, True, tag.global_number(rank)), numel
-        return
-    for number in range(own):
-        yield Row(layer, True, rank * own + number), numel // own
+        return [(Row(layer, True, tag.global_number(rank)), numel)]
+    own = shape_of(param)[0]
+    return [(Row(layer, True, rank * own + number), numel // own) for number in range(own)]
+
+
+def _all_rows(runs: Sequence[tuple[Row, int]], tag: ExpertTag | None) -> list[Row]:
+    """Rows of a parameter; of an expert's those of its whole layer, on all ranks."""
+    if tag is None:
+        return [row for row, _ in runs]
+    layer = runs[0][0].layer
+    own = len(runs) if tag.fused else tag.num_local_experts or 0
+    everywhere = range(own * ep_size_of(tag.parallel_group))
+    return [Row(layer, True), *(Row(layer, True, number) for number in everywhere)]
 
 
 def cut_runs(
@@ -136,21 +142,8 @@ def merge_neighbours(pieces: list[Piece]) -> Iterator[Piece]:
         yield last
 
 
-def rows_of_all_ranks(stepped: Sequence[Stepped], layers: dict[str, int]) -> list[Row]:
-    """Rows of every rank in one order; all ranks call it together.
-
-    Blocks come in the order of the ranks that hold them, so of the stages, then the layers,
-    each with a row for what has no expert's number and one for each of its experts.
-    """
-    own = dict.fromkeys(piece.row for one in stepped for piece in one.pieces)
+def rows_of_all_ranks(own: list[Row]) -> list[Row]:
+    """Rows of every rank in one order, first of the stages; all ranks call it together."""
     everywhere: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everywhere, (list(own), layers))
-    blocks = dict.fromkeys(row for rows, _ in everywhere for row in rows if not row.moe)
-    counts: dict[str, int] = {}
-    for _, layers_there in everywhere:
-        for layer, experts in layers_there.items():
-            counts[layer] = max(counts.get(layer, 0), experts)
-    rows = list(blocks)
-    for layer, experts in counts.items():
-        rows += [Row(layer, True), *(Row(layer, True, number) for number in range(experts))]
-    return rows
+    distributed.all_gather_object(everywhere, own)
+    return list(dict.fromkeys(row for rows in everywhere for row in rows))

@@ -85,14 +85,16 @@ _HOOKS: "weakref.WeakKeyDictionary[Any, StepHooks]" = weakref.WeakKeyDictionary(
 def write_options(engine: Any, options: Mapping[int, Options]) -> None:
     """Set options of groups, by their place in the optimizer; None takes one away."""
     groups = engine.optimizer.param_groups
+    switched: list[int] = []
     for index, given in options.items():
-        old = groups[index].get(KEY, {})
+        old = groups[index].pop(KEY, {})
         merged = {key: value for key, value in {**old, **given}.items() if value is not None}
-        if merged != old:
+        if merged:
             groups[index][KEY] = merged
-            if not merged:
-                del groups[index][KEY]
-            _hold_frozen(engine, [index])
+        if old.get("frozen", False) != merged.get("frozen", False):
+            switched.append(index)
+    if switched or engine not in _HOOKS:
+        _hold_frozen(engine, switched)
 
 
 def take_up_options(engine: Any) -> None:

@@ -212,12 +212,15 @@ def test_stages_and_tensor_ranks() -> None:
             continue
         assert report.total.elements == reference.total.elements
         for label, layer in report.layers.items():
-            for stats, expected in zip(layer.experts, reference.layers[label].experts, strict=True):
+            whole = reference.layers[label]
+            assert layer.total.grad_norm == pytest.approx(whole.total.grad_norm, rel=0.03)
+            near = 0.05 * whole.total.grad_norm  # rounding sends a token to another expert
+            for stats, expected in zip(layer.experts, whole.experts, strict=True):
                 assert stats is not None
                 assert expected is not None
                 assert stats.elements == expected.elements
                 assert stats.param_norm == pytest.approx(expected.param_norm, rel=0.01)
-                assert stats.grad_norm == pytest.approx(expected.grad_norm, rel=0.1)
+                assert stats.grad_norm == pytest.approx(expected.grad_norm, abs=near)
 
 
 class Skips(nn.Module):
