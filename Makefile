@@ -18,7 +18,7 @@ CPU_ONLY = export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::FutureWarning
 
 BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory large_world \
-  regroup_checkpoint checkpoint_faults topologies checkpointing load_experts
+  regroup_checkpoint checkpoint_faults topologies checkpointing load_experts group_metrics
 
 .PHONY: demo test test-long lint docs bench compatibility clean
 

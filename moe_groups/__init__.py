@@ -26,7 +26,10 @@ from moe_groups.errors import (
     UnsupportedDeepSpeedError,
     VerificationError,
 )
+from moe_groups.expert_control import GroupSchedule, set_group_options
 from moe_groups.expert_layers import tag_experts
+from moe_groups.group_metrics import GroupMetrics
+from moe_groups.group_metrics_plot import write_expert_map
 from moe_groups.group_plan import ParamGroupPlan, plan_param_groups
 from moe_groups.inspect_checkpoint import inspect_checkpoint
 from moe_groups.load_experts import LoadedExperts, load_experts
@@ -39,6 +42,7 @@ from moe_groups.measure import (
     measure_iteration_memory,
     measure_step_memory,
 )
+from moe_groups.metrics_report import GroupStats, LayerStats, MetricsReport
 from moe_groups.muon import is_hidden_matrix, split_for_muon
 from moe_groups.param_groups import (
     create_moe_param_groups,
@@ -69,14 +73,19 @@ __all__ = [
     "CheckpointWarning",
     "CostlyGroupsWarning",
     "ExpertTag",
+    "GroupMetrics",
+    "GroupSchedule",
+    "GroupStats",
     "InvalidArgumentError",
     "LayerBalance",
+    "LayerStats",
     "LoadedExperts",
     "LossTracker",
     "MeasuredIteration",
     "MeasuredPhase",
     "MeasuredStep",
     "MeasurementError",
+    "MetricsReport",
     "MoE",
     "MoEGroupsError",
     "OverrideError",
@@ -114,10 +123,12 @@ __all__ = [
     "router_z_loss",
     "save_experts",
     "set_expert_tag",
+    "set_group_options",
     "split_for_muon",
     "split_params_into_different_moe_groups_for_optimizer",
     "tag_experts",
     "verify",
+    "write_expert_map",
 ]
 
 

@@ -14,10 +14,11 @@ from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, merge_ranks
 from moe_groups.manifest import Manifest
 from moe_groups.plan import fingerprint
+from moe_groups.step_options import KEY
 from moe_groups.tags import get_expert_tag, parallel_group_of, shape_of
 
 LABELS = ("expert_group_name", "expert_number")
-_NOT_OPTIONS = ("params", "name", "moe", "param_names", *LABELS)
+_NOT_OPTIONS = ("params", "name", "moe", "param_names", KEY, *LABELS)
 
 
 def own_groups(engine: Any) -> tuple[Rank, list[FlatGroup]]:

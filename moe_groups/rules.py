@@ -85,7 +85,7 @@ class Rules:
         items = self.overrides
         self.overrides = list(items.items() if isinstance(items, Mapping) else items)
         for index, item in enumerate(self.overrides):
-            self._patterns.append(re.compile(_pattern_of(index, item)))
+            self._patterns.append(compile_pattern(_pattern_of(index, item)))
 
     @property
     def active(self) -> bool:
@@ -193,5 +193,12 @@ def _pattern_of(index: int, item: object) -> str:
             f"override {item[0]!r} sets {reserved}, which the grouping itself sets: override "
             "hyperparameters only."
         )
-    # a pattern that matches a module selects everything in it
-    return f"{fnmatch.translate(item[0])}|{fnmatch.translate(item[0] + '.*')}"
+    return item[0]
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A glob pattern as a regular expression, for ``fullmatch`` with :func:`addresses`.
+
+    A pattern that matches a module selects everything in it.
+    """
+    return re.compile(f"{fnmatch.translate(pattern)}|{fnmatch.translate(pattern + '.*')}")
