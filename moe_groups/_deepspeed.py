@@ -492,8 +492,21 @@ def is_counted(engine: Any, param: torch.Tensor) -> bool:
 
     if getattr(param, "ds_pipe_replicated", False):
         return False
-    own = is_expert_parameter(param) or is_model_parallel_parameter(param)
-    return bool(own or bwc_tensor_model_parallel_rank(engine.mpu) == 0)
+    own = _is_own(param, is_model_parallel_parameter(param))
+    return own or bwc_tensor_model_parallel_rank(engine.mpu) == 0
+
+
+def _is_own(param: torch.Tensor, marked: Any) -> bool:
+    """Has each tensor-parallel rank another ``param``, and not a copy of the first rank's?
+
+    Whole experts are others on each rank, unless tensor parallelism cuts them: then their
+    parts are ``marked`` (``model_parallel``), and the rest (a bias, a norm) are copies.
+    """
+    from deepspeed.utils import groups
+
+    if marked or not is_expert_parameter(param):
+        return bool(marked)
+    return bool(groups._get_expert_model_parallel_world_size() == 1)
 
 
 def clipping_divisor(engine: Any) -> float:
@@ -792,18 +805,10 @@ def _wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_is_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
-    """ZeRO's norm leaves out what it takes for copies of the first tensor-parallel rank.
-
-    Each tensor-parallel rank has whole experts that no other has, unless tensor parallelism
-    cuts them: then their parts are marked, and the rest (a bias, a norm) are copies.
-    """
+    """ZeRO's norm leaves out what it takes for copies of the first tensor-parallel rank."""
 
     def is_model_parallel_parameter(p: torch.Tensor) -> bool:
-        from deepspeed.utils import groups
-
-        if original(p) or not is_expert_parameter(p):
-            return bool(original(p))
-        return bool(groups._get_expert_model_parallel_world_size() == 1)
+        return _is_own(p, original(p))
 
     return is_model_parallel_parameter
 
