@@ -48,6 +48,7 @@ def early_problem(
     if unmarked and not any(group.get("moe") for group in groups):
         return (
             f"expert parameter {unmarked[0]} and {len(unmarked) - 1} more are in groups that are "
-            f"not marked moe, as they were no experts when these were made: {MAKE_LATER}."
+            "not marked moe. Make groups with create_moe_param_groups; if you did, "
+            f"{MAKE_LATER}."
         )
     return None

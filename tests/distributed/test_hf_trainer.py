@@ -5,18 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import Trainer
 
 from moe_groups import (
     CheckpointMismatchError,
     InvalidArgumentError,
+    ParameterInputError,
     VerificationError,
+    create_moe_param_groups,
     describe,
 )
 from moe_groups._deepspeed import wrapper_name
 from moe_groups.manifest import FILE_NAME
 from tests.hf_runs import LR, by_expert, config, train_plainly, trainer
-from tests.ranks import forget_process_groups, run_on_ranks
+from tests.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks
 from tests.training import largest_difference, weights
 
 EXPERTS: dict[str, Any] = {"group_options": {"split_by": "expert"}}
@@ -95,15 +98,25 @@ def test_resumes_from_trainers_checkpoint(tmp_path: Path) -> None:
 
 def without_groups(folder: Path, blocks: tuple[str, ...]) -> str:
     run = trainer(folder, config("zero2", blocks), kind=Trainer)
-    with pytest.raises(AssertionError) as error:
+    with pytest.raises((AssertionError, ParameterInputError)) as error:
         run.train()
     return str(error.value)
 
 
 def test_trainer_alone_fails(tmp_path: Path) -> None:
     """What this is for: Trainer's own optimizer knows no experts."""
-    for message in run_on_ranks(2, without_groups, tmp_path, ()):
+    for message in run_in_fresh_processes(2, without_groups, tmp_path, ()):
         assert "None of the param groups are marked as MoE" in message
+
+
+def groups_and_then_none(folder: Path) -> str:
+    create_moe_param_groups(nn.Linear(2, 2))  # the library is there from now on
+    return without_groups(folder, ())
+
+
+def test_trainer_alone_is_told_what_to_do(tmp_path: Path) -> None:
+    for message in run_in_fresh_processes(2, groups_and_then_none, tmp_path):
+        assert "Make groups with create_moe_param_groups" in message
 
 
 # ---- what cannot be honoured -----------------------------------------------------------

@@ -34,7 +34,7 @@ def written_out(probs: Any, chosen: Any, counts: Any) -> float:
     return experts * total
 
 
-@given(st.integers(1, 12), st.integers(2, 6), st.integers(1, 2), st.integers(0, 99), st.data())
+@given(st.integers(1, 12), st.integers(3, 6), st.integers(1, 2), st.integers(0, 99), st.data())
 @settings(max_examples=60, deadline=None)
 def test_the_formula(tokens: int, experts: int, k: int, seed: int, data: st.DataObject) -> None:
     _, probs, chosen = routed(tokens, experts, k, seed)
@@ -47,6 +47,23 @@ def test_the_formula(tokens: int, experts: int, k: int, seed: int, data: st.Data
     assert found.item() == pytest.approx(
         written_out(probs.tolist(), chosen.tolist(), counts.tolist()), rel=1e-5, abs=1e-6
     )
+
+
+def test_a_one_hot_mask_of_integers_is_refused() -> None:
+    _, probs, chosen = routed(5, 3, 1, 0)
+    mask = torch.nn.functional.one_hot(chosen[:, 0], 3)
+    with pytest.raises(InvalidArgumentError, match=r"give a one-hot mask as assigned.bool\(\)"):
+        load_balancing_loss(probs, mask)
+    expected = load_balancing_loss(probs, chosen)
+    torch.testing.assert_close(load_balancing_loss(probs, mask.bool()), expected)
+
+
+def test_a_sequence_of_padding_does_not_count() -> None:
+    _, probs, chosen = routed(8, 3, 1, 0)
+    probs, chosen = probs.view(2, 4, 3), chosen.view(2, 4, 1)
+    mask = torch.tensor([[True] * 4, [False] * 4])
+    found = load_balancing_loss(probs, chosen, balance="sequence", mask=mask)
+    torch.testing.assert_close(found, load_balancing_loss(probs[0], chosen[0]))
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(2, 5), st.integers(0, 99))
