@@ -11,6 +11,7 @@ import nox
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASES = ["0.17.6", "0.18.9", "0.19.8"]
+nox.options.envdir = str(ROOT / ".cache" / "nox")
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 
@@ -19,11 +20,15 @@ nox.options.reuse_existing_virtualenvs = True
 @nox.parametrize("deepspeed", RELEASES)
 def compatibility(session: nox.Session, deepspeed: str) -> None:
     """Run the tests of :mod:`tests.compatibility` against one release."""
-    session.install("torch==2.13.0", "setuptools", "wheel", "ninja", "packaging", "psutil", "numpy")
-    session.install("--no-build-isolation", f"deepspeed=={deepspeed}")
-    pinned = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-    others = Path(session.create_tmp()) / "constraints.txt"
-    others.write_text("".join(line for line in pinned if not line.startswith("deepspeed==")))
     session.chdir(ROOT)
-    session.install("-c", str(others), "-e", ".[test]")
+    pinned = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
+    others = Path(session.create_tmp()).resolve() / "constraints.txt"
+    others.write_text("".join(line for line in pinned if not line.startswith("deepspeed==")))
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    needed = [one for one in project["dependencies"] if not one.startswith("deepspeed")]
+    needed += project["optional-dependencies"]["test"]
+    session.install("-c", str(others), "setuptools", "wheel", "ninja", "psutil", "torch", "numpy")
+    session.install("--no-build-isolation", f"deepspeed=={deepspeed}")
+    session.install("-c", str(others), *needed)
+    session.install("--no-deps", "-e", ".")
     session.run("python", "-m", "tests.compatibility")
