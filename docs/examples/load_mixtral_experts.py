@@ -42,7 +42,7 @@ model = MixtralForCausalLM(config)
 routing: dict[str, Any] = {"k": 2, "drop_tokens": False, "top2_2nd_expert_sampling": False}
 for layer in model.model.layers:
     layer.mlp = Block(64, MistralMLP(config), num_experts=8, ep_size=2, **routing)
-print(f"rank {rank}:", load_experts(model, source))
+print(f"rank {rank}: {load_experts(model, source)}", flush=True)
 
 optimizer = torch.optim.AdamW(create_moe_param_groups(model), lr=1e-3)
 settings = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}}
@@ -52,4 +52,4 @@ for _ in range(3):
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
 files = save_experts(engine, target, family="mixtral")
-print(f"rank {rank} wrote", *(file.name for file in files))
+print(f"rank {rank} wrote {', '.join(file.name for file in files)}", flush=True)
