@@ -152,6 +152,7 @@ def test_registry_answers_as_before() -> None:
     assert registry.get("nobody", 5) == 5
 
 
+@pytest.mark.long
 def test_example() -> None:
     printed = run_example("autoep_mixtral.py")
     first, last = (float(line.split()[-1]) for line in printed.splitlines() if "loss" in line)

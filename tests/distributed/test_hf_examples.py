@@ -14,6 +14,7 @@ EXAMPLES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str) -> None:
     before, group, groups = EXAMPLES[name]

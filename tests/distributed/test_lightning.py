@@ -198,6 +198,7 @@ def test_what_lightning_refuses() -> None:
         assert "identical `name` values" in names  # DeepSpeed's split; its issue 4448
 
 
+@pytest.mark.long
 def test_example() -> None:
     printed = run_example("lightning_moe.py")
     assert "lr/ep_size_2_moe.expert.0.override.0" in printed

@@ -367,6 +367,7 @@ def test_round_trip_to_another_ep_size(tmp_path: Path) -> None:
     assert run_on_ranks(2, load_round_trip, source, tmp_path / "out") == [True, True]
 
 
+@pytest.mark.long
 def test_example() -> None:
     printed = run_example("load_mixtral_experts.py")
     for rank, numbers in ((0, "0 to 3"), (1, "4 to 7")):

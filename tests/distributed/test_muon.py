@@ -256,6 +256,7 @@ def test_what_is_refused_and_by_whom() -> None:
     run_on_ranks(2, refusals)
 
 
+@pytest.mark.long
 def test_example() -> None:
     printed = run_example("muon_moe.py")
     losses = [float(text.split()[0]) for text in printed.split("loss ")[1:]]
