@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -25,9 +25,13 @@ ONLY = {True: {"momentum", "ns_method"}, False: {"betas", "eps"}}
 
 
 def unfold(case: Case) -> None:
-    """Make some of the vectors matrices, by their sizes."""
+    """Make some of the vectors matrices, by their sizes.
+
+    Not in fused layers: beside a tensor of three dimensions one of two is a stack of vectors.
+    """
     for row in case.rows:
-        if row.param.ndim == 1 and row.param.numel() % 2:
+        fused = row.place is not None and row.place[2] is None
+        if row.param.ndim == 1 and row.param.numel() % 2 and not fused:
             row.param.data = row.param.data[None]
 
 
@@ -39,7 +43,6 @@ def by_numel(name: str, param: torch.Tensor) -> bool:
     return own_dims(param) >= 2 and param.numel() % 3 > 0
 
 
-@settings(derandomize=True)
 @given(cases(), LEVELS, st.none() | st.integers(1, 40), st.sampled_from((None, by_numel)))
 def test_halves(case: Case, split_by: Any, cap: int | None, rule: Any) -> None:
     unfold(case)
