@@ -576,15 +576,15 @@ _Change = tuple[str, str, _Wrap]
 
 def _change(changes: Iterable[_Change], needed_by: str) -> None:
     """Wrap functions of DeepSpeed, each once; if one of them is missing or another, none."""
-    places = [(owner, name, wrap, _find(owner, name)) for owner, name, wrap in changes]
-    for owner, name, wrap, (_, original) in places:
+    places = [(owner, name, wrap, *_find(owner, name)) for owner, name, wrap in changes]
+    new = [place for place in places if not hasattr(place[-1], _PATCHED)]
+    for owner, name, wrap, _, original in new:
         _check_known(f"{owner}.{name}", original, wrap, needed_by)
-    for _, name, wrap, (holder, original) in places:
-        if not hasattr(original, _PATCHED):
-            changed: Any = functools.wraps(original)(wrap(original))
-            setattr(changed, _PATCHED, original)
-            static = isinstance(inspect.getattr_static(holder, name), staticmethod)
-            setattr(holder, name, staticmethod(changed) if static else changed)
+    for _, name, wrap, holder, original in new:
+        changed: Any = functools.wraps(original)(wrap(original))
+        setattr(changed, _PATCHED, original)
+        static = isinstance(inspect.getattr_static(holder, name), staticmethod)
+        setattr(holder, name, staticmethod(changed) if static else changed)
 
 
 def _check_known(place: str, original: Any, wrap: _Wrap, needed_by: str) -> None:

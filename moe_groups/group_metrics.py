@@ -10,6 +10,7 @@ from moe_groups.errors import InvalidArgumentError
 from moe_groups.metric_rows import rows_of_all_ranks, stepped_tensors
 from moe_groups.metric_sums import GRAD, PARAM, UPDATE, SteppedPieces, StepSums
 from moe_groups.metrics_report import MetricsReport, make_report
+from moe_groups.monitor import send
 from moe_groups.step_options import stepped_lr
 
 
@@ -119,14 +120,8 @@ class GroupMetrics:
         distributed.all_reduce(sums)
         sums[:, GRAD] *= _deepspeed.clipping_divisor(self.engine) ** 2
         report = make_report(self.engine.global_steps, self._rows, sums.tolist(), self.update_ratio)
-        self._send(report)
+        send(self.engine, report, self.per_expert)
         return report
-
-    def _send(self, report: MetricsReport) -> None:
-        monitor = self.engine.monitor
-        if monitor.enabled and distributed.get_rank() == 0:
-            values = report.as_dict(self.per_expert).items()
-            monitor.write_events([(f"Train/{key}", value, report.step) for key, value in values])
 
     def close(self) -> None:
         """Watch no more, and leave the engine as it was."""

@@ -14,6 +14,7 @@ from torch import distributed
 
 from moe_groups import _deepspeed
 from moe_groups.errors import InvalidArgumentError
+from moe_groups.monitor import send
 
 _LOSS, _DROPPED, _FORWARDS, _HEAD = 0, 1, 2, 3
 """Columns of a layer's row, in front of the tokens of each expert."""
@@ -195,14 +196,8 @@ class LossTracker:
         given = head[_LOSS] / max(head[_FORWARDS], 1)
         lm = given - aux if self.in_loss else given
         report = BalanceReport(self.engine.global_steps, lm + aux, lm, aux, layers)
-        self._send(report)
+        send(self.engine, report, self.per_expert)
         return report
-
-    def _send(self, report: BalanceReport) -> None:
-        monitor = self.engine.monitor
-        if monitor.enabled and distributed.get_rank() == 0:
-            values = report.as_dict(self.per_expert).items()
-            monitor.write_events([(f"Train/{key}", value, report.step) for key, value in values])
 
     def close(self) -> None:
         """Watch no more."""

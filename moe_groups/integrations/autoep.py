@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from moe_groups.errors import ParameterInputError
-from moe_groups.expert_layers import tag_experts
 from moe_groups.param_groups import create_moe_param_groups
 
 _REGISTRY = "transformers.utils.output_capturing"
@@ -45,13 +44,14 @@ def autoep_optimizer(
     support_new_transformers()
 
     def optimizer(params: Any) -> torch.optim.Optimizer:
-        if not tag_experts(model):
+        groups = create_moe_param_groups(model, **grouping)
+        if not any(group.get("moe") for group in groups):
             raise ParameterInputError(
                 "AutoEP has made no expert-parallel layer of the model: set "
                 '"expert_parallel": {"enabled": true, "autoep_size": N} in the DeepSpeed config, '
                 "and give autoep_optimizer the model that deepspeed.initialize gets."
             )
-        return make(create_moe_param_groups(model, **grouping))
+        return make(groups)
 
     return optimizer
 
