@@ -131,11 +131,21 @@ class RankPool:
 
     def _stack(self, rank: int, pid: int) -> str:
         """Where a rank is: its innermost Python frames, with the collective it waits in."""
-        os.kill(pid, signal.SIGUSR1)
-        self.processes[rank].join(1)
-        text = self._stack_file(rank).read_text() if self._stack_file(rank).exists() else ""
+        text = self._dumped(rank, pid)
         main = text.rpartition("Current thread")[2] or text.rpartition("Thread")[2]
         return "\n".join(main.splitlines()[1:16])
+
+    def _dumped(self, rank: int, pid: int, patience: float = 20) -> str:
+        """What a rank writes of its threads; on a busy machine that takes its time."""
+        file, text = self._stack_file(rank), ""
+        os.kill(pid, signal.SIGUSR1)
+        end = time.monotonic() + patience
+        while self.processes[rank].is_alive() and time.monotonic() < end:
+            self.processes[rank].join(0.5)
+            before, text = text, file.read_text() if file.exists() else ""
+            if text and text == before:
+                break
+        return text
 
 
 _pools: dict[int, RankPool] = {}
