@@ -52,11 +52,11 @@ def measure(wrapper: str, split_by: str, cap: int | None, steps: int, stock: boo
     import deepspeed
 
     import moe_groups
-    from moe_groups import _deepspeed
+    from moe_groups._deepspeed import start as set_up
     from tests.training import config
 
     if stock:
-        _deepspeed._MANY_GROUPS = 10**9  # let DeepSpeed report its memory for every group
+        set_up.MANY_GROUPS = 10**9  # let DeepSpeed report its memory for every group
     net: nn.Module = nn.Linear(
         HIDDEN, HIDDEN
     )  # the first engine of a process pays for imports and caches

@@ -17,6 +17,8 @@ from moe_groups.tags import (
     set_expert_tag,
 )
 
+_deepspeed.check_contract()  # now, and not in the middle of a run that has its layers already
+
 
 class MoE(DeepSpeedMoE):
     """DeepSpeed's mixture-of-experts layer with an ``expert_group_name`` of its own.

@@ -16,7 +16,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from moe_groups import InvalidArgumentError, UnsupportedDeepSpeedError, _deepspeed
+from moe_groups import InvalidArgumentError, UnsupportedDeepSpeedError
+from moe_groups._deepspeed import exact_partitions as exact
 from moe_groups.compact import compact_gradients
 from tests.distributed.skipping import SkippingMoE, skip
 from tests.models import HIDDEN
@@ -493,7 +494,7 @@ def compact_without_means(name: str) -> tuple[str, bool]:
     return str(failure.value), list(vars(engine.optimizer)) == before
 
 
-@pytest.mark.parametrize("name", _deepspeed._EXACT_MEANS)
+@pytest.mark.parametrize("name", exact.EXACT_MEANS)
 def test_unsupported_deepspeed(name: str) -> None:
     for message, unchanged in run_on_ranks(2, compact_without_means, name):
         assert f"has no {name}, which compact_gradients needs: install deepspeed" in message
@@ -527,11 +528,9 @@ def test_places_where_deepspeed_asks() -> None:
         for name, method in vars(DeepSpeedZeroOptimizer).items()
         if inspect.isfunction(method)
     }
-    readers = {
-        name for name, one in methods.items() if _deepspeed._EXACT in set(names_in(one.__code__))
-    }
+    readers = {name for name, one in methods.items() if exact.EXACT in set(names_in(one.__code__))}
     assert readers == READERS
-    assert str(inspect.signature(methods[_deepspeed._EXACT])) == "(self, group_idx)"
+    assert str(inspect.signature(methods[exact.EXACT])) == "(self, group_idx)"
     assert "_get_preflattened_grad_partition" in set(names_in(methods["step"].__code__))
 
 
@@ -543,7 +542,7 @@ def deepspeed_decides() -> tuple[list[bool], list[bool], bool]:
         indices = range(len(engine.optimizer.bit16_groups))
         answers.append([engine.optimizer._use_compact_grad_partition_buffer(i) for i in indices])
     compact_gradients(engine)
-    return answers[0], answers[1], _deepspeed._EXACT in vars(engine.optimizer)
+    return answers[0], answers[1], exact.EXACT in vars(engine.optimizer)
 
 
 def test_deepspeed_keeps_exact_partitions_under_fp32_accumulation_only() -> None:
@@ -559,18 +558,18 @@ def patched_decision() -> Any:
     """DeepSpeed's method with the patch of the page applied."""
     patch = PAGE.read_text().partition("```diff\n")[2].partition("```")[0].splitlines(keepends=True)
     before, after = ("".join(line[1:] for line in patch if line[0] in " " + sign) for sign in "-+")
-    original = vars(DeepSpeedZeroOptimizer)[_deepspeed._EXACT]
+    original = vars(DeepSpeedZeroOptimizer)[exact.EXACT]
     assert inspect.getsource(original) == before
     namespace: dict[str, Any] = {}
     exec(textwrap.dedent(after), original.__globals__, namespace)
-    return namespace[_deepspeed._EXACT]
+    return namespace[exact.EXACT]
 
 
 def patched_against_plain() -> list[str]:
     case = Case(accumulate=2, ep_size=1)
     plain = case.engine(False)
     runs = [(train(plain, 4), snapshot(plain))]
-    with mock.patch.object(DeepSpeedZeroOptimizer, _deepspeed._EXACT, patched_decision()):
+    with mock.patch.object(DeepSpeedZeroOptimizer, exact.EXACT, patched_decision()):
         patched = case.engine(False)
         runs.append((train(patched, 4), snapshot(patched)))
         one = cost(case.engine(False))

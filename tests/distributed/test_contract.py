@@ -18,7 +18,8 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
-from moe_groups import _deepspeed, protect_checkpoints
+from moe_groups import protect_checkpoints
+from moe_groups._deepspeed import contract, patching
 from moe_groups.flat_layout import round_robin
 from tests.models import FFN, HIDDEN, TinyMoE
 from tests.ranks import RankError, run_in_fresh_processes, run_on_ranks
@@ -205,9 +206,9 @@ SIGNATURES = {
 }
 
 
-@pytest.mark.parametrize(("owner", "name"), [change[:2] for change in _deepspeed._CHANGES])
+@pytest.mark.parametrize(("owner", "name"), [change[:2] for change in contract.CHANGES])
 def test_patched_places(owner: str, name: str) -> None:
-    _, place = _deepspeed._find(owner, name)
+    _, place = patching.find(owner, name)
     assert str(inspect.signature(inspect.unwrap(place))) == SIGNATURES[name]
 
 

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch.utils.checkpoint import checkpoint
 
 from moe_groups import UnsupportedDeepSpeedError, _deepspeed, checkpoint_activations
+from moe_groups._deepspeed import collectives, patching
 from moe_groups.kept_collectives import inside_region
 from tests.checkpointed_models import Tensors, different, initialized, plain, step
 from tests.models import TinyMoE
@@ -27,8 +29,8 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_communication_is_a_static_forward(name: str) -> None:
-    [owner] = [owner for owner, _, _ in _deepspeed._KEPT if owner.endswith(f":{name}")]
-    holder, forward = _deepspeed._find(owner, "forward")
+    [owner] = [owner for owner, _, _ in collectives.KEPT if owner.endswith(f":{name}")]
+    holder, forward = patching.find(owner, "forward")
     assert issubclass(holder, torch.autograd.Function)
     assert isinstance(inspect.getattr_static(holder, "forward"), staticmethod)
     assert list(inspect.signature(inspect.unwrap(forward)).parameters) == PARAMETERS[name]
@@ -144,6 +146,29 @@ def test_other_arguments_are_refused() -> None:
     [message] = run_in_fresh_processes(1, refuse_other_arguments)
     assert "has deepspeed.runtime.engine:DeepSpeedEngine.load_checkpoint(ctx, tokens)" in message
     assert "which unique group names need with the arguments (self)" in message
+
+
+def import_with_another_deepspeed() -> list[str]:
+    """What the imports of a new process say, after a function of DeepSpeed got another name."""
+    engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    engine.sanity_check = engine._do_optimizer_sanity_check
+    del engine._do_optimizer_sanity_check
+    for name in [name for name in sys.modules if name.startswith("moe_groups")]:
+        del sys.modules[name]
+    messages = []
+    for name in ("moe_groups._deepspeed", "moe_groups"):
+        with pytest.raises(Exception, match="has no") as failure:
+            importlib.import_module(name)
+        assert type(failure.value).__name__ == "UnsupportedDeepSpeedError"
+        messages.append(str(failure.value))
+    return messages
+
+
+def test_another_deepspeed_is_refused_when_imported() -> None:
+    [messages] = run_in_fresh_processes(1, import_with_another_deepspeed)
+    for message in messages:
+        assert "has no deepspeed.runtime.engine:DeepSpeedEngine._do_optimizer_sanity" in message
+        assert "which unique group names need: install deepspeed" in message
 
 
 # ---- other all-reduces -----------------------------------------------------------------

@@ -244,7 +244,7 @@ def refusals() -> None:
     with pytest.raises(InvalidArgumentError, match=r"torch.optim.Muon .* under ZeRO"):
         torch_muon()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_groups._deepspeed._settle_muon", lambda engine, optimizer: None)
+        patch.setattr("moe_groups._deepspeed.start.settle_muon", lambda engine, optimizer: None)
         with pytest.raises(ValueError, match="must be a 2D matrix"):  # by torch.optim.Muon.step
             torch_muon()
     model = TinyMoE(MoE, ep_size=2)

@@ -1,0 +1,96 @@
+"""Around the optimizer's step: which parameters count in the norm, and what clipping does."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_groups._deepspeed.engines import is_engine, steps_parameters, wrapper_name
+from moe_groups.errors import InvalidArgumentError
+from moe_groups.tags import is_expert_parameter
+
+_BEFORE_CLIPPING = "_moe_groups_before_clipping"
+_PARTITIONED = ("ZeRO-1", "ZeRO-2", "BF16_Optimizer")
+
+
+def check_steps_partitions(engine: Any, what: str) -> None:
+    """Refuse engines whose torch optimizer does not step what :class:`LaidOut` tells.
+
+    Raises:
+        InvalidArgumentError: not an engine with an optimizer, or one with another wrapper.
+    """
+    if not is_engine(engine) or getattr(engine, "basic_optimizer", None) is None:
+        raise InvalidArgumentError(
+            f"{what} takes an engine that deepspeed.initialize made with an optimizer, not "
+            f"{type(engine).__name__}."
+        )
+    if not steps_parameters(engine) and wrapper_name(engine) not in _PARTITIONED:
+        raise InvalidArgumentError(
+            f"{what} knows engines that step with {', '.join(_PARTITIONED)} or without a wrapper, "
+            f"not with {wrapper_name(engine)}: choose one of them in the config "
+            '("zero_optimization": {"stage": 1 or 2}).'
+        )
+
+
+def is_counted(engine: Any, param: torch.Tensor) -> bool:
+    """Does the global norm count this parameter here, and not a copy on another rank?
+
+    As in ``get_grads_for_norm`` and ``get_grad_norm_direct``: of copies on tensor-parallel ranks
+    the first counts, and of those that pipeline stages tie the first stage's.
+    """
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
+
+    if getattr(param, "ds_pipe_replicated", False):
+        return False
+    own = is_own(param, is_model_parallel_parameter(param))
+    return own or bwc_tensor_model_parallel_rank(engine.mpu) == 0
+
+
+def is_own(param: torch.Tensor, marked: Any) -> bool:
+    """Has each tensor-parallel rank another ``param``, and not a copy of the first rank's?
+
+    Whole experts are others on each rank, unless tensor parallelism cuts them: then their
+    parts are ``marked`` (``model_parallel``), and the rest (a bias, a norm) are copies.
+    """
+    from deepspeed.utils import groups
+
+    if marked or not is_expert_parameter(param):
+        return bool(marked)
+    return bool(groups._get_expert_model_parallel_world_size() == 1)
+
+
+def clipping_divisor(engine: Any) -> float:
+    """What the wrapper divided all gradients of the last step by, to clip them; 1 if by nothing.
+
+    The formula is in ``unscale_and_clip_grads`` and ``clip_tensors_by_global_norm``.
+    """
+    optimizer = engine.optimizer
+    clip, norm = getattr(optimizer, "clip_grad", 0.0), engine.get_global_grad_norm()
+    if steps_parameters(engine) or not clip or norm is None:
+        return 1.0
+    return max(1.0, (float(norm) + 1e-6) / clip)
+
+
+def before_own_clipping(engine: Any, function: Callable[[], None]) -> Callable[[], None]:
+    """Call ``function`` before an engine without a wrapper clips; gives what undoes it."""
+    functions: list[Callable[[], None]] | None = getattr(engine, _BEFORE_CLIPPING, None)
+    if functions is None:
+        setattr(engine, _BEFORE_CLIPPING, functions := [])
+        original, called = engine.clip_fp32_gradients, functions
+
+        def clip_fp32_gradients() -> None:
+            for one in called:
+                one()
+            original()
+
+        engine.clip_fp32_gradients = clip_fp32_gradients
+    functions.append(function)
+
+    def undo() -> None:
+        functions.remove(function)
+        if not functions:
+            del engine.clip_fp32_gradients
+            delattr(engine, _BEFORE_CLIPPING)
+
+    return undo

@@ -1,0 +1,103 @@
+"""How a wrapper lays groups out and names its files; saving and loading, guarded."""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_groups._deepspeed.engines import engine_data_parallel_group, stepped_groups
+from moe_groups.tags import numel_of, parallel_group_of
+
+
+class LaidOut(NamedTuple):
+    """A group as this rank's wrapper laid it out.
+
+    Attributes:
+        options: the dict of the optimizer.
+        members: ``(name, parameter, first element in the group's flat buffer)``.
+        ranks: data-parallel ranks that share it, in the order of their partitions; the number
+            of these plus the global rank for those of another model-parallel rank.
+    """
+
+    options: dict[str, Any]
+    members: list[tuple[str, torch.Tensor, int]]
+    ranks: list[int]
+
+
+def laid_out_groups(engine: Any) -> list[LaidOut]:
+    """This rank's groups in order, with the names that DeepSpeed writes into checkpoints.
+
+    ZeRO-1/2 may reorder a group (``round_robin_gradients``) and align parameters
+    (``parameter_alignment``); the other wrappers lay parameters behind each other.
+    """
+    optimizer = engine.optimizer
+    data_parallel = torch.distributed.get_process_group_ranks(_data_parallel_group(engine))
+    position = {rank: index for index, rank in enumerate(data_parallel)}
+    groups = []
+    for index, (options, params) in enumerate(stepped_groups(engine)):
+        if hasattr(optimizer, "round_robin_bit16_groups"):
+            params = optimizer.round_robin_bit16_groups[index]
+            offsets = optimizer.round_robin_bit16_offsets[index]
+        else:
+            sizes = [numel_of(param) for param in params]
+            offsets = [0, *itertools.accumulate(sizes)][: len(sizes)]
+        shared = getattr(optimizer, "real_dp_process_group", None)
+        if shared:
+            ranks = torch.distributed.get_process_group_ranks(shared[index])
+        else:
+            ranks = _sharing_ranks(options) or data_parallel
+        names = (engine.param_names.get(param, "?") for param in params)
+        members = list(zip(names, params, offsets, strict=True))
+        places = [position.get(rank, len(position) + rank) for rank in ranks]
+        groups.append(LaidOut(options, members, places))
+    return groups
+
+
+def _data_parallel_group(engine: Any) -> Any:
+    group = getattr(engine.optimizer, "dp_process_group", None)
+    return engine_data_parallel_group(engine) if group is None else group
+
+
+def _sharing_ranks(options: Mapping[str, Any]) -> list[int] | None:
+    from deepspeed.utils import groups
+
+    base = parallel_group_of(str(options.get("name", "")))
+    known = groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.get(base) if options.get("moe") else None
+    return None if known is None else list(known)
+
+
+def checkpoint_rank(engine: Any) -> tuple[int, int]:
+    """``(model-parallel rank, data-parallel rank)``, which name this rank's files."""
+    return engine.checkpoint_mp_rank, torch.distributed.get_rank(_data_parallel_group(engine))
+
+
+def checkpoint_tag(engine: Any, tag: object) -> str:
+    """The name under which ``save_checkpoint`` saves."""
+    return f"global_step{engine.global_steps}" if tag is None else str(tag)
+
+
+def wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Write what the groups are beside the checkpoint."""
+
+    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from moe_groups.checkpoint_guard import guarded_save
+
+        return guarded_save(self, functools.partial(original, self), args, kwargs)
+
+    return save_checkpoint
+
+
+def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Compare the groups with what was written; options of experts go on from what was loaded."""
+
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from moe_groups.checkpoint_guard import guarded_load
+        from moe_groups.step_options import take_up_options
+
+        result = guarded_load(self, functools.partial(original, self), args, kwargs)
+        take_up_options(self)
+        return result
+
+    return load_checkpoint

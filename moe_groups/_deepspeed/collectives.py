@@ -1,0 +1,86 @@
+"""Collectives of the MoE layers: on gloo, and in a checkpointed region."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_groups._deepspeed.patching import Change, change_functions
+from moe_groups.kept_collectives import inside_region, once
+
+
+def wrap_gather_tokens(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """gloo wants the shape of what it gathers, not a flat buffer, as nccl takes it."""
+
+    def _gather_tokens(input_: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        from deepspeed.utils import groups
+        from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
+
+        if input_.device.type != "cpu":
+            return original(input_, dim)
+        group = bwc_tensor_model_parallel_group(groups.mpu)
+        count = torch.distributed.get_world_size(group)
+        parts = [torch.empty_like(input_).contiguous() for _ in range(count)]
+        torch.distributed.all_gather(parts, input_.contiguous(), group=group)
+        return torch.cat(parts, dim)
+
+    return _gather_tokens
+
+
+def support_kept_collectives() -> None:
+    """Send the MoE layers' collectives through ``kept_collectives.py``.
+
+    Outside of a checkpointed region, in the backward pass for one, they run as before. Does
+    nothing when called again, or where DeepSpeed is not imported: no layer is its.
+
+    Raises:
+        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on.
+            Nothing has been changed then.
+    """
+    if "deepspeed" in sys.modules:
+        change_functions(KEPT, "checkpoint_activations needs")
+
+
+def _wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Of an autograd function that communicates and returns the result."""
+    kind = original.__qualname__
+
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        if not inside_region():
+            return original(ctx, *args)
+        return once(kind, ctx, lambda: original(ctx, *args))
+
+    return forward
+
+
+def _wrap_all_reduce(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The gates agree on a capacity with it; other tensors are none of ours."""
+
+    def all_reduce(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        capacity = tensor.numel() == 1 and not tensor.is_floating_point()
+        if not capacity or not inside_region() or _is_async(*args, **kwargs):
+            return original(tensor, *args, **kwargs)
+
+        def reduce() -> torch.Tensor:
+            original(tensor, *args, **kwargs)
+            result: torch.Tensor = tensor.clone()
+            return result
+
+        tensor.copy_(once("all_reduce of a whole number", None, reduce))
+        return None
+
+    return all_reduce
+
+
+def _is_async(
+    op: Any = None, group: Any = None, async_op: bool = False, *_: Any, **__: Any
+) -> bool:
+    return async_op
+
+
+KEPT: tuple[Change, ...] = (
+    ("deepspeed.moe.sharded_moe:_AllToAll", "forward", _wrap_forward),
+    ("deepspeed.moe.mappings:_GatherTokens", "forward", _wrap_forward),
+    ("deepspeed.comm", "all_reduce", _wrap_all_reduce),
+)

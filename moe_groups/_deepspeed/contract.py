@@ -1,0 +1,67 @@
+"""All that is changed in DeepSpeed so that it takes our groups."""
+
+import sys
+
+from moe_groups._deepspeed.checkpoints import wrap_load, wrap_save
+from moe_groups._deepspeed.collectives import wrap_gather_tokens
+from moe_groups._deepspeed.norms import (
+    wrap_grads_for_norm,
+    wrap_grads_for_reduction,
+    wrap_is_model_parallel,
+    wrap_norm,
+    wrap_zero_norm,
+)
+from moe_groups._deepspeed.patching import Change, change_functions, check_functions
+from moe_groups._deepspeed.stages import wrap_configure
+from moe_groups._deepspeed.start import wrap_basic, wrap_broadcast, wrap_sanity_check, wrap_setup
+
+
+def support_our_groups(moe: bool) -> None:
+    """Teach DeepSpeed our group names; see the package's docstring.
+
+    Does nothing when called again, where DeepSpeed is not installed (grouping a model to
+    look at the result needs no DeepSpeed), or where it is not imported and no group is
+    ``moe``.
+
+    Raises:
+        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on.
+            Nothing has been changed then.
+    """
+    if not moe and "deepspeed" not in sys.modules:
+        return
+    try:
+        import deepspeed  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "deepspeed":
+            return
+        raise
+    change_functions(CHANGES, _NEEDED_BY)
+
+
+def check_contract() -> None:
+    """Look whether DeepSpeed has what unique group names need; changes nothing.
+
+    Raises:
+        UnsupportedDeepSpeedError: it lacks a function, or one takes other arguments.
+    """
+    check_functions(CHANGES, _NEEDED_BY)
+
+
+_NEEDED_BY = "unique group names need"
+_BF16 = "deepspeed.runtime.bf16_optimizer"
+_ZERO = "deepspeed.runtime.zero.stage_1_and_2"
+CHANGES: tuple[Change, ...] = (
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "_configure_distributed_model", wrap_configure),
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "_broadcast_model", wrap_broadcast),
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "_do_optimizer_sanity_check", wrap_sanity_check),
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "_configure_basic_optimizer", wrap_basic),
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "save_checkpoint", wrap_save),
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "load_checkpoint", wrap_load),
+    (f"{_BF16}:BF16_Optimizer", "_setup_for_real_optimizer", wrap_setup),
+    (_ZERO, "is_model_parallel_parameter", wrap_is_model_parallel),
+    (f"{_ZERO}:DeepSpeedZeroOptimizer", "scaled_global_norm", wrap_zero_norm),
+    (f"{_BF16}:BF16_Optimizer", "get_grads_for_norm", wrap_grads_for_norm),
+    (f"{_BF16}:BF16_Optimizer", "get_grads_for_reduction", wrap_grads_for_reduction),
+    ("deepspeed.moe.mappings", "_gather_tokens", wrap_gather_tokens),
+    ("deepspeed.runtime.fp16.fused_optimizer", "get_norm_with_moe_layers", wrap_norm),
+)

@@ -1,0 +1,161 @@
+"""What an engine steps, with what, and what its groups were given."""
+
+import sys
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+_GIVEN = "_moe_groups_given"
+_GUARD = "_moe_groups_guard"
+_ENGINES: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def is_engine(value: object) -> bool:
+    """Is ``value`` a DeepSpeed engine (its pipeline engine included)?"""
+    module = sys.modules.get("deepspeed.runtime.engine")
+    return module is not None and isinstance(value, module.DeepSpeedEngine)
+
+
+def has_engine(model: nn.Module) -> bool:
+    """Is ``model`` what an engine steps, or a part of it? Every engine puts hooks on its module."""
+    hooks = model._forward_pre_hooks.values()
+    if any(getattr(hook, "__module__", "") == "deepspeed.runtime.engine" for hook in hooks):
+        return True
+    return any(part is model for engine in _ENGINES for part in engine.module.modules())
+
+
+def known_engines() -> list[Any]:
+    """Engines that were initialized since :func:`support_our_groups` and are still there."""
+    return list(_ENGINES)
+
+
+def is_pipeline(model: object) -> bool:
+    """Is ``model`` a ``PipelineModule``?"""
+    module = sys.modules.get("deepspeed.runtime.pipe.module")
+    return module is not None and isinstance(model, module.PipelineModule)
+
+
+def stage_of(model: Any) -> int:
+    """The pipeline stage that this rank has of ``model``; 0 without a pipeline."""
+    return int(model.stage_id) if is_pipeline(model) else 0
+
+
+def wrapper_name(engine: Any) -> str:
+    """Who steps: "ZeRO-1", "ZeRO-2", "BF16_Optimizer", or the class of another wrapper."""
+    optimizer = engine.optimizer
+    name = type(optimizer).__name__
+    if name == "DeepSpeedZeroOptimizer":
+        return "ZeRO-2" if optimizer.partition_gradients else "ZeRO-1"
+    return name
+
+
+def steps_parameters(engine: Any) -> bool:
+    """Is there no wrapper, so that the model's parameters themselves are stepped?"""
+    return engine.optimizer is engine.basic_optimizer
+
+
+def stepped_groups(engine: Any) -> list[tuple[dict[str, Any], list[torch.Tensor]]]:
+    """``(param group, model parameters it steps)`` of an initialized engine, in order.
+
+    The wrappers put flat partitions into ``param_groups`` and keep the model's parameters
+    in a list of their own: ``bit16_groups`` (ZeRO-1/2), ``bf16_groups`` (BF16_Optimizer),
+    ``fp16_groups`` (FP16 optimizers; ZeRO-3, where it holds several lists for a group).
+    """
+    optimizer = engine.optimizer
+    groups = optimizer.param_groups
+    for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
+        if hasattr(optimizer, attribute):
+            members: list[list[torch.Tensor]] = [[] for _ in groups]
+            index_of = getattr(optimizer, "sub_group_to_group_id", {})
+            for index, params in enumerate(getattr(optimizer, attribute)):
+                members[index_of.get(index, index)].extend(params)
+            return list(zip(groups, members, strict=True))
+    return [(group, list(group["params"])) for group in groups]
+
+
+def engine_data_parallel_group(engine: Any) -> Any:
+    """The process group over which all optimizer groups of this engine line up."""
+    return engine.seq_data_parallel_group
+
+
+class Given(NamedTuple):
+    """What a parameter's group had when the engine took the optimizer over.
+
+    Attributes:
+        name: of the group.
+        options: its learning rate and weight decay.
+        own_lr: the learning rate is not the optimizer's default.
+    """
+
+    name: str
+    options: dict[str, float]
+    own_lr: bool
+
+
+def given_options(engine: Any) -> dict[int, Given]:
+    """``id(parameter)`` to what its group was given; empty if no group of ours was there."""
+    given: dict[int, Given] = getattr(engine, _GIVEN, {})
+    return given
+
+
+def remember(engine: Any, optimizer: Any) -> None:
+    """Keep what the groups have before the engine wraps the optimizer; guard its checkpoints."""
+    default = getattr(optimizer, "defaults", {}).get("lr")
+    given: dict[int, Given] = {}
+    for group in optimizer.param_groups:
+        options = {key: float(group[key]) for key in ("lr", "weight_decay") if key in group}
+        if "initial_lr" in group:  # a scheduler was there first (Accelerate), and set its own
+            options["lr"] = float(group["initial_lr"])
+        record = Given(str(group.get("name", "")), options, options.get("lr") != default)
+        given.update((id(param), record) for param in group["params"])
+    setattr(engine, _GIVEN, given)
+    _ENGINES.add(engine)
+    if guard_of(engine) is None:
+        from moe_groups.checkpoint_guard import Guard
+
+        set_guard(engine, Guard())
+
+
+def guard_of(engine: Any) -> Any:
+    """What :func:`set_guard` set; None where the engine's checkpoints are not guarded."""
+    return getattr(engine, _GUARD, None)
+
+
+def set_guard(engine: Any, guard: Any) -> None:
+    """Guard the engine's checkpoints (``checkpoint_guard.py`` says with what)."""
+    setattr(engine, _GUARD, guard)
+
+
+def scheduled_peaks(engine: Any) -> list[float] | None:
+    """Learning rates to which a DeepSpeed warm-up schedule brings the groups, if there is one."""
+    peaks = getattr(engine.lr_scheduler, "max_lrs", None)
+    return None if peaks is None else list(map(float, peaks))
+
+
+def runs_backward(engine: Any) -> bool:
+    """Is the engine (one of pipelines included) in its ``backward`` now?"""
+    return bool(getattr(engine, "_running_engine_backward", False))
+
+
+def backward_scale(engine: Any) -> float:
+    """Factor of a loss on its way into ``backward``: DeepSpeed's own scaling of a loss of 1."""
+    optimizer, steps = engine.optimizer, engine.gradient_accumulation_steps()
+    with torch.enable_grad():
+        one = torch.ones((), requires_grad=True) * 1  # DeepSpeed scales what has a graph
+    if hasattr(optimizer, "scale_if_loss"):
+        one = optimizer.scale_if_loss(one)
+    elif engine.torch_autocast_z0_gradscaler:
+        one = engine.torch_autocast_z0_gradscaler.scale(one)
+    return float(one) / float(steps)
+
+
+def refresh_master_weights(engine: Any) -> None:
+    """Copy the model's weights into the full-precision ones that the wrapper steps, if it has any.
+
+    DeepSpeed's own call, after loading weights alone (``load_checkpoint``, ``runtime/engine.py``).
+    """
+    refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
+    if refresh is not None:
+        refresh()

@@ -1,0 +1,98 @@
+"""Exact gradient partitions of ZeRO-1/2, whatever dtype the gradients accumulate in."""
+
+from typing import Any
+
+from moe_groups._deepspeed.patching import TESTED_VERSION
+from moe_groups.errors import InvalidArgumentError, UnsupportedDeepSpeedError
+
+EXACT = "_use_compact_grad_partition_buffer"
+EXACT_MEANS = (EXACT, "_build_compact_grad_partition_buffer", "_get_preflattened_grad_partition")
+_OTHER_WRAPPERS = {
+    "NoneType": "it has no optimizer",
+    "DummyOptim": "it has no optimizer",
+    "BF16_Optimizer": "BF16_Optimizer keeps all gradients in one fp32 buffer for the whole run",
+    "DeepSpeedZeroOptimizer_Stage3": "ZeRO-3 already keeps nothing but its partitions",
+}
+
+
+def keep_exact_partitions(engine: Any) -> None:
+    """Make a ZeRO-1/2 engine keep exact gradient partitions, as with fp32 accumulation.
+
+    DeepSpeed has the code (``runtime/zero/stage_1_and_2.py``) and reserves it for an fp32
+    accumulation of another dtype than the model's, though nothing in it depends on the
+    dtype: buffers are made in the accumulation's. One method decides; on this optimizer, not
+    on its class, it is replaced by one that always says yes.
+
+    Raises:
+        InvalidArgumentError: it cannot be done for this engine, or not now.
+        UnsupportedDeepSpeedError: this DeepSpeed lacks the code.
+    """
+    optimizer = engine.optimizer
+    if problem := _why_not_exact(engine, optimizer):
+        raise InvalidArgumentError(f"compact_gradients cannot be used on this engine: {problem}.")
+    missing = [name for name in EXACT_MEANS if not callable(getattr(optimizer, name, None))]
+    if missing:
+        raise UnsupportedDeepSpeedError(
+            f"this DeepSpeed's {type(optimizer).__name__} has no {missing[0]}, which "
+            f"compact_gradients needs: install deepspeed {TESTED_VERSION}, which this release was "
+            "tested with, or leave the call out."
+        )
+    if getattr(optimizer, EXACT) is _always or _is_exact(optimizer):
+        return
+    if _holds_gradients(optimizer):
+        raise InvalidArgumentError(
+            "compact_gradients was called while the engine holds gradients: call it before the "
+            "first backward, or after the engine.step() that ends a gradient accumulation."
+        )
+    setattr(optimizer, EXACT, _always)
+
+
+def _always(group_idx: int) -> bool:
+    return True
+
+
+def _is_exact(optimizer: Any) -> bool:
+    """Does DeepSpeed itself keep exact partitions, in all groups?"""
+    return all(getattr(optimizer, EXACT)(index) for index in range(len(optimizer.bit16_groups)))
+
+
+def _why_not_exact(engine: Any, optimizer: Any) -> str | None:
+    """What keeps this engine from exact partitions, the same answer on every rank."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        reason = _OTHER_WRAPPERS.get(name, f"it steps with {name}, without ZeRO")
+        return (
+            f'{reason}. It is for "zero_optimization": {{"stage": 1 or 2}} with gradients that '
+            'accumulate in the dtype of the model ("data_types": {"grad_accum_dtype": "bf16"})'
+        )
+    if optimizer.cpu_offload or optimizer.zenflow:
+        return (
+            "an offloaded optimizer (offload_optimizer, zenflow) keeps its gradients in CPU "
+            "memory. Leave out the call, or the offload"
+        )
+    if engine.is_deepcompile_enabled():
+        return "DeepCompile makes gradient buffers of its own. Leave out the call, or deepcompile"
+    if _has_muon(optimizer):
+        return (
+            "Muon needs the whole gradient of each parameter that it steps. Leave out the call, or "
+            "step all parameters with another optimizer"
+        )
+    return None
+
+
+def _has_muon(optimizer: Any) -> bool:
+    """As in DeepSpeed's ``_is_muon_group``, but for all parameters and not the rank's first."""
+    members = (param for group in optimizer.bit16_groups for param in group)
+    muon = "muon" in type(optimizer.optimizer).__name__.lower()
+    return muon and any(getattr(param, "use_muon", False) for param in members)
+
+
+def _holds_gradients(optimizer: Any) -> bool:
+    """Gradients of a backward pass that no step has used yet, wherever DeepSpeed puts them."""
+    kept = (*optimizer.averaged_gradients.values(), *optimizer.all_grad_tensors.values())
+    params = (param for group in optimizer.bit16_groups for param in group)
+    return any(one is not None for one in kept) or any(
+        param.grad is not None or param.grad_accum is not None for param in params
+    )

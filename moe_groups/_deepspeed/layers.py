@@ -1,0 +1,102 @@
+"""DeepSpeed's MoE layers and AutoEP's: their experts, routers and sizes."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+
+def moe_layer_types() -> tuple[type, ...]:
+    """``(deepspeed.moe.layer.MoE,)``, or nothing where it was never imported: no module is one."""
+    layer = sys.modules.get("deepspeed.moe.layer")
+    return () if layer is None else (layer.MoE,)
+
+
+def layer_experts(module: Any) -> list[nn.Module]:
+    """This rank's experts of a DeepSpeed ``MoE`` layer, in the order of their numbers."""
+    return list(module.deepspeed_moe.experts.deepspeed_experts)
+
+
+def layer_parallel_group(module: Any) -> str:
+    """Process-group key of a DeepSpeed ``MoE``, which calls it ``expert_group_name``."""
+    return str(module.expert_group_name)
+
+
+class LayerParts(NamedTuple):
+    """What a layer of DeepSpeed holds on this rank.
+
+    Attributes:
+        num_experts: over all ranks.
+        ep_size: ranks that share them.
+        parallel_group: key of their process groups.
+        experts: the tensors of each expert here by their name in it.
+        params: the parameters that these are, or are views of.
+        router: its tensors, by their name in it.
+    """
+
+    num_experts: int
+    ep_size: int
+    parallel_group: str
+    experts: Sequence[Mapping[str, torch.Tensor]]
+    params: list[torch.Tensor]
+    router: Mapping[str, torch.Tensor]
+
+
+def layer_parts(module: Any) -> LayerParts | None:
+    """The parts of a DeepSpeed ``MoE`` or an ``AutoEPMoELayer``; None for another module.
+
+    AutoEP keeps ``gate_proj``, ``down_proj`` and ``up_proj`` of all its experts as ``w1``, ``w2``
+    and ``w3`` (``repack_expert_weights``, ``moe/ep_repack.py``).
+    """
+    autoep = sys.modules.get("deepspeed.module_inject.auto_ep_layer")
+    if autoep is not None and isinstance(module, autoep.AutoEPMoELayer):
+        layer: Any = module
+        fused = {f"{name}.weight": getattr(layer.experts, name) for name in ("w1", "w2", "w3")}
+        own = [
+            {name: param.detach()[number] for name, param in fused.items()}
+            for number in range(layer.num_local_experts)
+        ]
+        router = dict(layer.router.gate.named_parameters())
+        if layer.router.e_score_correction_bias is not None:
+            router["e_score_correction_bias"] = layer.router.e_score_correction_bias
+        sizes = layer.num_experts, layer.ep_size, layer.ep_group_name
+        return LayerParts(*sizes, own, [*fused.values()], router)
+    if not isinstance(module, moe_layer_types()):
+        return None
+    layer = module
+    own = [dict(expert.named_parameters()) for expert in layer_experts(layer)]
+    params = [param for expert in own for param in expert.values()]
+    router = dict(layer.deepspeed_moe.gate.wg.named_parameters())
+    return LayerParts(
+        layer.num_experts, layer.ep_size, layer.expert_group_name, own, params, router
+    )
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Does ZeRO-3 keep the parameters, and leave placeholders in the model?"""
+    return any(hasattr(param, "ds_id") for param in model.parameters())
+
+
+def routers_of(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
+    """``(label or path, experts over all ranks, gate)`` of each DeepSpeed ``MoE``, in order."""
+    return [
+        (
+            str(getattr(layer, "group_label", None) or path),
+            int(cast(Any, layer).num_experts),
+            cast(Any, layer).deepspeed_moe.gate,
+        )
+        for path, layer in model.named_modules()
+        if isinstance(layer, moe_layer_types())
+    ]
+
+
+def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(loss, assignments to each expert, how many were dropped)`` of a gate's outputs.
+
+    ``TopKGate`` gives (loss, capacity, experts, indices, locations, weights, counts) to its
+    layer, and -1 as the index of what was dropped (``sharded_moe.py``).
+    """
+    loss, _, _, indices, _, _, counts = outputs
+    return loss, counts, counts.sum() - (indices >= 0).sum()

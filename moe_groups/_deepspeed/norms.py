@@ -1,0 +1,116 @@
+"""The norm of the gradients and their reduction, with one sum for each parallel group."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from moe_groups._deepspeed.around_step import is_own
+from moe_groups._deepspeed.process_groups import parallel_groups
+from moe_groups.tags import parallel_group_of
+
+_MOST = "_moe_groups_most"
+
+
+def by_parallel_group(tensors: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """One list per parallel group instead of one per name, in the order of appearance."""
+    merged: dict[str, list[Any]] = {}
+    for name, values in tensors.items():
+        merged.setdefault(parallel_group_of(name), []).extend(values)
+    return merged
+
+
+def wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """One all-reduce over the stages for each group of the stage that has most of them."""
+
+    def scaled_global_norm(self: Any, norm_type: Any = 2) -> Any:
+        missing = _groups_of_any_stage(self) - len(self.bit16_groups)
+        norms = [original(self, norm_type)]
+        for _ in range(missing):
+            if self.cpu_offload:  # this stage adds nothing to what the others have there
+                norms.append(self.complete_grad_norm_calculation_for_cpu_offload([]))
+            else:
+                norms.append(self.get_grad_norm_direct([], []))
+        if not missing:
+            return norms[0]
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        return combine_grad_norm_groups(norms, norm_type)
+
+    return scaled_global_norm
+
+
+def _groups_of_any_stage(optimizer: Any) -> int:
+    """The number of groups, on the stage of this pipeline (model-parallel rank) with most."""
+    count = len(optimizer.bit16_groups)
+    group = optimizer.model_parallel_group
+    if group is None or torch.distributed.get_world_size(group) == 1:
+        return count
+    most: int | None = getattr(optimizer, _MOST, None)
+    if most is None:
+        counts = torch.tensor([count], device=optimizer.device)
+        torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX, group=group)
+        most = int(counts)
+        setattr(optimizer, _MOST, most)
+    return most
+
+
+def wrap_is_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
+    """ZeRO's norm leaves out what it takes for copies of the first tensor-parallel rank."""
+
+    def is_model_parallel_parameter(p: torch.Tensor) -> bool:
+        return is_own(p, original(p))
+
+    return is_model_parallel_parameter
+
+
+def wrap_grads_for_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``BF16_Optimizer`` sums once for each parallel group, the same ones on all ranks."""
+
+    def get_grads_for_norm(self: Any, for_clipping: bool = False) -> Any:
+        groups = self.optimizer.param_groups
+        for has_gradients, group in zip(self.fp32_groups_has_gradients, groups, strict=True):
+            if group.get("moe"):
+                # Its buffer holds what all ranks that share it made, also where this one had none.
+                has_gradients[:] = [True] * len(has_gradients)
+        if for_clipping:
+            return original(self, for_clipping)
+        dense, experts = original(self)
+        nothing = self.fp32_groups_flat_partition[0].new_zeros(1)
+        if not dense:  # an empty list would crash
+            dense = [nothing]
+        experts = by_parallel_group(experts)
+        if _has_stages(self):
+            experts = {key: experts.get(key, [nothing]) for key in parallel_groups()}
+            if experts and not self.has_moe_layers:  # other stages have: all take part in the sum
+                self.has_moe_layers, self.expert_gradients = True, {}
+        return dense, experts
+
+    return get_grads_for_norm
+
+
+def _has_stages(optimizer: Any) -> bool:
+    from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
+
+    return optimizer.mpu is not None and bwc_pipeline_parallel_world_size(optimizer.mpu) > 1
+
+
+def wrap_grads_for_reduction(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``BF16_Optimizer`` reduces once for each parallel group."""
+
+    def get_grads_for_reduction(self: Any) -> Any:
+        dense, experts = original(self)
+        return dense, by_parallel_group(experts)
+
+    return get_grads_for_reduction
+
+
+def wrap_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``FP16_Optimizer`` sums once for each parallel group."""
+
+    def get_norm_with_moe_layers(
+        non_expert_norm: Any, mpu: Any, expert_tensors: Any, norm_type: Any = 2
+    ) -> Any:
+        return original(non_expert_norm, mpu, by_parallel_group(expert_tensors), norm_type)
+
+    return get_norm_with_moe_layers

@@ -1,0 +1,114 @@
+"""What ``deepspeed.initialize`` does with our groups, on one rank."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_groups._deepspeed.engines import remember
+from moe_groups._deepspeed.process_groups import register_names
+from moe_groups.early_groups import early_problem
+from moe_groups.errors import InvalidArgumentError, ParameterInputError
+from moe_groups.tags import is_expert_parameter
+
+MANY_GROUPS = 8
+
+
+def wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
+    """The first place where the engine needs the process groups of our experts."""
+
+    def _broadcast_model(self: Any) -> None:
+        from deepspeed.utils import groups
+
+        for name, param in self.module.named_parameters():
+            known = getattr(param, "group_name", None) in groups._EXPERT_DATA_PARALLEL_GROUP
+            if hasattr(param, "expert_group_name") and is_expert_parameter(param) and not known:
+                raise ParameterInputError(
+                    f"{name} is an expert parameter of {param.group_name!r}, but no layer of the "
+                    "model makes these process groups. DeepSpeed knows deepspeed.moe.layer.MoE (or "
+                    "moe_groups.MoE) and AutoEP's layers: build one with this ep_size, or set "
+                    "param.allreduce = True to train the parameter as a dense one."
+                )
+        original(self)
+
+    return _broadcast_model
+
+
+def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The engine's last step before it wraps the optimizer: process groups exist, names not."""
+
+    def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
+        moe = [g for g in basic_optimizer.param_groups if g.get("moe")]
+        ours = [g["name"] for g in moe if "expert_group_name" in g]
+        if ours and not self.has_moe_layers:
+            raise ParameterInputError(
+                f"group {ours[0]!r} holds experts, but the model has no MoE layer that DeepSpeed "
+                "knows (deepspeed.moe.layer.MoE, moe_groups.MoE or AutoEP's), and without one it "
+                "reduces all parameters as dense ones. Build a layer with one of these, or set "
+                "param.allreduce = True to train the experts as dense parameters."
+            )
+        if self.has_moe_layers:
+            named, stage = self.module.named_parameters(), self.zero_optimization_stage()
+            if problem := early_problem(named, basic_optimizer.param_groups, wrapped=stage < 3):
+                raise ParameterInputError(problem)
+        settle_muon(self, basic_optimizer)
+        register_names(str(g.get("name")) for g in moe)
+        remember(self, basic_optimizer)
+        return original(self, basic_optimizer)
+
+    return _do_optimizer_sanity_check
+
+
+def settle_muon(engine: Any, optimizer: Any) -> None:
+    """The wrappers ask the parameters for ``use_muon``; what the groups say is what holds.
+
+    DeepSpeed marks all parameters anew where the config names Muon, and copies of a model
+    lose the marks; a group that says True over parameters that do not would be stepped by
+    plain gradients, without a word.
+    """
+    if isinstance(optimizer, torch.optim.Muon) and engine.zero_optimization():
+        raise InvalidArgumentError(
+            "torch.optim.Muon cannot step under ZeRO: it takes matrices, and ZeRO gives it flat "
+            "partitions. Use DeepSpeed's, deepspeed.runtime.zero.muon.muon_optimizer."
+            "MuonWithAuxAdam, over the same groups, or train without ZeRO (or with FSDP2)."
+        )
+    for group in optimizer.param_groups:
+        if "use_muon" in group:
+            for param in group["params"]:
+                param.use_muon = bool(group["use_muon"])
+
+
+def wrap_basic(original: Callable[..., Any]) -> Callable[..., Any]:
+    """DeepSpeed makes groups of its own for the config's Muon: ours would be lost."""
+
+    def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
+        given = model_parameters if isinstance(model_parameters, list) else []
+        groups = [group for group in given if isinstance(group, dict)]
+        ours = any("use_muon" in group or "expert_group_name" in group for group in groups)
+        if ours and self.optimizer_name() == "muon":
+            raise InvalidArgumentError(
+                'the config\'s "optimizer": {"type": "Muon"} makes groups of its own, by the '
+                "shapes of the parameters, and drops the names and labels of those that it is "
+                "given. Take it out of the config and pass optimizer=MuonWithAuxAdam(groups) "
+                "(deepspeed.runtime.zero.muon.muon_optimizer), with the groups of split_for_muon."
+            )
+        return original(self, model_parameters)
+
+    return _configure_basic_optimizer
+
+
+def wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
+    """No report of the memory (and garbage collection) for each of many groups."""
+
+    def _setup_for_real_optimizer(self: Any) -> None:
+        if len(self.optimizer.param_groups) <= MANY_GROUPS:
+            return original(self)
+        namespace = original.__globals__
+        report = namespace["see_memory_usage"]
+        namespace["see_memory_usage"] = lambda *args, **kwargs: None
+        try:
+            original(self)
+        finally:
+            namespace["see_memory_usage"] = report
+
+    return _setup_for_real_optimizer
