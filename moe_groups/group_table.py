@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any
 
-import tabulate
+from moe_groups.text_table import html_table, text_table
 
 MANY_GROUPS = 200
 """Above this number the table says what groups cost (``benchmarks/group_cost.py``)."""
@@ -75,16 +75,11 @@ class GroupTable:
         return max(self.rows, key=lambda row: row.partition_bytes, default=None)
 
     def __str__(self) -> str:
-        table = tabulate.tabulate(
-            self._cells(), _HEADERS, tablefmt="simple", colalign=_ALIGN, disable_numparse=True
-        )
-        return "\n".join([table, *self._notes()])
+        return "\n".join([text_table(self._cells(), _HEADERS, _RIGHT), *self._notes()])
 
     def _repr_html_(self) -> str:
-        table = tabulate.tabulate(
-            self._cells(), _HEADERS, tablefmt="html", colalign=_ALIGN, disable_numparse=True
-        )
-        return str(table) + "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        table = html_table(self._cells(), _HEADERS, _RIGHT)
+        return table + "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
 
     def _cells(self) -> list[list[str]]:
         cells = [_cells(rows, self.largest) for rows in self._folded()]
@@ -135,7 +130,7 @@ _FOLDS: tuple[Callable[[GroupRow], Hashable], ...] = (
     lambda row: (row.moe, row.layer, row.expert),
     lambda row: (row.moe, row.layer),
 )
-_ALIGN = ("left", "left", "right", "right", "right", "right", "right", "right", "right")
+_RIGHT = range(2, len(_HEADERS))
 
 
 def _cells(rows: list[GroupRow], largest: GroupRow | None) -> list[str]:

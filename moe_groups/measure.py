@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from tabulate import tabulate
 
 from moe_groups.errors import InvalidArgumentError, MeasurementError
 from moe_groups.garbage import no_garbage_collection
 from moe_groups.memory_recorders import CPURecorder, CUDARecorder, Recording, Segment
+from moe_groups.text_table import text_table
 
 _Recorder: TypeAlias = CPURecorder | CUDARecorder
 _BETWEEN = "(between)"
@@ -144,11 +144,12 @@ class MeasuredIteration:
     def __str__(self) -> str:
         top = self.peak_phase
         rows = [
-            (use.name, use.before, use.peak, use.after, use.transient)
-            + ("<- peak" if use is top else "",)
+            [use.name]
+            + [f"{count:,}" for count in (use.before, use.peak, use.after, use.transient)]
+            + ["<- peak" if use is top else ""]
             for use in self.phases
         ]
-        return tabulate(rows, headers=_HEADERS, intfmt=",")
+        return text_table(rows, _HEADERS, range(1, 5))
 
     def _end(self, segments: list[Segment]) -> None:
         self._ended = True

@@ -24,6 +24,12 @@ from moe_groups.measure import (
 from moe_groups.memory_recorders import CUDARecorder, replay
 
 
+@pytest.fixture(autouse=True)
+def _no_garbage_of_other_tests() -> None:
+    """It may hold tensors, and a collection inside of a region would count as their release."""
+    gc.collect()
+
+
 def block(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
