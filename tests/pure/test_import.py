@@ -1,8 +1,10 @@
 """DeepSpeed is imported when it is used, not before; grouping needs neither values nor ranks."""
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from typing import Any
 
 import pytest
@@ -49,6 +51,17 @@ assert "deepspeed" in sys.modules
 
 def test_grouping_experts_works_where_deepspeed_is_not_installed() -> None:
     run("import sys; sys.modules['deepspeed'] = None\n" + GROUP_A_MODEL)
+
+
+def test_what_comes_with_it() -> None:
+    """Without extras: torch and DeepSpeed, and what DeepSpeed brings anyway."""
+
+    def needed(package: str) -> set[str]:
+        found = (line for line in requires(package) or [] if "extra ==" not in line)
+        return {re.split(r"[^\w-]", line)[0] for line in found}
+
+    assert needed("moe-groups") - needed("deepspeed") == {"deepspeed"}
+    assert "torch" in needed("moe-groups")
 
 
 def test_public_names_exist() -> None:
