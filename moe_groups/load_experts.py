@@ -12,6 +12,7 @@ from moe_groups import _deepspeed
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.expert_checkpoint_names import ROUTER
 from moe_groups.load_plan import LoadPlan, NamesGiven, plan_load
+from moe_groups.loaded_places import note_places
 from moe_groups.local_experts import find_local_experts, module_of
 from moe_groups.safetensors_files import SafetensorsFiles
 from moe_groups.topology import Topology
@@ -84,7 +85,7 @@ def load_experts(
         router: name of the router in the checkpoint, below the layer's.
         topology: which ranks there are, where it is not DeepSpeed's default: with tensor or
             pipeline parallelism, or ``use_data_before_expert_parallelism``. Not needed after
-            ``deepspeed.initialize``.
+            ``deepspeed.initialize``, which refuses experts that are not the rank's.
 
     Returns:
         What was filled, and what was not.
@@ -109,7 +110,10 @@ def load_experts(
         unused = sorted(set(files.tensors) - plan.used)
         _refuse(plan, unused, strict, files.directory)
         read = _copy(plan, files)
-    if model is not module:
+    if model is module:
+        note_places(module, local)
+        _deepspeed.support_our_groups(bool(local))  # deepspeed.initialize looks at the places
+    else:
         _deepspeed.refresh_master_weights(model)
     experts = {layer.path: layer.numbers for layer in local}
     return LoadedExperts(experts, plan.filled, plan.not_filled, unused, read)

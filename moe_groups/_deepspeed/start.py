@@ -20,6 +20,8 @@ def wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
     def _broadcast_model(self: Any) -> None:
         from deepspeed.utils import groups
 
+        from moe_groups.loaded_places import check_places
+
         for name, param in self.module.named_parameters():
             known = getattr(param, "group_name", None) in groups._EXPERT_DATA_PARALLEL_GROUP
             if hasattr(param, "expert_group_name") and is_expert_parameter(param) and not known:
@@ -29,6 +31,7 @@ def wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
                     "moe_groups.MoE) and AutoEP's layers: build one with this ep_size, or set "
                     "param.allreduce = True to train the parameter as a dense one."
                 )
+        check_places(self.module)
         original(self)
 
     return _broadcast_model

@@ -302,6 +302,28 @@ def test_four_ranks(data_first: bool, tmp_path: Path) -> None:
     assert all(torch.equal(back[name], wanted[name]) for name in back)
 
 
+def initialize_after(directory: Path, told: bool) -> str | None:
+    """What ``initialize`` says to a model that was loaded before, where data ranks come first."""
+    topology = Topology(world_size=4, use_data_before_expert_parallel=True) if told else None
+    model = Decoder(ep_size=2)
+    load_experts(model, directory, strict=False, topology=topology)
+    optimizer = torch.optim.AdamW(create_moe_param_groups(model))
+    try:
+        initialize(model, optimizer, config("zero2") | {"use_data_before_expert_parallelism": True})
+    except InvalidArgumentError as error:
+        return str(error)
+    return None
+
+
+def test_experts_of_another_rank_are_refused(tmp_path: Path) -> None:
+    directory = save(hf_model("mixtral"), tmp_path)
+    assert run_on_ranks(4, initialize_after, directory, told=True) == [None] * 4
+    messages = run_on_ranks(4, initialize_after, directory, told=False)
+    assert len(set(messages)) == 1, "ranks that hold the right ones would wait for the others"
+    assert "rank 1 experts 2 to 3 of 'blocks.0.moe'" in messages[0]
+    assert "process groups give it 0 to 1: say with load_experts(topology=" in messages[0]
+
+
 def wrong_topology(directory: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="world_size=4, but there are 2 ranks"):
         load_experts(Decoder(ep_size=2), directory, topology=Topology(world_size=4))
