@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTENSIONS = ROOT / ".cache" / "torch_extensions"
+EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or ROOT / ".cache" / "torch_extensions")
 START_TIMEOUT = 900.0  # DeepSpeed's communication op is compiled at first use
 PRELOAD = ["deepspeed", "deepspeed.moe.layer", "torch._dynamo", "torch._inductor.compile_fx"]
 
