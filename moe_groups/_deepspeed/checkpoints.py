@@ -70,7 +70,10 @@ def _sharing_ranks(options: Mapping[str, Any]) -> list[int] | None:
 
 def checkpoint_rank(engine: Any) -> tuple[int, int]:
     """``(model-parallel rank, data-parallel rank)``, which name this rank's files."""
-    return engine.checkpoint_mp_rank, torch.distributed.get_rank(_data_parallel_group(engine))
+    tensor_parallel = getattr(engine, "checkpoint_mp_rank", None)
+    if tensor_parallel is None:  # DeepSpeed before 0.19
+        tensor_parallel = 0 if engine.mpu is None else engine.mpu.get_model_parallel_rank()
+    return int(tensor_parallel), torch.distributed.get_rank(_data_parallel_group(engine))
 
 
 def checkpoint_tag(engine: Any, tag: object) -> str:

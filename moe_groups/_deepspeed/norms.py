@@ -9,7 +9,7 @@ from moe_groups._deepspeed.around_step import is_own
 from moe_groups._deepspeed.process_groups import parallel_groups
 from moe_groups.tags import parallel_group_of
 
-_MOST = "_moe_groups_most"
+_STAGES = "_moe_groups_stages"
 
 
 def by_parallel_group(tensors: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -24,35 +24,51 @@ def wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """One all-reduce over the stages for each group of the stage that has most of them."""
 
     def scaled_global_norm(self: Any, norm_type: Any = 2) -> Any:
-        missing = _groups_of_any_stage(self) - len(self.bit16_groups)
+        most, differ = _groups_of_stages(self)
         norms = [original(self, norm_type)]
-        for _ in range(missing):
+        for _ in range(most - len(self.bit16_groups)):
             if self.cpu_offload:  # this stage adds nothing to what the others have there
                 norms.append(self.complete_grad_norm_calculation_for_cpu_offload([]))
             else:
                 norms.append(self.get_grad_norm_direct([], []))
-        if not missing:
+        if not differ:
             return norms[0]
-        from deepspeed.runtime.utils import combine_grad_norm_groups
+        norm = norms[0]
+        if norms[1:]:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        return combine_grad_norm_groups(norms, norm_type)
+            norm = combine_grad_norm_groups(norms, norm_type)
+        return _same_on_all_stages(self, norm)
 
     return scaled_global_norm
 
 
-def _groups_of_any_stage(optimizer: Any) -> int:
-    """The number of groups, on the stage of this pipeline (model-parallel rank) with most."""
-    count = len(optimizer.bit16_groups)
+def _groups_of_stages(optimizer: Any) -> tuple[int, bool]:
+    """The most groups that a stage of this pipeline has, and whether stages have others.
+
+    Stages are the model-parallel ranks.
+    """
+    here = [bool(options.get("moe")) for options in optimizer.optimizer.param_groups]
     group = optimizer.model_parallel_group
     if group is None or torch.distributed.get_world_size(group) == 1:
-        return count
-    most: int | None = getattr(optimizer, _MOST, None)
-    if most is None:
-        counts = torch.tensor([count], device=optimizer.device)
-        torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX, group=group)
-        most = int(counts)
-        setattr(optimizer, _MOST, most)
-    return most
+        return len(here), False
+    known: tuple[int, bool] | None = getattr(optimizer, _STAGES, None)
+    if known is None:
+        stages: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(stages, here, group=group)
+        known = max(map(len, stages)), any(other != here for other in stages)
+        setattr(optimizer, _STAGES, known)
+    return known
+
+
+def _same_on_all_stages(optimizer: Any, norm: torch.Tensor) -> torch.Tensor:
+    """The stages add up in another order; what two of them share has to be clipped alike."""
+    from deepspeed.accelerator import get_accelerator
+
+    largest = norm.to(get_accelerator().current_device_name())  # nccl knows no other
+    group = optimizer.model_parallel_group
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+    return largest.to(norm.device)
 
 
 def wrap_is_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
