@@ -18,6 +18,8 @@ from tests.models import TinyMoE
 from tests.ranks import RankError, run_in_fresh_processes
 from tests.training import config, initialize, make_groups, start, train
 
+pytestmark = pytest.mark.long  # most wait for something that hangs
+
 EP2 = {"ep_size": 2}
 
 

@@ -160,6 +160,7 @@ def test_marks_by_pattern() -> None:
     assert not any(vars(param) for param in model[0].parameters())
 
 
+@pytest.mark.long
 def test_example() -> None:
     printed = run_example("fsdp2_moe.py")
     assert "ep_size_2_1.expert.1" in printed

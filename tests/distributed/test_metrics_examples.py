@@ -16,6 +16,7 @@ def test_examples_are_short(name: str) -> None:
     assert len((ROOT / "docs/examples" / name).read_text().splitlines()) <= 60
 
 
+@pytest.mark.long
 def test_group_metrics(tmp_path: Path) -> None:
     picture = tmp_path / "experts.png"
     printed = run_example("group_metrics.py", str(picture))
@@ -26,12 +27,14 @@ def test_group_metrics(tmp_path: Path) -> None:
     assert all(0 < value < 5 for row in moved for value in row)
 
 
+@pytest.mark.long
 def test_freeze_experts() -> None:
     printed = run_example("freeze_experts.py")
     assert "at first moved: [0, 1, 2, 3, 4, 5, 6, 7]" in printed
     assert "all but two frozen moved: [2, 5]" in printed
 
 
+@pytest.mark.long
 def test_expert_lr() -> None:
     rows = re.findall(
         r"step (\d+): dense (\S+), experts (\S+) (\S+) (\S+) (\S+)", run_example("expert_lr.py")
