@@ -23,7 +23,7 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
-BEGIN, END = "<!-- table -->\n", "\n<!-- end of table -->"
+BEGIN, END = "<!-- table -->\n", "<!-- end of table -->"
 
 FEATURES = {
     "ways in": ["test_integration.py"],
@@ -85,7 +85,7 @@ def write_page(results: list[dict[str, Any]]) -> None:
         rows.append([*cells, *(_cell(result["features"].get(name)) for name in FEATURES)])
     table = tabulate(rows, headers=[*PACKAGES, *FEATURES], tablefmt="github", disable_numparse=True)
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n" + table + "\n" + END + rest.partition(END)[2])
+    PAGE.write_text(before + BEGIN + "\n" + table + "\n\n" + END + rest.partition(END)[2])
 
 
 def _cell(counts: dict[str, Any] | None) -> str:

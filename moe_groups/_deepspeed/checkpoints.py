@@ -39,6 +39,7 @@ def laid_out_groups(engine: Any) -> list[LaidOut]:
     for index, (options, params) in enumerate(stepped_groups(engine)):
         if hasattr(optimizer, "round_robin_bit16_groups"):
             params = optimizer.round_robin_bit16_groups[index]
+        if hasattr(optimizer, "round_robin_bit16_offsets"):  # DeepSpeed 0.19 may align them
             offsets = optimizer.round_robin_bit16_offsets[index]
         else:
             sizes = [numel_of(param) for param in params]
