@@ -79,11 +79,12 @@ def versions() -> dict[str, str]:
 
 def write_page(results: list[dict[str, Any]]) -> None:
     """Put the table of all runs between the marks of the page."""
-    rows = []
+    columns = []
     for result in sorted(results, key=lambda one: one["versions"]["deepspeed"], reverse=True):
         cells = [result["versions"][name] for name in PACKAGES]
-        rows.append([*cells, *(_cell(result["features"].get(name)) for name in FEATURES)])
-    table = tabulate(rows, headers=[*PACKAGES, *FEATURES], tablefmt="github", disable_numparse=True)
+        columns.append([*cells, *(_cell(result["features"].get(name)) for name in FEATURES)])
+    head, *rows = zip([*PACKAGES, *FEATURES], *columns, strict=True)
+    table = tabulate(rows, headers=head, tablefmt="github", disable_numparse=True)
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + BEGIN + "\n" + table + "\n\n" + END + rest.partition(END)[2])
 

@@ -258,6 +258,9 @@ def _join_world() -> None:
     import deepspeed
     from deepspeed.utils import logger
 
+    from tests.old_deepspeed import repair
+
+    repair()
     logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo", verbose=False)
 
