@@ -109,10 +109,11 @@ def load_experts(
         plan = plan_load(files, module, local, given)
         unused = sorted(set(files.tensors) - plan.used)
         _refuse(plan, unused, strict, files.directory)
+        if local:
+            _deepspeed.support_our_groups(moe=True)  # deepspeed.initialize looks at the places
         read = _copy(plan, files)
     if model is module:
         note_places(module, local)
-        _deepspeed.support_our_groups(bool(local))  # deepspeed.initialize looks at the places
     else:
         _deepspeed.refresh_master_weights(model)
     experts = {layer.path: layer.numbers for layer in local}

@@ -5,52 +5,47 @@ Which rank has which experts is settled by the process groups, which the engine 
 
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
+from moe_groups import _deepspeed
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.local_experts import LocalExperts, find_local_experts
+from moe_groups.local_experts import LocalExperts
+from moe_groups.topology import Topology
 
 _LOADED = "_moe_groups_loaded"
 
 
 def note_places(model: nn.Module, layers: Iterable[LocalExperts]) -> None:
-    """Keep on the model which experts it was filled with, by the layer's path."""
-    setattr(model, _LOADED, {layer.path: layer.numbers for layer in layers})
+    """Keep on the model by which ranks its layers were filled, by their paths."""
+    setattr(model, _LOADED, {layer.path: layer.assumed for layer in layers if layer.assumed})
 
 
 def check_places(model: nn.Module) -> None:
     """Compare what was noted of ``model`` or a part of it; process groups exist now.
 
-    Where something was noted all ranks take part, and all raise if one of them would.
+    No communication: who has not loaded anything would not take part. Ranks that share out
+    experts among them look at each other's places, and say the same.
 
     Raises:
-        InvalidArgumentError: a rank holds the experts of another one.
+        InvalidArgumentError: a rank of this expert-parallel group holds another one's experts.
     """
-    noted = [part for part in model.modules() if hasattr(part, _LOADED)]
-    if not noted:
-        return
-    problem = next(filter(None, map(_problem, noted)), None)
-    if torch.distributed.is_initialized():
-        problems: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), None)
-    for part in noted:
-        delattr(part, _LOADED)
-    if problem:
-        raise InvalidArgumentError(problem)
+    for part in model.modules():
+        noted: dict[str, Topology] = getattr(part, _LOADED, {})
+        for path, module in part.named_modules() if noted else ():
+            layer = _deepspeed.layer_parts(module) if path in noted else None
+            if layer is not None and (problem := _problem(path, layer, noted[path])):
+                raise InvalidArgumentError(problem)
 
 
-def _problem(model: nn.Module) -> str | None:
-    loaded: dict[str, range] = getattr(model, _LOADED)
-    for layer in find_local_experts(model, None):
-        was = loaded.get(layer.path, layer.numbers)
-        if was != layer.numbers:
-            rank = torch.distributed.get_rank()
+def _problem(path: str, layer: _deepspeed.LayerParts, assumed: Topology) -> str | None:
+    size = layer.num_experts // layer.ep_size
+    for place, rank in enumerate(_deepspeed.expert_parallel_ranks(layer.parallel_group)):
+        was = assumed.expert_rank(rank)
+        if was != place:
             return (
-                f"load_experts gave rank {rank} experts {was.start} to {was.stop - 1} of "
-                f"{layer.path!r}, but DeepSpeed's process groups give it {layer.numbers.start} to "
-                f"{layer.numbers.stop - 1}: say with load_experts(topology=Topology(...)) how "
+                f"load_experts gave rank {rank} experts {was * size} to {was * size + size - 1} of "
+                f"{path!r}, but by DeepSpeed's process groups it has {place * size} to "
+                f"{place * size + size - 1}: say with load_experts(topology=Topology(...)) how "
                 "ranks are ordered, or load into the engine, after deepspeed.initialize."
             )
     return None

@@ -27,6 +27,7 @@ class LocalExperts:
         router: what the router is made of, by its name in it.
         params: ``id`` of each parameter or buffer that the above are of.
         writes: the rank is the first of those that hold the same experts.
+        assumed: the ranks by which the above was told; None where process groups tell.
     """
 
     path: str
@@ -36,6 +37,7 @@ class LocalExperts:
     router: Mapping[str, torch.Tensor]
     params: frozenset[int]
     writes: bool
+    assumed: Topology | None
 
     @property
     def numbers(self) -> range:
@@ -80,7 +82,7 @@ def find_local_experts(model: nn.Module, topology: Topology | None) -> list[Loca
         parts = _deepspeed.layer_parts(node.module)
         if parts is None:
             continue
-        ep_rank, writes = _place(parts, topology, node.path)
+        ep_rank, writes, assumed = _place(parts, topology, node.path)
         local = parts.num_experts // parts.ep_size
         own = frozenset(map(id, [*parts.params, *parts.router.values()]))
         found.append(
@@ -92,21 +94,24 @@ def find_local_experts(model: nn.Module, topology: Topology | None) -> list[Loca
                 parts.router,
                 own,
                 writes,
+                assumed,
             )
         )
     return found
 
 
-def _place(parts: _deepspeed.LayerParts, topology: Topology | None, path: str) -> tuple[int, bool]:
+def _place(
+    parts: _deepspeed.LayerParts, topology: Topology | None, path: str
+) -> tuple[int, bool, Topology | None]:
     """This rank among those that share the experts; is it the first that has its own ones?"""
     known = _deepspeed.expert_place(parts.parallel_group)
     ep_size = parts.ep_size
     if known is not None:
-        return known
+        return *known, None
     world = world_size()
     if world is None:
         if ep_size == 1:
-            return 0, True
+            return 0, True, None
         raise InvalidArgumentError(
             f"the experts of {path!r} are shared out to {ep_size} ranks (ep_size), and it is not "
             "known which of them this is: call deepspeed.init_distributed() first."
@@ -118,7 +123,7 @@ def _place(parts: _deepspeed.LayerParts, topology: Topology | None, path: str) -
             f"topology has world_size={topology.world_size}, but there are {world} ranks."
         )
     here, rank = replace(topology, ep_size=ep_size), torch.distributed.get_rank()
-    return here.expert_rank(rank), here.group_of("expert_data", rank)[0] == rank
+    return here.expert_rank(rank), here.group_of("expert_data", rank)[0] == rank, here
 
 
 def dense_tensors(

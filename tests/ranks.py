@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or ROOT / ".cache" / "torch_extensions")
+EXTENSIONS = ROOT / ".cache" / os.environ.get("MOE_GROUPS_TEST_EXTENSIONS", "torch_extensions")
 START_TIMEOUT = 900.0  # DeepSpeed's communication op is compiled at first use
 PRELOAD = ["deepspeed", "deepspeed.moe.layer", "torch._dynamo", "torch._inductor.compile_fx"]
 
@@ -145,7 +145,7 @@ class RankPool:
             before, text = text, file.read_text() if file.exists() else ""
             if text and text == before:
                 break
-        return text
+        return text or (file.read_text() if file.exists() else "")
 
 
 _pools: dict[int, RankPool] = {}
@@ -236,6 +236,9 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str]) -> None
             module, name, args, kwargs = pipe.recv()
         except EOFError:
             return
+        # Anew for each job: Lightning puts signals back as Python knows them, to the default.
+        faulthandler.unregister(signal.SIGUSR1)
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         try:
             target: Any = _module(module)
             for part in name.split("."):

@@ -1,7 +1,7 @@
 """The one place that touches DeepSpeed's private parts.
 
-Tested against the version in ``constraints.txt``; ``tests/distributed/test_contract.py``
-holds one test for each fact relied on here. DeepSpeed is imported when a function needs
+Tested against the version in ``constraints.txt``; ``tests/distributed/test_contract*.py``
+hold one test for each fact relied on here. DeepSpeed is imported when a function needs
 it, never when this package is imported; where it is there already, a release that lacks
 what is relied on is refused at once (:func:`check_contract`).
 
@@ -81,6 +81,7 @@ from moe_groups._deepspeed.layers import (
 from moe_groups._deepspeed.process_groups import (
     expert_data_parallel_size,
     expert_parallel_rank,
+    expert_parallel_ranks,
     expert_place,
     resolves,
     tensor_parallel_size,
@@ -100,6 +101,7 @@ __all__ = [
     "engine_data_parallel_group",
     "expert_data_parallel_size",
     "expert_parallel_rank",
+    "expert_parallel_ranks",
     "expert_place",
     "given_options",
     "guard_of",

@@ -33,14 +33,17 @@ def wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
                 norms.append(self.get_grad_norm_direct([], []))
         if not differ:
             return norms[0]
-        norm = norms[0]
-        if norms[1:]:
-            from deepspeed.runtime.utils import combine_grad_norm_groups
-
-            norm = combine_grad_norm_groups(norms, norm_type)
-        return _same_on_all_stages(self, norm)
+        return _same_on_all_stages(self, _combined(norms, norm_type) if norms[1:] else norms[0])
 
     return scaled_global_norm
+
+
+def _combined(norms: list[Any], norm_type: Any) -> Any:
+    from deepspeed.runtime import utils
+
+    if hasattr(utils, "combine_grad_norm_groups"):
+        return utils.combine_grad_norm_groups(norms, norm_type)
+    return torch.linalg.vector_norm(torch.stack(norms), ord=norm_type)  # before 0.19
 
 
 def _groups_of_stages(optimizer: Any) -> tuple[int, bool]:
@@ -48,7 +51,10 @@ def _groups_of_stages(optimizer: Any) -> tuple[int, bool]:
 
     Stages are the model-parallel ranks.
     """
-    here = [bool(options.get("moe")) for options in optimizer.optimizer.param_groups]
+    here = [
+        parallel_group_of(str(options.get("name"))) if options.get("moe") else None
+        for options in optimizer.optimizer.param_groups
+    ]
     group = optimizer.model_parallel_group
     if group is None or torch.distributed.get_world_size(group) == 1:
         return len(here), False

@@ -32,11 +32,16 @@ def expert_data_parallel_size(parallel_group: str) -> int | None:
     return len(ranks) if ranks else None
 
 
+def expert_parallel_ranks(parallel_group: str) -> list[int]:
+    """This rank and those with the other experts, in order; none while the group does not exist."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    return list((groups and groups._EXPERT_PARALLEL_GROUP_RANKS.get(parallel_group)) or ())
+
+
 def expert_parallel_rank(parallel_group: str) -> int | None:
     """This rank's place in the expert-parallel group, or None while it does not exist."""
-    groups = sys.modules.get("deepspeed.utils.groups")
-    ranks = groups and groups._EXPERT_PARALLEL_GROUP_RANKS.get(parallel_group)
-    return list(ranks).index(torch.distributed.get_rank()) if ranks else None
+    ranks = expert_parallel_ranks(parallel_group)
+    return ranks.index(torch.distributed.get_rank()) if ranks else None
 
 
 def expert_place(parallel_group: str) -> tuple[int, bool] | None:

@@ -1,5 +1,6 @@
 """The launcher itself: a test that hangs fails, and says which rank waits in what."""
 
+import signal
 import time
 
 import pytest
@@ -36,7 +37,13 @@ def test_hang_names_rank_and_collective() -> None:
     assert "in one_rank_sleeps" in second
 
 
+def put_signals_back() -> None:
+    """As Lightning does after a fit: by what Python knows of them."""
+    signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
+
+
 def test_error_of_one_rank_ends_the_others() -> None:
+    run_on_ranks(2, put_signals_back)
     began = time.monotonic()
     with pytest.raises(RankError) as failure:
         run_on_ranks(2, one_rank_raises)
