@@ -95,6 +95,7 @@ def load_experts(
             experts do not fit. Nothing has been changed.
         InvalidArgumentError: an argument does not fit the model, the rank's experts are not
             known, or the package ``safetensors`` is missing.
+        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on.
 
     Example:
         >>> loaded = load_experts(model, "Mixtral-8x7B-v0.1")            # doctest: +SKIP
@@ -109,7 +110,7 @@ def load_experts(
         plan = plan_load(files, module, local, given)
         unused = sorted(set(files.tensors) - plan.used)
         _refuse(plan, unused, strict, files.directory)
-        if local:
+        if local and model is module:
             _deepspeed.support_our_groups(moe=True)  # deepspeed.initialize looks at the places
         read = _copy(plan, files)
     if model is module:
