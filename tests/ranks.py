@@ -29,6 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTENSIONS = ROOT / ".cache" / os.environ.get("MOE_GROUPS_TEST_EXTENSIONS", "torch_extensions")
 START_TIMEOUT = 900.0  # DeepSpeed's communication op is compiled at first use
 PRELOAD = ["deepspeed", "deepspeed.moe.layer", "torch._dynamo", "torch._inductor.compile_fx"]
+HANG = 3.0
+"""Seconds after which a job that should hang is taken to do so; what it does takes a tenth."""
+
+SHARED, STOCK, STAGES = "shared", "stock", "stages"
+"""Pools: for most; for DeepSpeed as it is, where nothing may be grouped with this library; for
+grids of pipelines and tensor parallelism, which make dozens of process groups."""
 
 
 class RankError(AssertionError):
@@ -148,15 +154,20 @@ class RankPool:
         return text or (file.read_text() if file.exists() else "")
 
 
-_pools: dict[int, RankPool] = {}
+_pools: dict[tuple[int, str], RankPool] = {}
 
 
-def run_on_ranks(world_size: int, job: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run ``job`` on the shared pool of this world size; starts it when needed."""
-    pool = _pools.get(world_size)
-    if pool is None or not pool.alive:
-        pool = _pools[world_size] = RankPool(world_size)
-    return pool.run(job, *args, **kwargs)
+def run_on_ranks(
+    world_size: int, job: Callable[..., Any], *args: Any, pool: str = SHARED, **kwargs: Any
+) -> Any:
+    """Run ``job`` on a pool of this world size; starts it when needed."""
+    found = _pools.get((world_size, pool))
+    if found is None or not found.alive:
+        found = _pools[world_size, pool] = RankPool(world_size)
+    answers = found.run(job, *args, **kwargs)
+    if pool == STOCK:
+        found.run(check_stock)
+    return answers
 
 
 def run_in_fresh_processes(
@@ -247,14 +258,29 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str]) -> None
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         forget_process_groups()
+        _destroy_process_groups()
+        gc.freeze()  # BF16_Optimizer and the line above look through all that is not
 
 
 def _module(name: str) -> Any:
-    """Imports a module; BF16_Optimizer looks for garbage twice a group, so keep what is there."""
     if name not in sys.modules:
         importlib.import_module(name)
         gc.freeze()
     return sys.modules[name]
+
+
+def _destroy_process_groups() -> None:
+    """All but the world's: each has threads, and a grid of pipelines makes dozens."""
+    import torch
+    from deepspeed.utils import groups
+
+    for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP"):
+        setattr(groups, name, None)
+    groups._MODEL_PARALLEL_GROUP = groups._DATA_PARALLEL_GROUP = groups.mesh_device = None
+    groups._ALL_TO_ALL_GROUP.clear()
+    world = torch.distributed.group.WORLD
+    for group in [one for one in torch.distributed.distributed_c10d._world.pg_map if one is not world]:
+        torch.distributed.destroy_process_group(group)
 
 
 def _join_world() -> None:
@@ -266,6 +292,14 @@ def _join_world() -> None:
     repair()
     logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo", verbose=False)
+
+
+def check_stock() -> None:
+    """No job of this process let this library change DeepSpeed."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    changed = hasattr(DeepSpeedEngine.save_checkpoint, "_moe_groups_original")
+    assert not changed, "a job of the pool for DeepSpeed as it is grouped parameters with moe_groups"
 
 
 def forget_process_groups() -> None:

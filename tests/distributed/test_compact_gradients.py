@@ -21,12 +21,14 @@ from moe_groups._deepspeed import exact_partitions as exact
 from moe_groups.compact import compact_gradients
 from tests.distributed.skipping import SkippingMoE, skip
 from tests.models import HIDDEN
-from tests.ranks import RankError, run_on_ranks
+from tests.ranks import HANG, RankError, run_on_ranks
+from tests.support.pairwise import Row, label, pairwise
 from tests.training import batches, config, groups_by, initialize, start, train
 
 Snapshot = dict[str, torch.Tensor]
 Run = tuple[dict[str, list[float]], Snapshot]
 ZERO = ("zero1", "zero2")
+CLIP = 0.05
 
 
 class Case(NamedTuple):
@@ -95,34 +97,24 @@ def check(world: int, cases: list[Case]) -> None:
     assert run_on_ranks(world, against_plain, cases, timeout=300) == [[]] * world
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_trains_the_same(world: int) -> None:
-    ep_size = min(world, 2)
-    check(
-        world,
-        [
-            Case("zero1", "expert", ep_size, accumulate=4),
-            Case("zero1", "stock", ep_size),
-            Case("zero2", "expert", 1),
-            Case("zero2", "module", ep_size, accumulate=4),
-        ],
-    )
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("world", "ep_size"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
-@pytest.mark.parametrize("split", ["expert", "module", "stock"])
-@pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_trains_the_same_everywhere(world: int, ep_size: int, split: str, clip: float) -> None:
-    other = {"gradient_clipping": clip}
-    check(
-        world,
-        [
-            Case(wrapper, split, ep_size, accumulate, other=other)
-            for wrapper in ZERO
-            for accumulate in (1, 4)
-        ],
-    )
+@pytest.mark.parametrize(
+    "row",
+    pairwise(
+        {
+            "world": [1, 2, 4],
+            "wrapper": ZERO,
+            "split": ["expert", "module", "stock"],
+            "ep_size": [1, 2, 4],
+            "accumulate": [1, 4],
+            "clip": [0.0, CLIP],
+        },
+        lambda world, ep_size, **_: ep_size <= world,
+    ),
+    ids=label,
+)
+def test_trains_the_same(row: Row) -> None:
+    settings = {key: value for key, value in row.items() if key not in ("world", "clip")}
+    check(row["world"], [Case(**settings, other={"gradient_clipping": row["clip"]})])
 
 
 SETTINGS = [
@@ -139,12 +131,17 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("wrapper", ZERO)
-@pytest.mark.parametrize("case", SETTINGS, ids=lambda case: str(case.zero | case.other))
-def test_trains_the_same_with_other_settings(world: int, wrapper: str, case: Case) -> None:
-    check(world, [case._replace(wrapper=wrapper)])
+def _changed(case: Case) -> str:
+    return str(case.zero | case.other)
+
+
+@pytest.mark.parametrize(
+    "row",
+    pairwise({"setting": range(len(SETTINGS)), "world": [2, 4], "wrapper": ZERO}),
+    ids=lambda row: f"{row['world']}-{row['wrapper']}-{_changed(SETTINGS[row['setting']])}",
+)
+def test_trains_the_same_with_other_settings(row: Row) -> None:
+    check(row["world"], [SETTINGS[row["setting"]]._replace(wrapper=row["wrapper"])])
 
 
 class Dense(nn.Module):
@@ -176,13 +173,20 @@ def dense_against_plain(wrapper: str, zero: dict[str, Any]) -> list[str]:
     return differences(*runs)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("wrapper", ZERO)
-@pytest.mark.parametrize("zero", [{"contiguous_gradients": False}, {"reduce_scatter": False}])
-@pytest.mark.parametrize("overlap", [False, True])
-def test_dense_model_trains_the_same(wrapper: str, zero: dict[str, Any], overlap: bool) -> None:
-    zero = zero | {"overlap_comm": overlap}
-    assert run_on_ranks(2, dense_against_plain, wrapper, zero) == [[], []]
+@pytest.mark.parametrize(
+    "row",
+    pairwise(
+        {
+            "wrapper": ZERO,
+            "off": ["contiguous_gradients", "reduce_scatter"],
+            "overlap": [False, True],
+        }
+    ),
+    ids=label,
+)
+def test_dense_model_trains_the_same(row: Row) -> None:
+    zero = {row["off"]: False, "overlap_comm": row["overlap"]}
+    assert run_on_ranks(2, dense_against_plain, row["wrapper"], zero) == [[], []]
 
 
 def skipping_an_expert(wrapper: str, ep_size: int) -> list[str]:
@@ -204,7 +208,7 @@ def test_expert_without_gradient_on_one_rank(wrapper: str) -> None:
 def test_ranks_that_share_an_expert_must_agree(compact: bool) -> None:
     """As without: collectives do not match. Neither mends it nor adds a case."""
     with pytest.raises(RankError):
-        run_on_ranks(2, train_where_sharing_ranks_disagree, compact, timeout=60)
+        run_on_ranks(2, train_where_sharing_ranks_disagree, compact, timeout=HANG)
 
 
 def train_where_sharing_ranks_disagree(compact: bool) -> None:
@@ -292,23 +296,23 @@ def resume(case: Case, before: bool, after: bool, folder: Path) -> list[str]:
     return differences(*runs)
 
 
-@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)])
-def test_resume(before: bool, after: bool, tmp_path: Path) -> None:
-    case = Case(accumulate=4)
-    assert run_on_ranks(2, resume, case, before, after, tmp_path, timeout=60) == [[], []]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
-@pytest.mark.parametrize("wrapper", ZERO)
-@pytest.mark.parametrize("split", ["expert", "module", "stock"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_resume_everywhere(
-    before: bool, after: bool, wrapper: str, split: str, world: int, tmp_path: Path
-) -> None:
-    case = Case(wrapper, split)
-    answers = run_on_ranks(world, resume, case, before, after, tmp_path, timeout=60)
-    assert answers == [[]] * world
+@pytest.mark.parametrize(
+    "row",
+    pairwise(
+        {
+            "around": [(False, True), (True, False), (True, True)],
+            "wrapper": ZERO,
+            "split": ["expert", "module", "stock"],
+            "world": [2, 4],
+            "accumulate": [1, 4],
+        }
+    ),
+    ids=label,
+)
+def test_resume(row: Row, tmp_path: Path) -> None:
+    case = Case(row["wrapper"], row["split"], accumulate=row["accumulate"])
+    found = run_on_ranks(row["world"], resume, case, *row["around"], tmp_path, timeout=60)
+    assert found == [[]] * row["world"]
 
 
 def compact_late(folder: Path) -> list[str]:
@@ -416,7 +420,7 @@ def start_muon() -> Any:
     model = Dense()
     for param in model.parameters():
         param.use_muon = param.ndim > 1  # type: ignore[attr-defined]
-    cfg = config("zero2") | {"optimizer": {"type": "Muon", "params": {"lr": 1e-3}}}
+    cfg = config("zero2") | {"optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}}
     return initialize(model, None, cfg, model_parameters=model.parameters())
 
 

@@ -1,0 +1,43 @@
+"""Pairwise tables: few cases in which every pair of settings meets, in place of all products."""
+
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def pairwise(
+    settings: dict[str, Sequence[Any]], allowed: Callable[..., bool] = lambda **row: True
+) -> list[Row]:
+    """Rows of one value for each setting, so that any two values of two settings meet in one.
+
+    Each row is the one of the whole product in which most of the missing pairs meet, the first
+    such. So a table is the same in every run, and 40 rows often stand for thousands.
+
+    Args:
+        settings: the values of each setting; they are compared by ``repr``.
+        allowed: is called with a row as keywords; rows for which it is false do not come out, nor
+            do pairs that only such rows have.
+    """
+    product = (
+        dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())
+    )
+    rows = [(row, frozenset(pairs(row))) for row in product if allowed(**row)]
+    missing = {pair for _, met in rows for pair in met}
+    table = []
+    while missing:
+        row, met = max(rows, key=lambda each: len(each[1] & missing))
+        table.append(row)
+        missing -= met
+    return table
+
+
+def pairs(row: Row) -> Iterator[Hashable]:
+    """The pairs of settings that meet in a row."""
+    yield from itertools.combinations([(name, repr(value)) for name, value in row.items()], 2)
+
+
+def label(row: Row) -> str:
+    """A row as the id of a test."""
+    return "-".join(str(value) for value in row.values())
