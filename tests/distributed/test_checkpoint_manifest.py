@@ -32,7 +32,9 @@ from tests.guard_runs import (
     saved,
     started,
 )
+from tests.models import TinyMoE
 from tests.ranks import run_on_ranks
+from tests.support.pairwise import pairwise
 from tests.training import groups_by, train
 
 # ---- what is written ------------------------------------------------------------------
@@ -102,34 +104,41 @@ def compare(engine: Any, groups: list[Any]) -> None:
     assert sorted(told) == sorted(named)
 
 
-def test_manifest_says_where_the_wrapper_holds_each_parameter(tmp_path: Path) -> None:
-    cases = [
-        *(Case(wrapper) for wrapper in WRAPPERS),
-        Case("zero1", "parallel_group", 1, 800),
-        Case("bf16", "expert", 1, model=Odd),
-        Case("zero1", "expert", 1, model=Odd),
-        Case("zero2", "expert", zero=ROUND_ROBIN),
-        Case("zero1", "module", 1, zero=ROUND_ROBIN | ALIGNED, model=Odd),
-        Case("zero1", "module", 1, zero=ALIGNED, model=Odd),
-    ]
-    assert run_on_ranks(2, what_differs, cases, tmp_path) == [[], []]
+ZEROS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "round robin": ROUND_ROBIN,
+    "aligned": {**ALIGNED, "contiguous_gradients": True},
+    "both": ROUND_ROBIN | ALIGNED,
+}
+ROWS = pairwise(
+    {
+        "world": [2, 4],
+        "wrapper": [*WRAPPERS, "zero2_fp32_grads"],
+        "split": ["stock", "parallel_group", "module", "expert"],
+        "ep_size": [1, 2],
+        "cap": [None, 300],
+        "zero": list(ZEROS),
+        "odd": [False, True],
+    },
+    lambda wrapper, zero, **_: wrapper != "bf16" or zero == "plain",
+)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("wrapper", [*WRAPPERS, "zero2_fp32_grads"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_manifest_of_every_grouping(wrapper: str, world: int, tmp_path: Path) -> None:
-    zeros: list[dict[str, Any]] = [{}]
-    if wrapper != "bf16":
-        zeros += [ROUND_ROBIN, {**ALIGNED, "contiguous_gradients": True}, ROUND_ROBIN | ALIGNED]
+def test_manifest_says_where_the_wrapper_holds_each_parameter(world: int, tmp_path: Path) -> None:
     cases = [
-        Case(wrapper, split, ep_size, cap, zero)
-        for split in ("stock", "parallel_group", "module", "expert")
-        for ep_size in (1, 2)
-        for cap in (None, 300)
-        for zero in zeros
-    ] + [Case(wrapper, "expert", 1, zero=zero, model=Odd) for zero in zeros]
-    assert run_on_ranks(world, what_differs, cases, tmp_path, timeout=500) == [[]] * world
+        Case(
+            row["wrapper"],
+            row["split"],
+            row["ep_size"],
+            row["cap"],
+            ZEROS[row["zero"]],
+            Odd if row["odd"] else TinyMoE,
+        )
+        for row in ROWS
+        if row["world"] == world
+    ]
+    assert run_on_ranks(world, what_differs, cases, tmp_path) == [[]] * world
 
 
 def files_and_world(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 
 from moe_groups import verify
 from tests.ranks import run_in_fresh_processes, run_on_ranks
+from tests.support.pairwise import pairwise
 from tests.training import groups_by, largest_difference, start, train, weights
 
 BEFORE, AFTER = 3, 3  # steps
@@ -69,16 +70,22 @@ def check(world: int, cases: list[Case], folder: Path) -> None:
     assert problems == [[]] * world
 
 
-def test_resume_equals_the_run_that_never_stopped(tmp_path: Path) -> None:
-    cases = [
-        Case("zero1", 2, "expert"),
-        Case("zero2", 2, "module", 400),
-        Case("zero2", 1, "expert"),
-        Case("zero2_fp32_grads", 2, "expert"),
-        Case("bf16", 2, "module"),
-        Case("bf16", 2, "expert", 400),
-    ]
-    check(2, cases, tmp_path)
+ROWS = pairwise(
+    {
+        "world": [2, 4],
+        "wrapper": ["zero1", "zero2", "zero2_fp32_grads", "bf16", "half"],
+        "ep_size": [1, 2],
+        "split": ["parallel_group", "module", "expert"],
+        "cap": [None, 400],
+    }
+)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_resume_equals_the_run_that_never_stopped(world: int, tmp_path: Path) -> None:
+    rows = [{key: value for key, value in row.items() if key != "world"} for row in ROWS]
+    cases = [Case(**row) for row, whole in zip(rows, ROWS, strict=True) if whole["world"] == world]
+    check(world, cases, tmp_path)
 
 
 def load_into_renamed_layer(cases: list[Case], folder: Path) -> list[str]:
@@ -97,16 +104,3 @@ def test_resume_after_a_layer_was_renamed(tmp_path: Path) -> None:
     cases = [Case(wrapper, 2, "expert", layers=1) for wrapper in ("zero1", "bf16", "half")]
     run_on_ranks(2, save_and_go_on, cases, tmp_path)
     assert run_in_fresh_processes(2, load_into_renamed_layer, cases, tmp_path) == [[], []]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("wrapper", ["zero1", "zero2", "zero2_fp32_grads", "bf16", "half"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_resume_of_every_grouping(wrapper: str, world: int, tmp_path: Path) -> None:
-    cases = [
-        Case(wrapper, ep_size, split, cap)
-        for ep_size in (1, 2)
-        for split in ("parallel_group", "module", "expert")
-        for cap in (None, 400)
-    ]
-    check(world, cases, tmp_path)

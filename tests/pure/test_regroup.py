@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_groups import MoE
 from moe_groups.checkpoint_files import find_checkpoint
 from moe_groups.checkpoint_source import read_layout
 from moe_groups.errors import CheckpointError
@@ -25,6 +26,10 @@ from tests.made_checkpoints import (
     shard_contents,
     state_of,
 )
+from tests.made_layouts import layout_of
+from tests.models import TinyMoE
+from tests.support.pairwise import Row, label, pairwise
+from tests.training import make_groups
 
 
 @pytest.fixture
@@ -117,6 +122,49 @@ def test_every_parameter_keeps_its_state_bit_for_bit(
             torch.load(place / d / "global_step7/mp_rank_00_model_states.pt") for d in ("a", "c")
         ]
         assert same(*models)
+
+
+SPLITS: dict[str, tuple[str, int | None]] = {
+    "stock": ("stock", None),
+    "module": ("module", None),
+    "expert": ("expert", None),
+    "capped": ("parallel_group", 500),
+    "stock_capped": ("stock", 700),
+}
+CONVERSIONS = pairwise(
+    {
+        "old": list(SPLITS),
+        "new": list(SPLITS),
+        "ep_size": [1, 2],
+        "world": [2, 4],
+        "kind": ["zero", "bf16"],
+    },
+    lambda old, new, **_: old != new,
+)
+
+
+def layout_of_run(split: str, ep_size: int, world: int) -> Layout:
+    """As a run with this split saves it, its groups made by the function that users call."""
+    model = TinyMoE(MoE, ep_size=ep_size)
+    names: dict[int, tuple[str, int | None]] = {
+        id(param): (name, getattr(param, "expert_number", None))
+        for name, param in model.named_parameters()
+    }
+    return layout_of(make_groups(model, *SPLITS[split]), names, world)
+
+
+@pytest.mark.parametrize("row", CONVERSIONS, ids=label)
+def test_every_grouping_becomes_every_other(row: Row, place: Path) -> None:
+    first, second = (layout_of_run(row[it], row["ep_size"], row["world"]) for it in ("old", "new"))
+    values = random_state(first)
+    for name, layout in (("a", first), ("second", second)):
+        make_checkpoint(place / name, layout, values, row["kind"])
+        write_manifest(Manifest(layout, row["kind"]), place / name / "global_step7/moe_groups.json")
+    regroup_checkpoint(place / "a", place / "b", place / "second")
+    assert same(state_of(place / "b", second), values)
+    assert same(shard_contents(place / "b"), shard_contents(place / "second"))
+    regroup_checkpoint(place / "b", place / "c", place / "a")
+    assert same(shard_contents(place / "c"), shard_contents(place / "a"))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
