@@ -11,8 +11,10 @@ import faulthandler
 import fcntl
 import gc
 import importlib
+import io
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -47,9 +49,12 @@ class RankPool:
     Args:
         world_size: number of ranks.
         env: further environment variables of the ranks, as PYTHONHASHSEED.
+        join: make the ranks a world; without, their first job does.
     """
 
-    def __init__(self, world_size: int, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, world_size: int, env: dict[str, str] | None = None, join: bool = True
+    ) -> None:
         self.world_size = world_size
         self.scratch = Path(tempfile.mkdtemp(prefix="moe-groups-ranks-"))
         self.extensions = _use_extensions()
@@ -66,7 +71,9 @@ class RankPool:
             os.environ.update(variables)  # for interpreters that start here, the server's too
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, str(self._stack_file(rank)), variables), daemon=True
+                target=_serve,
+                args=(theirs, str(self._stack_file(rank)), variables, join),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -186,6 +193,30 @@ def run_in_fresh_processes(
             pool.close()
 
 
+def run_program(world_size: int, program: Path, *args: str, timeout: float = 300) -> str:
+    """Run a Python program as torchrun would, in processes that have DeepSpeed already imported.
+
+    Returns:
+        What it prints, one rank after the other.
+    """
+    pool = RankPool(world_size, join=False)
+    try:
+        printed: list[str] = pool.run(_run_program, str(program), *args, timeout=timeout)
+    finally:
+        if pool.alive:
+            pool.close()
+    return "".join(printed)
+
+
+def _run_program(program: str, *args: str) -> str:
+    sys.argv = [program, *args]
+    sys.path.insert(0, str(Path(program).parent))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        runpy.run_path(program, run_name="__main__")
+    return printed.getvalue()
+
+
 def close_pools() -> None:
     for pool in _pools.values():
         if pool.alive:
@@ -230,7 +261,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(pipe: Connection, stack_file: str, variables: dict[str, str]) -> None:
+def _serve(pipe: Connection, stack_file: str, variables: dict[str, str], join: bool) -> None:
     """Main loop of a rank."""
     os.environ.update(variables)
     stacks = open(stack_file, "w")  # noqa: SIM115  (faulthandler writes to it until the end)
@@ -238,7 +269,8 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str]) -> None
     if not os.environ.get("MOE_GROUPS_VERBOSE"):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (DeepSpeed prints a lot)
     try:
-        _join_world()
+        if join:
+            _join_world()
     except BaseException:
         return pipe.send((False, traceback.format_exc()))
     pipe.send((True, None))
@@ -257,6 +289,8 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str]) -> None
             pipe.send((True, target(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        if not join:
+            return
         forget_process_groups()
         _destroy_process_groups()
         gc.freeze()  # BF16_Optimizer and the line above look through all that is not

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import EXTENSIONS, ROOT
+from tests.ranks import EXTENSIONS, ROOT, run_program
 
 SMALL = ["--steps", "2", "--batch", "2", "--length", "32"]
 
 
 def run_example(name: str, *args: str, ranks: int = 2) -> str:
     """What it prints."""
+    return run_program(ranks, ROOT / "docs" / "examples" / name, *args)
+
+
+def run_by_torchrun(name: str, *args: str, ranks: int = 2) -> str:
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
@@ -34,9 +38,8 @@ def run_example(name: str, *args: str, ranks: int = 2) -> str:
     return done.stdout
 
 
-def run_demo(*args: str, ranks: int = 2) -> dict[str, list[str]]:
+def rows_of(printed: str) -> dict[str, list[str]]:
     """Cells of the comparison's rows by their first one."""
-    printed = run_example("train_moe_lm.py", *args, ranks=ranks)
     assert "The param groups, split by" in printed
     table = printed.partition("(worst rank):")[2]
     rows = [line.split("  ") for line in table.splitlines() if line.strip()]
@@ -45,7 +48,8 @@ def run_demo(*args: str, ranks: int = 2) -> dict[str, list[str]]:
 
 
 def test_figures_in_the_readme() -> None:
-    rows = run_demo("--steps", "2")
+    """The one program that the tests start as a user does; the others skip the imports."""
+    rows = rows_of(run_by_torchrun("train_moe_lm.py", "--steps", "2"))
     stock, ours = rows["DeepSpeed's split"], rows["moe-groups"]
     assert stock[3] == ours[3], "the loss depends on the grouping"
     readme = (ROOT / "README.md").read_text()
@@ -60,17 +64,14 @@ def test_figures_in_the_readme() -> None:
     ("args", "ranks"),
     [
         (["--bf16-optimizer", "--split-by", "expert"], 2),
-        pytest.param(
-            ["--zero-stage", "1", "--ep-size", "1", "--split-by", "parallel_group"],
-            4,
-            marks=pytest.mark.long,
-        ),
+        (["--zero-stage", "1", "--ep-size", "1", "--split-by", "parallel_group"], 4),
     ],
 )
 def test_flags(args: list[str], ranks: int, tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_text("to be, or not to be: that is the question\n" * 50)
-    rows = run_demo(*SMALL, *args, "--text", str(text), ranks=ranks)
+    printed = run_example("train_moe_lm.py", *SMALL, *args, "--text", str(text), ranks=ranks)
+    rows = rows_of(printed)
     assert rows["DeepSpeed's split"][3] == rows["moe-groups"][3]
 
 
