@@ -1,7 +1,7 @@
 """What is left of a checkpoint when saving, loading or converting meets trouble?
 
-Counts of the campaigns that the long tests run: processes killed at random moments and before file
-operations, jobs that meet, full disks, damaged and missing files.
+Counts of the campaigns that `make campaign` checks: processes killed at random moments and before
+file operations, jobs that meet, full disks, damaged and missing files.
 
     python -m benchmarks.checkpoint_faults
 """

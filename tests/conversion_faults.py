@@ -161,8 +161,12 @@ def kills_at_operations(conversion: Conversion, fault: str, operations: list[int
     return tally
 
 
-def random_kills(conversion: Conversion, seed: int = 0) -> list[Tally]:
-    """20 times; two or three times in a row; and by the signals that ask politely."""
+def random_kills(conversion: Conversion, seed: int = 0, every: int = 1) -> list[Tally]:
+    """20 times; two or three times in a row; and by the signals that ask politely.
+
+    Args:
+        every: one of so many is done.
+    """
     seconds, _ = seconds_and_operations(conversion)
     draw = random.Random(seed)
 
@@ -170,27 +174,33 @@ def random_kills(conversion: Conversion, seed: int = 0) -> list[Tally]:
         return [[seconds * draw.random() for _ in range(in_a_row)] for _ in range(count)]
 
     return [
-        kills(conversion, "kill -9 at a random moment", moments(20)),
-        kills(conversion, "kill -9, twice or three times", moments(5, 2) + moments(5, 3)),
-        kills(conversion, "Ctrl-C", moments(5), signal.SIGINT),
-        kills(conversion, "SIGTERM", moments(5), signal.SIGTERM),
+        kills(conversion, "kill -9 at a random moment", moments(20)[::every]),
+        kills(
+            conversion, "kill -9, twice or three times", (moments(5, 2) + moments(5, 3))[::every]
+        ),
+        kills(conversion, "Ctrl-C", moments(5)[::every], signal.SIGINT),
+        kills(conversion, "SIGTERM", moments(5)[::every], signal.SIGTERM),
     ]
 
 
-def every_third_operation(conversion: Conversion) -> Tally:
-    """Killed before every third file operation, and before each of the last."""
+def every_third_operation(conversion: Conversion, every: int = 1) -> Tally:
+    """Killed before every third file operation, and before each of the last; one of ``every``."""
     _, operations = seconds_and_operations(conversion)
     first, last = range(1, operations - 20, 3), range(operations - 20, operations + 1)
-    return kills_at_operations(conversion, "kill -9 before a file operation", [*first, *last])
+    moments = [*first, *last][::every]
+    return kills_at_operations(conversion, "kill -9 before a file operation", moments)
 
 
-def meetings(conversion: Conversion) -> list[Tally]:
-    """Two jobs that meet while the first one begins, at random, and while it ends."""
+def meetings(conversion: Conversion, every: int = 1) -> list[Tally]:
+    """Two jobs that meet while the first one begins, at random, and while it ends.
+
+    One of ``every`` meetings is tried.
+    """
     seconds, operations = seconds_and_operations(conversion)
     edges = [*range(1, 14), *range(operations - 14, operations + 1)]
     return [
-        two_jobs(conversion, edges),
-        two_jobs_at_random(conversion, [seconds * n / 9 for n in range(10)]),
+        two_jobs(conversion, edges[::every]),
+        two_jobs_at_random(conversion, [seconds * n / 9 for n in range(10)][::every]),
     ]
 
 

@@ -34,9 +34,8 @@ PRELOAD = ["deepspeed", "deepspeed.moe.layer", "torch._dynamo", "torch._inductor
 HANG = 3.0
 """Seconds after which a job that should hang is taken to do so; what it does takes a tenth."""
 
-SHARED, STOCK, STAGES = "shared", "stock", "stages"
-"""Pools: for most; for DeepSpeed as it is, where nothing may be grouped with this library; for
-grids of pipelines and tensor parallelism, which make dozens of process groups."""
+SHARED, STOCK = "shared", "stock"
+"""Pools: for most; for DeepSpeed as it is, where nothing may be grouped with this library."""
 
 
 class RankError(AssertionError):
@@ -292,29 +291,14 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str], join: b
         if not join:
             return
         forget_process_groups()
-        _destroy_process_groups()
-        gc.freeze()  # BF16_Optimizer and the line above look through all that is not
 
 
 def _module(name: str) -> Any:
+    """Imports a module; BF16_Optimizer looks for garbage twice a group, so keep what is there."""
     if name not in sys.modules:
         importlib.import_module(name)
         gc.freeze()
     return sys.modules[name]
-
-
-def _destroy_process_groups() -> None:
-    """All but the world's: each has threads, and a grid of pipelines makes dozens."""
-    import torch
-    from deepspeed.utils import groups
-
-    for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP"):
-        setattr(groups, name, None)
-    groups._MODEL_PARALLEL_GROUP = groups._DATA_PARALLEL_GROUP = groups.mesh_device = None
-    groups._ALL_TO_ALL_GROUP.clear()
-    world = torch.distributed.group.WORLD
-    for group in [one for one in torch.distributed.distributed_c10d._world.pg_map if one is not world]:
-        torch.distributed.destroy_process_group(group)
 
 
 def _join_world() -> None:
@@ -333,25 +317,35 @@ def check_stock() -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     changed = hasattr(DeepSpeedEngine.save_checkpoint, "_moe_groups_original")
-    assert not changed, "a job of the pool for DeepSpeed as it is grouped parameters with moe_groups"
+    assert not changed, (
+        "a job of the pool for DeepSpeed as it is grouped parameters with moe_groups"
+    )
 
 
 def forget_process_groups() -> None:
-    """Bring DeepSpeed's registry of expert process groups into the state of a fresh process.
+    """Bring DeepSpeed's registries of process groups into the state of a fresh process.
 
-    Engines are let go: each holds process groups, whose threads wake a hundred times a second.
+    Engines and groups are destroyed: each group has threads that wake a hundred times a second,
+    and a grid of pipelines makes dozens.
     """
     import torch
     from deepspeed.utils import groups
 
-    for known in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP):
-        for group in {id(handle): handle for handle in known.values()}.values():
-            torch.distributed.destroy_process_group(group)
-        known.clear()
-    groups._EXPERT_PARALLEL_GROUP_RANKS.clear()
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.clear()
-    groups.mpu, groups.expert_tensor_parallel_world_size = None, 1
     _destroy_engines()
+    for known in (
+        groups._EXPERT_PARALLEL_GROUP,
+        groups._EXPERT_PARALLEL_GROUP_RANKS,
+        groups._EXPERT_DATA_PARALLEL_GROUP,
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+        groups._ALL_TO_ALL_GROUP,
+    ):
+        known.clear()
+    groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups.mesh_device = None
+    groups.mpu, groups.expert_tensor_parallel_world_size = None, 1
+    distributed: Any = torch.distributed
+    for group in list(distributed.distributed_c10d._world.pg_map):
+        if group is not distributed.group.WORLD:
+            distributed.destroy_process_group(group)
 
 
 def _destroy_engines() -> None:

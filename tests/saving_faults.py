@@ -185,8 +185,11 @@ def random_kills(count: int, seconds: float, seed: int = 0) -> list[Kill]:
     ]
 
 
-def random_kills_while_saving(place: Path) -> list[Tally]:
-    """20 moments of the whole save, and all file operations of rank 0 that Python makes."""
+def random_kills_while_saving(place: Path, every: int = 1) -> list[Tally]:
+    """20 moments of the whole save, and all file operations of rank 0 that Python makes.
+
+    One of ``every`` is done.
+    """
     seconds, _ = cost_of_save(place / "first-run", "zero2")  # imports what later ones have
     seconds, operations = cost_of_save(place / "cost", "zero2")
     ends = [
@@ -194,8 +197,8 @@ def random_kills_while_saving(place: Path) -> list[Tally]:
         for operation in range(1, operations + 1)
     ]
     return [
-        kill_saves(place, "kill -9 at a random moment", random_kills(20, seconds)),
-        kill_saves(place, "kill -9 before a file operation", ends),
+        kill_saves(place, "kill -9 at a random moment", random_kills(20, seconds)[::every]),
+        kill_saves(place, "kill -9 before a file operation", ends[::every]),
     ]
 
 

@@ -231,7 +231,6 @@ def run(case: Case, count: int = 3) -> Run:
     """Train ``count`` steps on this rank, of a real or a fake world."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     engine, groups = start(case)
-    gc.collect()  # cycles with tensors of earlier runs would be released in a step
     predicted = estimate_step_memory(groups, step=case.step, data_parallel_size=world)
     peaks = step_cost(tiles_of(groups, world), case.step.settings).peak
     assert predicted.step_peak == peaks.max()
@@ -253,7 +252,7 @@ def run_all(cases: list[Case], count: int = 3) -> list[Run]:
 
     found = []
     for case in cases:
+        # Engines are cycles: their tensors would be released in a step of the next one.
         forget_process_groups()
         found.append(run(case, count))
-        gc.collect()  # engines are cycles
     return found

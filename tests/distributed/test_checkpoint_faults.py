@@ -33,9 +33,15 @@ def test_killed_while_it_saves(tmp_path: Path) -> None:
     check(faults.kill_saves(tmp_path, "kill -9", kills))
 
 
-@pytest.mark.long
-def test_killed_at_random_moments_of_saving(tmp_path: Path) -> None:
-    check(*faults.random_kills_while_saving(tmp_path))
+@pytest.mark.parametrize(
+    "every",
+    [
+        pytest.param(7, id="some", marks=pytest.mark.long),
+        pytest.param(1, id="all", marks=pytest.mark.campaign),
+    ],
+)
+def test_killed_at_random_moments_of_saving(every: int, tmp_path: Path) -> None:
+    check(*faults.random_kills_while_saving(tmp_path, every))
 
 
 def test_deepspeed_loads_files_of_two_saves_and_the_guard_does_not(tmp_path: Path) -> None:
@@ -116,11 +122,12 @@ def test_no_room_for_latest(disk: SmallDisk) -> None:
 # ---- damage met while other groups are loaded -----------------------------------------
 
 
-def test_damaged_files_of_other_groups(tmp_path: Path) -> None:
-    check(*loading_faults.damaged_loads(tmp_path, "zero2", lengths=1, bits=1))
+@pytest.mark.parametrize("wrapper", ["zero2", "bf16"])
+def test_damaged_files_of_other_groups(wrapper: str, tmp_path: Path) -> None:
+    check(*loading_faults.damaged_loads(tmp_path, wrapper, lengths=1, bits=1))
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 @pytest.mark.parametrize("wrapper", ["zero2", "bf16"])
 def test_damaged_files_of_other_groups_at_many_places(wrapper: str, tmp_path: Path) -> None:
     check(*loading_faults.damaged_loads(tmp_path, wrapper, lengths=6, bits=15))

@@ -30,7 +30,8 @@ from tests.guard_runs import (
     started,
 )
 from tests.models import TinyMoE
-from tests.ranks import run_in_fresh_processes, run_on_ranks
+from tests.ranks import STOCK, run_in_fresh_processes, run_on_ranks
+from tests.support.hash_seeds import two_hash_seeds
 from tests.support.pairwise import Row, label, pairwise
 from tests.training import GroupsOf, groups_by, make_groups, train, weights
 
@@ -220,7 +221,7 @@ def test_equal_but_for_names(wrapper: str, name: str, tmp_path: Path) -> None:
 
 
 def stock_run(wrapper: str, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """In processes that have not grouped anything with this library."""
+    """DeepSpeed as it is."""
     engine = started(wrapper, groups_by("stock"), layer=DeepSpeedMoE)
     train(engine, 2)
     engine.save_checkpoint(str(folder))
@@ -238,7 +239,7 @@ def load_stock(wrapper: str, folder: Path) -> tuple[str | None, Any, dict[str, t
 
 @pytest.mark.parametrize("wrapper", ["zero1", "bf16"])
 def test_checkpoint_of_a_stock_run(wrapper: str, tmp_path: Path) -> None:
-    wanted = run_in_fresh_processes(2, stock_run, wrapper, tmp_path)
+    wanted = run_on_ranks(2, stock_run, wrapper, tmp_path, pool=STOCK)
     found = run_on_ranks(2, load_stock, wrapper, tmp_path)
     for (history, end), (refusal, *resumed) in zip(wanted, found, strict=True):
         assert equal(resumed, [history, end])
@@ -263,22 +264,19 @@ def stock_groups(model: nn.Module) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_stock_split_under_other_hash_seeds(wrapper: str, tmp_path: Path) -> None:
+def test_stock_split_under_other_hash_seeds(tmp_path: Path) -> None:
     """A restarted run may have its groups in another order, and is told so."""
-    seeds = [{"PYTHONHASHSEED": str(seed)} for seed in range(12)]
-    first, _ = run_in_fresh_processes(2, stock_mixed, wrapper, tmp_path, True, env=seeds[0])[0]
-    for seed in seeds[1:]:
-        for names, refusal in run_in_fresh_processes(
-            2, stock_mixed, wrapper, tmp_path, False, env=seed
-        ):
-            assert (refusal is None) == (names == first)
-            if refusal is not None:
-                assert "group 1 ('ep_size_" in refusal
-                assert "was saved as group 2 ('ep_size_" in refusal
-                return
-    pytest.fail("all seeds give one order")
+    seeds = two_hash_seeds(["ep_size_1", "ep_size_2"])
+    first, again, other = (
+        run_in_fresh_processes(2, stock_mixed, "bf16", tmp_path, save, env={"PYTHONHASHSEED": seed})
+        for seed, save in ((seeds[0], True), (seeds[0], False), (seeds[1], False))
+    )
+    for rank in range(2):
+        assert again[rank] == first[rank]
+        names, refusal = other[rank]
+        assert names != first[rank][0]
+        assert "group 1 ('ep_size_" in refusal
+        assert "was saved as group 2 ('ep_size_" in refusal
 
 
 def parts_that_need_no_groups(folder: Path, off: bool) -> list[Any]:

@@ -420,7 +420,9 @@ def start_muon() -> Any:
     model = Dense()
     for param in model.parameters():
         param.use_muon = param.ndim > 1  # type: ignore[attr-defined]
-    cfg = config("zero2") | {"optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}}
+    cfg = config("zero2") | {
+        "optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}
+    }
     return initialize(model, None, cfg, model_parameters=model.parameters())
 
 

@@ -22,7 +22,7 @@ from moe_groups import protect_checkpoints
 from moe_groups._deepspeed import contract, patching
 from moe_groups.flat_layout import round_robin
 from tests.models import FFN, HIDDEN, TinyMoE
-from tests.ranks import RankError, run_in_fresh_processes, run_on_ranks
+from tests.ranks import STOCK, RankError, run_on_ranks
 from tests.training import WRAPPERS, config, groups_by, initialize, make_groups, start, train
 
 EP2 = {"ep_size": 2}
@@ -75,7 +75,7 @@ def save_with_key(name: str, folder: Path) -> None:
 def test_saving_reads_the_ep_size_out_of_every_key(tmp_path: Path) -> None:
     run_on_ranks(2, save_with_key, "ep_size_2_layers.3.moe", tmp_path)
     with pytest.raises(RankError, match=r"in save_checkpoint(.|\n)*in _get_max_expert_size"):
-        run_in_fresh_processes(2, save_with_key, "layers.3.moe", tmp_path)
+        run_on_ranks(2, save_with_key, "layers.3.moe", tmp_path)
 
 
 def names_after_load(folder: Path) -> tuple[list[str], list[str]]:
@@ -91,7 +91,7 @@ def names_after_load(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def load_and_step(folder: Path) -> None:
-    """In processes that have not grouped anything with this library."""
+    """DeepSpeed as it is."""
     engine = start("bf16", groups_by("stock"), model_options={"ep_size": 2, "layers": 1})
     engine.load_checkpoint(str(folder))
     with pytest.raises(AssertionError, match="expert parallel group is not initialized"):
@@ -101,7 +101,7 @@ def load_and_step(folder: Path) -> None:
 def test_load_checkpoint_overwrites_names(tmp_path: Path) -> None:
     for saved, loaded in run_on_ranks(2, names_after_load, tmp_path):
         assert saved == loaded == ["dense", "ep_size_2_blocks.0.moe"]
-    run_in_fresh_processes(2, load_and_step, tmp_path)
+    run_on_ranks(2, load_and_step, tmp_path, pool=STOCK)
 
 
 # ---- process groups -------------------------------------------------------------------

@@ -14,7 +14,7 @@ from moe_groups.errors import InvalidArgumentError, OverrideError
 from moe_groups.expert_control import GroupSchedule, set_group_options
 from moe_groups.group_metrics import GroupMetrics
 from tests.distributed.test_group_metrics import OFFLOADED
-from tests.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks
+from tests.ranks import forget_process_groups, run_on_ranks
 from tests.training import batches, groups_by, largest_difference, start, train, weights
 
 WRAPPERS = ["zero1", "zero2", "zero2_fp32_grads", "bf16", "fp32"]
@@ -277,8 +277,8 @@ def loaded_options(folder: str, first: bool) -> list[Any]:
 
 def test_options_are_in_the_checkpoint(tmp_path: Path) -> None:
     """Frozen from the first step on: no optimizer state exists there."""
-    first = run_in_fresh_processes(2, loaded_options, str(tmp_path), True)
-    again = run_in_fresh_processes(2, loaded_options, str(tmp_path), False)
+    first = run_on_ranks(2, loaded_options, str(tmp_path), True)
+    again = run_on_ranks(2, loaded_options, str(tmp_path), False)
     assert first == again
     assert [len(rank[1]) for rank in first] == [0, 6]
     assert [sum(map(bool, rank[0])) for rank in first] == [1, 2]

@@ -1,7 +1,6 @@
 """The predicted memory of a step is the measured one, on gloo ranks and in large worlds."""
 
 import gc
-import random
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -24,6 +23,7 @@ from tests.step_runs import (
     start,
     steps,
 )
+from tests.support.pairwise import pairwise
 
 SCALARS = 2048
 """Bytes of norms, step counts and clip factors, which the model leaves out."""
@@ -97,18 +97,6 @@ def check(cases: list[Case], runs: list[Run]) -> None:
     assert peaks[len(peaks) // 4] > SCALARS / 0.02
 
 
-def sample(seed: int, world: int, count: int, steps: list[StepConfig] | None = None) -> list[Case]:
-    """Random cases that fit on ``world`` ranks; those of ``steps`` in turn."""
-    draw, found = random.Random(seed), []
-    for index in range(count):
-        step = steps[index % len(steps)] if steps else draw.choice(WAYS)
-        shape = draw.choice([shape for shape in SHAPES if world % shape.ep_size == 0])
-        shape = shape.times(max(1, world // 16))
-        groups, cap = draw.choice(GROUPS)
-        found.append(Case(step, groups, cap, shape, draw.choice((1, 4)), draw.choice((0.0, 1.0))))
-    return found
-
-
 def test_some_on_real_ranks() -> None:
     cases = [on_gloo(case) for case in FAST]
     for runs in run_on_ranks(2, run_all, [*cases, FAST[-1]], 2, timeout=300):
@@ -177,27 +165,52 @@ def test_read_off_the_config(step: StepConfig) -> None:
     assert replace(read, compact_gradients=step.compact_gradients) == step
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_real_ranks(world: int) -> None:
-    cases = [on_gloo(case) for case in sample(world, world, 21, WAYS)]
-    for runs in run_on_ranks(world, run_all, cases, 3, timeout=600):
-        check(cases, runs)
+PLACES = [
+    *(("gloo", world) for world in (1, 2, 4)),
+    *((rank, 8) for rank in (0, 3, 7)),
+    *((rank, 64) for rank in (0, 31)),
+    *((rank, 128) for rank in (0, 77, 127)),
+]
+"""Real ranks on gloo, and a rank of a world that is not there."""
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("index", range(len(GROUPS)), ids=lambda index: str(GROUPS[index]))
-def test_every_way_in_a_world_of_8(index: int) -> None:
-    groups, cap = GROUPS[index]
-    drawn = sample(index, 8, len(WAYS), WAYS)
-    cases = [case._replace(groups=groups, cap=cap) for case in drawn]
-    check(cases, run_as_rank(3, 8, run_all, cases, 2))
+def fits(place: tuple[int | str, int], shape: int, **_: Any) -> bool:
+    return place[1] % SHAPES[shape].ep_size == 0
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("rank", "world"), [(0, 8), (7, 8), (0, 64), (31, 64), (0, 128), (77, 128), (127, 128)]
+ROWS = pairwise(
+    {
+        "place": PLACES,
+        "accumulation": range(len(ACCUMULATIONS)),
+        "optimizer": list(OPTIONS),
+        "groups": range(len(GROUPS)),
+        "shape": range(len(SHAPES)),
+        "accumulate": [1, 4],
+        "clip": [0.0, 1.0],
+    },
+    fits,
 )
-def test_ranks_of_large_worlds(rank: int, world: int) -> None:
-    cases = sample(rank, world, 14)
-    check(cases, run_as_rank(rank, world, run_all, cases, 3))
+
+
+def cases_at(place: tuple[int | str, int]) -> list[Case]:
+    found = []
+    for row in ROWS:
+        if row["place"] == place:
+            step = replace(ACCUMULATIONS[row["accumulation"]], optimizer=row["optimizer"])
+            shape = SHAPES[row["shape"]].times(max(1, place[1] // 16))
+            groups = GROUPS[row["groups"]]
+            found.append(Case(step, *groups, shape, row["accumulate"], row["clip"]))
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_every_pair_of_settings(place: tuple[Any, int]) -> None:
+    rank, world = place
+    cases = cases_at(place)
+    if rank == "gloo":
+        cases = [on_gloo(case) for case in cases]
+        for runs in run_on_ranks(world, run_all, cases, 2, timeout=300):
+            check(cases, runs)
+    else:
+        check(cases, run_as_rank(rank, world, run_all, cases, 2))

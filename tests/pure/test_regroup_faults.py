@@ -22,6 +22,11 @@ from tests.fault_table import check
 from tests.full_disk import SmallDisk, small_disk
 
 PAGE = 4096
+ONE_OF = [
+    pytest.param(5, id="some", marks=pytest.mark.long),
+    pytest.param(1, id="all", marks=pytest.mark.campaign),
+]
+"""Of the moments of a campaign one in so many."""
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +71,14 @@ def test_killed_in_its_middle_and_at_its_end(small: Conversion) -> None:
     )
 
 
-@pytest.mark.long
-def test_killed_at_random_moments(large: Conversion) -> None:
-    check(*faults.random_kills(large))
+@pytest.mark.parametrize("every", ONE_OF)
+def test_killed_at_random_moments(large: Conversion, every: int) -> None:
+    check(*faults.random_kills(large, every=every))
 
 
-@pytest.mark.long
-def test_killed_before_file_operations(small: Conversion) -> None:
-    check(faults.every_third_operation(small))
+@pytest.mark.parametrize("every", ONE_OF)
+def test_killed_before_file_operations(small: Conversion, every: int) -> None:
+    check(faults.every_third_operation(small, every))
 
 
 def test_threads_that_read_end_when_they_are_told(tmp_path: Path) -> None:
@@ -98,9 +103,9 @@ def test_two_jobs_to_one_destination(small: Conversion) -> None:
     check(faults.two_jobs(small, [2, 8, operations - 6, operations - 4]))
 
 
-@pytest.mark.long
-def test_two_jobs_at_any_moment(small: Conversion) -> None:
-    check(*faults.meetings(small))
+@pytest.mark.parametrize("every", ONE_OF)
+def test_two_jobs_at_any_moment(small: Conversion, every: int) -> None:
+    check(*faults.meetings(small, every))
 
 
 # ---- full disk ------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def test_full_disk(small: Conversion, disk: SmallDisk) -> None:
     )
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_full_disk_at_many_moments(small: Conversion, disk: SmallDisk) -> None:
     disk.remount(f"size={2 * size_of(small)}")
     check(work.filled_at_many_moments(small, disk))
@@ -144,7 +149,7 @@ def test_damaged_files(tiny: Conversion) -> None:
     check(*damage.every_damage(tiny, lengths=3, bits=4))
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_damaged_files_at_many_places(tiny: Conversion) -> None:
     check(*damage.every_damage(tiny, lengths=20, bits=60))
 
