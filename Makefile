@@ -1,5 +1,6 @@
 # make demo   train a small MoE language model and look at its param groups
-# make test   the tests (make test-long: the long matrices)
+# make test   the tests (make test-long: those that take longest; make campaign: hundreds of kills,
+#             full disks and flipped bits)
 # make lint   ruff and mypy;  make docs: the site, into site/;  make bench: benchmarks
 # make compatibility   tests of each feature with several releases of DeepSpeed
 #
@@ -20,7 +21,12 @@ QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::Fu
 BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory large_world \
   regroup_checkpoint checkpoint_faults topologies checkpointing load_experts group_metrics
 
-.PHONY: demo test test-long lint docs bench compatibility clean
+.PHONY: demo test test-long campaign lint docs bench compatibility clean
+# What needs no process group runs on two workers, the rest in one session, whose pools of ranks
+# are started once.
+PYTEST := $(BIN)/python -m pytest
+PURE := OMP_NUM_THREADS=1 $(PYTEST) tests/pure -n 2 --dist worksteal
+RANKS_TOO := $(PYTEST) tests/distributed tests/gpu
 
 demo: $(VENV)/.demo unlock
 	@[ $(GPUS) -ge $(RANKS) ] || $(CPU_ONLY); \
@@ -28,10 +34,15 @@ demo: $(VENV)/.demo unlock
 	  $(BIN)/torchrun --nproc-per-node $(RANKS) docs/examples/train_moe_lm.py $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not long"
+	$(PURE) -m "not long and not campaign"
+	$(RANKS_TOO) -m "not long and not campaign"
 
 test-long: $(VENV)/.test
-	$(BIN)/python -m pytest -m long
+	$(PURE) -m long
+	$(RANKS_TOO) -m long
+
+campaign: $(VENV)/.test
+	$(PYTEST) -m campaign
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
