@@ -118,6 +118,11 @@ class Layout:
         return {param.name: (group, param) for group in self.of(rank) for param in group.params}
 
     @property
+    def elements(self) -> int:
+        """Of all partitions on all ranks, with gaps and padding."""
+        return sum(group.partition for rank in self.order for group in self.of(rank))
+
+    @property
     def data_parallel_size(self) -> int:
         """Data-parallel ranks."""
         return 1 + max((rank.data for rank in self.order), default=-1)
