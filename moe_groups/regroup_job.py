@@ -73,7 +73,7 @@ class Job:
         """
         by_path: dict[Path, Task] = {}
         for task in self._tasks():  # what is converted before what is copied
-            by_path.setdefault(own(self.directory, task.path), task)
+            by_path.setdefault(task.path, task)
         tasks = list(by_path.values())
         with writing(self.folder):
             remove_others(self.directory, {*by_path})

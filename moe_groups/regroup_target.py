@@ -64,7 +64,7 @@ def check_same_parameters(source: Layout, target: Layout) -> None:
     Raises:
         CheckpointError: names what is on one side only, or a group that cannot be converted.
     """
-    if problem := source.spanning_problem() or target.spanning_problem():
+    if problem := source.problem() or target.problem():
         raise CheckpointError(problem)
     old, new = _parameters(source), _parameters(target)
     if old == new:
