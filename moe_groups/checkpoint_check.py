@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import distributed
 
 from moe_groups import _deepspeed
-from moe_groups.checkpoint_files import LATEST, CheckpointFiles, find_checkpoint
+from moe_groups.checkpoint_files import (
+    CheckpointFiles,
+    check_tag,
+    find_checkpoint,
+    read_latest,
+)
 from moe_groups.checkpoint_refusal import refuse
 from moe_groups.checkpoint_whole import check_saved, check_whole
 from moe_groups.engine_layout import own_groups
@@ -106,10 +111,12 @@ def _problem(load_dir: Path, findings: list[Finding]) -> str | None:
 def _examine(engine: Any, load_dir: Path, tag: str | None) -> Finding:
     """This rank's view; never raises, as the others wait for it."""
     try:
-        latest = load_dir / LATEST
-        if tag is None and latest.is_file():
-            tag = latest.read_text().strip()
-        if tag is None or not (load_dir / tag).is_dir():
+        if tag is None:
+            tag = read_latest(load_dir)
+        if tag is None:
+            return Finding("absent")
+        check_tag(tag)
+        if not (load_dir / tag).is_dir():
             return Finding("absent", tag=tag)
         files = find_checkpoint(load_dir, tag)
         (check_whole if distributed.get_rank() == 0 else check_saved)(files)

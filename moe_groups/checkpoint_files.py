@@ -8,9 +8,11 @@ from pathlib import Path
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import Rank
 from moe_groups.manifest import FILE_NAME
+from moe_groups.own_folder import is_plain
 
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_TARGETS = "moe_groups_*.json"
 LATEST = "latest"
 
 
@@ -46,6 +48,12 @@ class CheckpointFiles:
         found = (path for path in self.folder.rglob("*") if path.is_file())
         return sorted(path for path in found if path not in known)
 
+    def beside(self) -> list[Path]:
+        """Files of a trainer in the directory, of which the tag is the newest checkpoint."""
+        latest = self.directory / LATEST
+        found = self.directory.iterdir() if latest.is_file() else ()
+        return [p for p in found if p.is_file() and p != latest and not p.match(_TARGETS)]
+
 
 def find_checkpoint(directory: str | Path, tag: str | None = None) -> CheckpointFiles:
     """The checkpoint in ``directory``, or the one whose own folder that is.
@@ -68,7 +76,9 @@ def find_checkpoint(directory: str | Path, tag: str | None = None) -> Checkpoint
 def _find(directory: Path, tag: str | None) -> CheckpointFiles:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory.")
-    if tag is None and not (directory / LATEST).is_file():
+    if tag is None:
+        tag = read_latest(directory)
+    if tag is None:
         if any(map(_is_optimizer_state, directory.iterdir())):
             whole = directory.resolve()
             return list_files(whole.parent, whole.name)
@@ -77,22 +87,56 @@ def _find(directory: Path, tag: str | None) -> CheckpointFiles:
             "optimizer states. A checkpoint that was not saved to its end has no such file; give "
             "the tag if you know it."
         )
-    tag = _latest(directory / LATEST) if tag is None else tag
-    if not tag:
-        raise CheckpointError(
-            f"{directory / LATEST} is empty: a save was stopped while it was written. Give the tag "
-            "of a checkpoint that was saved to its end."
-        )
+    check_tag(tag)
     if not (directory / tag).is_dir():
         raise CheckpointError(f"{directory} has no checkpoint {tag!r}: there is no such folder.")
     return list_files(directory, tag)
 
 
-def _latest(path: Path) -> str:
+def read_latest(directory: Path) -> str | None:
+    """The tag that the file ``latest`` names; None where there is no such file.
+
+    Raises:
+        CheckpointError: the file is empty or damaged, or what it holds is no tag.
+        OSError: it cannot be read.
+    """
+    path = directory / LATEST
+    if not path.is_file():
+        return None
     try:
-        return path.read_text().strip()
+        tag = path.read_text().strip()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
+    if not tag:
+        raise CheckpointError(
+            f"{path} is empty: a save was stopped while it was written. Give the tag of a "
+            "checkpoint that was saved to its end."
+        )
+    check_tag(tag, f" in {path}")
+    return tag
+
+
+def check_tag(tag: str, where: str = "") -> None:
+    """Does the tag name a folder below the directory of a checkpoint, and nothing else?
+
+    Args:
+        tag: from an argument, ``latest`` or anywhere else.
+        where: it was found, for the message.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    try:
+        tag.encode()  # as it is kept in the file
+        plain = is_plain(tag)
+    except UnicodeEncodeError:
+        plain = False
+    if not plain:
+        raise CheckpointError(
+            f"the tag {tag!r}{where} is not the name of a folder in the checkpoint's directory (or "
+            "of one deeper in it, like 'a/b'). For a folder that is elsewhere, give the directory "
+            "that it is in, and its name as the tag."
+        )
 
 
 def _is_optimizer_state(path: Path) -> bool:
@@ -100,10 +144,16 @@ def _is_optimizer_state(path: Path) -> bool:
 
 
 def list_files(directory: Path, tag: str) -> CheckpointFiles:
-    """The files of this checkpoint, whatever is missing."""
+    """The files of this checkpoint, whatever is missing.
+
+    Raises:
+        CheckpointError: the tag leads elsewhere.
+        OSError: the folder cannot be read.
+    """
+    check_tag(tag)
     shards: dict[Rank, Path] = {}
     models: dict[int, Path] = {}
-    for path in sorted((directory / tag).iterdir()):
+    for path in sorted(path for path in (directory / tag).iterdir() if path.is_file()):
         if match := _SHARD.fullmatch(path.name):
             shards[Rank(int(match[2]), int(match[1]))] = path
         elif match := _MODEL.fullmatch(path.name):

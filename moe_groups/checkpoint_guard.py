@@ -12,11 +12,12 @@ from torch import distributed
 
 from moe_groups import _deepspeed
 from moe_groups.arguments import check_one_of
-from moe_groups.checkpoint_files import list_files
+from moe_groups.checkpoint_files import check_tag, list_files
 from moe_groups.engine_layout import LABELS, describe_run, gather_layout, with_options_of
 from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
 from moe_groups.flat_layout import Layout
 from moe_groups.manifest import FILE_NAME, UNFINISHED, Manifest, write_manifest
+from moe_groups.own_folder import is_plain
 from moe_groups.saving import announce, mark_finished, mark_unfinished, together
 
 Regroup: TypeAlias = Literal["refuse", "auto", "off"]
@@ -90,6 +91,8 @@ def guarded_save(
     folder = Path(save_dir) / tag
     if guard is not None and guard.regroup == "off":
         guard = None
+    if guard is not None:
+        together(lambda: check_tag(tag))
     if guard is None or engine.checkpoint_engine.is_decoupled():
         return _save_unmarked(engine, guard, folder, call, save)
     layout, writes = _layout(engine, guard), _writes(engine)
@@ -115,7 +118,8 @@ def _save_unmarked(
 ) -> Any:
     """Save without a guard, or with a checkpoint engine that goes on writing after the call."""
     layout = None if guard is None else _layout(engine, guard)
-    if _writes(engine):  # that of a checkpoint of the same name is wrong from now on
+    tag = call.arguments["tag"]
+    if _writes(engine) and is_plain(tag):  # what is there of an older save is wrong from now on
         for name in (FILE_NAME, UNFINISHED):
             with contextlib.suppress(OSError):
                 (folder / name).unlink()

@@ -1,5 +1,6 @@
 """Are the files of a checkpoint there, and of one save?"""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from moe_groups.errors import CheckpointError
 from moe_groups.expected_layout import Expected, without_folder
 from moe_groups.flat_layout import Rank
 from moe_groups.manifest import UNFINISHED
+from moe_groups.own_folder import is_plain
 from moe_groups.saved_weights import EngineState, missing_experts
 
 STATES = "_states.pt"
@@ -24,7 +26,7 @@ def check_latest(files: CheckpointFiles) -> tuple[list[Problem], list[str]]:
     if not path.is_file():
         return [], [f"there is no file {LATEST!r}: load_checkpoint needs the tag {files.tag!r}"]
     named = path.read_bytes().decode(errors="replace").strip()
-    if not named or not (files.directory / named).is_dir():
+    if not is_plain(named) or not os.path.isdir(files.directory / named):
         text = f"{LATEST} names the checkpoint {named!r}, which does not exist."
         return [Problem("latest", LATEST, text)], []
     if named != files.tag:

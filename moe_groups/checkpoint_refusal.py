@@ -45,7 +45,7 @@ def _refusal(run: Manifest, load_dir: Path, tag: str) -> CheckpointMismatchError
     files = find_checkpoint(load_dir, tag)
     saved = read_layout(files)
     lines, convertible = differences(saved, run.layout)
-    convertible &= not (saved.spanning_problem() or run.layout.spanning_problem())
+    convertible &= not (saved.problem() or run.layout.problem())
     where = f"{load_dir} ({tag})"
     target = None
     if convertible and files.shards and run.wrapper in WRAPPERS:

@@ -82,7 +82,7 @@ def _from_manifest(files: CheckpointFiles, manifest: Manifest) -> Expected:
             "BF16_Optimizer can be inspected."
         )
     layout = manifest.layout
-    if problem := layout.spanning_problem():
+    if problem := layout.problem():
         raise CheckpointError(problem)
     ranks = frozenset(layout.order)
     return Expected(ranks, layout, True, layout.data_parallel_size, manifest)

@@ -118,6 +118,11 @@ class Layout:
         return {param.name: (group, param) for group in self.of(rank) for param in group.params}
 
     @property
+    def elements(self) -> int:
+        """Of all partitions on all ranks, with gaps and padding."""
+        return sum(group.partition for rank in self.order for group in self.of(rank))
+
+    @property
     def data_parallel_size(self) -> int:
         """Data-parallel ranks."""
         return 1 + max((rank.data for rank in self.order), default=-1)
@@ -127,11 +132,39 @@ class Layout:
         """Model-parallel ranks, ascending."""
         return sorted({rank.model for rank in self.order})
 
-    def spanning_problem(self) -> str | None:
-        """Why files of one model-parallel rank do not hold its groups; None if they do.
+    def problem(self) -> str | None:
+        """Why nobody can convert or inspect a checkpoint of these groups; None if somebody can.
 
-        DeepSpeed lets tensor-parallel ranks share experts that are not tensor-parallel.
+        Files of one model-parallel rank have to hold its groups (DeepSpeed lets tensor-parallel
+        ranks share experts that are not tensor-parallel), and ranks and elements have to add up,
+        which a file that somebody made can say otherwise.
         """
+        return self._spanning_problem() or self._rank_problem() or self._place_problem()
+
+    def _rank_problem(self) -> str | None:
+        have: dict[int, list[Rank]] = {}
+        for rank, own in self.order.items():
+            for index in own:
+                have.setdefault(index, []).append(rank)
+        for index, group in enumerate(self.groups):
+            shared = sorted(Rank(group.model_rank, data) for data in group.ranks)
+            if not shared or shared != sorted(have.get(index, ())):
+                return f"the ranks that share group {group.name!r} are not those that have it."
+        return None
+
+    def _place_problem(self) -> str | None:
+        for group in self.groups:
+            end = 0
+            for param in group.params:
+                if param.numel < 0 or param.offset < end:
+                    return (
+                        f"{param.name} of group {group.name!r} has {param.numel} elements from "
+                        f"{param.offset} on, and what is before it ends at {end}."
+                    )
+                end = param.end
+        return None
+
+    def _spanning_problem(self) -> str | None:
         size = self.data_parallel_size
         for group in self.groups:
             if max(group.ranks, default=0) >= size:

@@ -1,8 +1,6 @@
 """``moe_groups.json``: what the groups of a checkpoint were, beside DeepSpeed's files."""
 
 import json
-import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any, TypeVar
 
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank
+from moe_groups.own_folder import finished_file, is_plain
 from moe_groups.plan import fingerprint
 
 FILE_NAME = "moe_groups.json"
@@ -54,17 +53,9 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     text = _text(manifest)
-    try:
-        with open(temporary, "x") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with finished_file(path, path.parent) as part:
+        part.write_text(text)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -196,6 +187,8 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         raise IndexError(f"there is no group {min(unknown)}")
     about = {key: value for key, value in content.items() if key not in _KNOWN}
     files = {name: _as(int, size) for name, size in _as(dict, content["files"]).items()}
+    if foreign := [name for name in files if not is_plain(name)]:
+        raise ValueError(f"{foreign[0]!r} is no file of the checkpoint")
     return Manifest(Layout(groups, order), _as(str, content["wrapper"]), about, files)
 
 

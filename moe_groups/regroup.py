@@ -12,12 +12,11 @@ from moe_groups.checkpoint_whole import check_whole
 from moe_groups.copying import Copier, Sums
 from moe_groups.flat_layout import Layout
 from moe_groups.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
+from moe_groups.own_folder import finished_file, own
 from moe_groups.regroup_job import Job, Report
 from moe_groups.regroup_source import RegroupSource
-from moe_groups.regroup_target import check_same_parameters, read_target
-from moe_groups.unfinished import Unfinished, finished_file, writing
-
-_TARGETS = "moe_groups_*.json"
+from moe_groups.regroup_target import check_same_parameters, read_target, size_in_groups
+from moe_groups.unfinished import Unfinished, writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +81,21 @@ def regroup_checkpoint(
     layout = read_layout(files)
     target = read_target(to, files, layout, max_group_size)
     check_same_parameters(layout, target)
-    with Unfinished(files, Path(destination), target) as work:
-        job = Job(files, RegroupSource(files, layout), target, work.path / files.tag)
+    copied = [*files.others(), *files.beside()]
+    size = size_in_groups(files, layout, target) + sum(path.stat().st_size for path in copied)
+    with Unfinished(files, Path(destination), target, size) as work:
+        job = Job(files, RegroupSource(files, layout), target, work.path)
         job.run(workers or 4, progress or (lambda done, total: None))
         with writing(work.path):
-            _finish(job, work.path)
+            _finish(job)
         work.publish()
-    sizes = [path.stat().st_size for path in Path(destination).rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in work.destination.rglob("*") if path.is_file()]
     return Regrouped(Path(destination), len(sizes), sum(sizes), time.monotonic() - start)
 
 
-def _finish(job: Job, directory: Path) -> None:
+def _finish(job: Job) -> None:
     """Write what makes the folder a checkpoint."""
-    files = job.files
+    files, directory = job.files, job.directory
     sizes = {
         str(path.relative_to(job.folder)): path.stat().st_size
         for path in sorted(job.folder.rglob("*"))
@@ -106,12 +107,13 @@ def _finish(job: Job, directory: Path) -> None:
         saved = read_manifest(files.manifest)
         about, wrapper = dict(saved.about), saved.wrapper
     about["converted_from"] = str(files.folder.resolve())
-    write_manifest(Manifest(job.target, wrapper, about, sizes), job.folder / FILE_NAME)
-    if (files.directory / LATEST).is_file():  # beside it: what a trainer keeps there
-        with contextlib.closing(Copier(Sums(), lambda count: None)) as copier:
-            for path in files.directory.iterdir():
-                if path.is_file() and path.name != LATEST and not path.match(_TARGETS):
-                    with finished_file(directory / path.name) as part:
-                        copier.copy_file(path, part)
-    with finished_file(directory / LATEST) as part:
-        part.write_text(files.tag)
+    write_manifest(
+        Manifest(job.target, wrapper, about, sizes), own(directory, job.folder / FILE_NAME)
+    )
+    with contextlib.closing(Copier(Sums(), lambda count: None)) as copier:
+        for path in files.beside():
+            with finished_file(directory / path.name, directory) as part:
+                copier.copy_file(path, part)
+    if not (directory / LATEST).is_dir():  # the tag of some trainers
+        with finished_file(directory / LATEST, directory) as part:
+            part.write_text(files.tag)

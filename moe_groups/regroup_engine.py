@@ -17,10 +17,11 @@ from moe_groups.copying import Copier, Sums
 from moe_groups.engine_layout import gather_layout
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import Layout, Rank
+from moe_groups.own_folder import own
 from moe_groups.regroup_model import write_model
 from moe_groups.regroup_shard import new_shard, write_shard
 from moe_groups.regroup_source import RegroupSource
-from moe_groups.regroup_target import check_same_parameters
+from moe_groups.regroup_target import check_same_parameters, size_in_groups
 from moe_groups.torch_file import read_mapped
 from moe_groups.unfinished import check_space
 
@@ -57,13 +58,15 @@ def _begin(
     check_same_parameters(source, target)
     parent = load_dir if scratch_dir is None else scratch_dir
     directory = parent / f".moe_groups_{target.fingerprint()[:8]}_{uuid.uuid4().hex[:8]}"
-    written = [*files.shards.values(), *files.models.values()]
+    if directory.resolve().is_relative_to(files.folder.resolve()):
+        raise CheckpointError(f"{parent} is inside of the checkpoint: give another scratch_dir.")
     try:
-        (directory / tag).mkdir(parents=True)
-        check_space(directory, sum(path.stat().st_size for path in written))
-        (directory / LATEST).write_text(tag)
+        own(directory, directory / tag).mkdir(parents=True)
+        check_space(directory, size_in_groups(files, source, target))
+        if not (directory / LATEST).is_dir():  # the tag of some trainers
+            (directory / LATEST).write_text(tag)
         for path in files.others():
-            link = directory / tag / path.relative_to(files.folder)
+            link = own(directory, directory / tag / path.relative_to(files.folder))
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.resolve())
     except (OSError, CheckpointError) as error:
@@ -92,7 +95,9 @@ def _convert(
     copier = Copier(sums, lambda count: None)
     try:
         like = next(iter(files.shards.values()))
-        write_shard(new_shard(source, target, rank), folder / shard_name(like, rank), copier)
+        path = own(directory, folder / shard_name(like, rank))
+        path.unlink(missing_ok=True)  # a link to a file of the source that is called so too
+        write_shard(new_shard(source, target, rank), path, copier)
         if rank.data == 0 and rank.model in files.models:
             sums.check(files.models[rank.model], copier)
             write_model(source, target, rank.model, folder / files.models[rank.model].name)

@@ -14,11 +14,12 @@ from moe_groups.checkpoint_whole import STATES
 from moe_groups.copying import Copier, Sums
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import Layout, Rank
+from moe_groups.own_folder import finished_file, own, remove_others
 from moe_groups.regroup_model import write_model
 from moe_groups.regroup_shard import new_shard, shard_is_kept, write_shard
 from moe_groups.regroup_source import RegroupSource
 from moe_groups.torch_file import read_mapped
-from moe_groups.unfinished import finished_file, writing
+from moe_groups.unfinished import writing
 
 Report: TypeAlias = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -48,16 +49,21 @@ class Job:
         files: the source.
         source: reads it.
         target: the new groups.
-        folder: where to write.
+        directory: what the checkpoint is written to; nothing else is in it.
     """
 
     files: CheckpointFiles
     source: RegroupSource
     target: Layout
-    folder: Path
+    directory: Path
     sums: Sums = field(default_factory=Sums)
     stopped: threading.Event = field(default_factory=threading.Event)
     kept: list[Path] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files of the tag are written."""
+        return self.directory / self.files.tag
 
     def run(self, workers: int, report: Report) -> None:
         """Write all files; optimizer states that an earlier process wrote are kept if sound.
@@ -65,10 +71,13 @@ class Job:
         Raises:
             CheckpointError: the source is damaged, or a file cannot be written.
         """
-        tasks = list(self._tasks())
+        by_path: dict[Path, Task] = {}
+        for task in self._tasks():  # what is converted before what is copied
+            by_path.setdefault(task.path, task)
+        tasks = list(by_path.values())
         with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
-            self._remove_leftovers(tasks)
+            remove_others(self.directory, {*by_path})
+            self.folder.mkdir(parents=True, exist_ok=True)
         meter = _Meter(report, sum(task.size for task in tasks), self.stopped)
         pool = ThreadPoolExecutor(workers)
         try:
@@ -95,15 +104,9 @@ class Job:
             place = self.folder / path.relative_to(self.files.folder)
             yield Task(place, path.stat().st_size, partial(_copy, path))
 
-    def _remove_leftovers(self, tasks: list[Task]) -> None:
-        wanted = {task.path for task in tasks}
-        for path in self.folder.parent.rglob("*"):
-            if path.is_file() and path not in wanted:
-                path.unlink()
-
     def _give_up(self, tasks: list[Task], error: CheckpointError) -> NoReturn:
         for task in tasks:  # nobody can tell which of them have the damaged bytes
-            task.path.unlink(missing_ok=True)
+            own(self.directory, task.path).unlink(missing_ok=True)
         if self.kept:
             raise CheckpointError(
                 f"{error} Or what an earlier attempt left in {self.folder} is: that was removed, "
@@ -125,8 +128,9 @@ class Job:
             if task.path.exists() and task.is_kept(task.path, copier):
                 self.kept.append(task.path)
             else:
-                task.path.unlink(missing_ok=True)
-                with finished_file(task.path) as part:
+                own(self.directory, task.path).unlink(missing_ok=True)
+                task.path.parent.mkdir(parents=True, exist_ok=True)
+                with finished_file(task.path, self.directory) as part:
                     task.write(part, copier)
         meter.add(task.size - counted)
 

@@ -33,9 +33,7 @@ def read_target(
             f"max_group_size goes with one of {', '.join(NAMES)}; {to} says itself how large its "
             "groups are."
         )
-    path = Path(to)
-    if path.is_dir():
-        path = find_checkpoint(path).manifest
+    path = _file(Path(to))
     if not path.is_file():
         raise CheckpointError(
             f"{to} is none of {', '.join(NAMES)}, and no file that says what groups are wanted (a "
@@ -44,13 +42,29 @@ def read_target(
     return read_manifest(path).layout
 
 
+def _file(path: Path) -> Path:
+    try:
+        return find_checkpoint(path).manifest if path.is_dir() else path
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def size_in_groups(files: CheckpointFiles, source: Layout, target: Layout) -> int:
+    """Bytes of what is not only copied: optimizer states grow with gaps and padding."""
+    saved, models = (
+        sum(path.stat().st_size for path in paths.values())
+        for paths in (files.shards, files.models)
+    )
+    return saved * target.elements // max(source.elements, 1) + models
+
+
 def check_same_parameters(source: Layout, target: Layout) -> None:
     """Both must have the same parameters on the same model- and expert-parallel ranks.
 
     Raises:
         CheckpointError: names what is on one side only, or a group that cannot be converted.
     """
-    if problem := source.spanning_problem() or target.spanning_problem():
+    if problem := source.problem() or target.problem():
         raise CheckpointError(problem)
     old, new = _parameters(source), _parameters(target)
     if old == new:

@@ -10,6 +10,7 @@ import torch
 
 from moe_groups.errors import CheckpointError
 from moe_groups.optional import need
+from moe_groups.own_folder import is_plain
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -106,6 +107,8 @@ class SafetensorsFiles:
 
         path = self.directory / file
         try:
+            if not path.is_file():  # a pipe would wait for a writer
+                raise FileNotFoundError(path)
             opened = self._files.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             missing = not path.is_file()
@@ -142,7 +145,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
         )
     try:
         names: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
-        if any(Path(file).name != file for file in set(names.values())):
+        if not all(is_plain(file) and "/" not in file for file in set(names.values())):
             raise ValueError("a file of another directory")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -27,10 +27,10 @@ from moe_groups.local_experts import (
     module_of,
 )
 from moe_groups.optional import need
+from moe_groups.own_folder import finished_file
 from moe_groups.safetensors_files import INDEX
 from moe_groups.saving import together
 from moe_groups.topology import Topology
-from moe_groups.unfinished import PART, finished_file
 from moe_groups.units import parse_bytes
 
 Named = dict[str, torch.Tensor]
@@ -187,7 +187,6 @@ class _Job:
         """What a save that failed has left."""
         for path in paths:
             with contextlib.suppress(OSError):  # the disk may be what failed
-                path.with_name(path.name + PART).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
 
 
@@ -217,7 +216,7 @@ def _write(job: _Job, shards: list[Named]) -> list[Path]:
                     name: file for file, sizes in zip(names, files, strict=True) for name in sizes
                 },
             }
-            with finished_file(job.directory / INDEX) as part:
+            with finished_file(job.directory / INDEX, job.directory) as part:
                 part.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     try:
@@ -234,5 +233,5 @@ def _write_shard(path: Path, shard: Named) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-    with finished_file(path) as part:
+    with finished_file(path, path.parent) as part:
         save_file(tensors, part, metadata={"format": "pt"})

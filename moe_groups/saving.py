@@ -15,7 +15,7 @@ from torch import distributed
 from moe_groups.checkpoint_files import LATEST
 from moe_groups.errors import CheckpointError
 from moe_groups.manifest import FILE_NAME, UNFINISHED
-from moe_groups.unfinished import finished_file
+from moe_groups.own_folder import finished_file
 
 
 def mark_unfinished(folder: Path) -> None:
@@ -28,7 +28,10 @@ def mark_unfinished(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # at no moment there is neither of them
             os.replace(folder / FILE_NAME, folder / UNFINISHED)
-        open(folder / UNFINISHED, "wb").close()  # room for the next manifest
+        marker = folder / UNFINISHED
+        if marker.is_symlink():  # leads to a file of somebody else
+            marker.unlink()
+        open(marker, "wb").close()  # room for the next manifest
     except OSError as error:
         raise CheckpointError(
             f"{folder} cannot be written: {error.strerror}. Nothing was saved, and what was there "
@@ -62,7 +65,7 @@ def announce(save_dir: Path, tag: str) -> None:
     try:
         if latest.is_file() and latest.read_bytes() == tag.encode():
             return
-        with finished_file(latest) as part:
+        with finished_file(latest, save_dir) as part:
             part.write_text(tag)
     except OSError as error:
         raise CheckpointError(

@@ -13,24 +13,13 @@ import moe_groups
 from moe_groups.checkpoint_files import CheckpointFiles
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import Layout
+from moe_groups.own_folder import PART, finished_file, own
 from moe_groups.plan import fingerprint
 
 _LOCK = ".lock"
 _JOB = ".job.json"
+_JOB_PART = f"{_JOB}{PART}*"
 _RESULT = "checkpoint"
-PART = ".part"
-
-
-@contextlib.contextmanager
-def finished_file(path: Path) -> Iterator[Path]:
-    """A path to write to; when that ends well, the file appears under its own name, on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + PART)
-    part.unlink(missing_ok=True)
-    yield part
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 @contextlib.contextmanager
@@ -69,13 +58,17 @@ class Unfinished:
         files: the checkpoint that is converted.
         destination: what the directory is called when it is complete.
         target: the new groups.
+        size: bytes of the result.
     """
 
-    def __init__(self, files: CheckpointFiles, destination: Path, target: Layout) -> None:
+    def __init__(
+        self, files: CheckpointFiles, destination: Path, target: Layout, size: int
+    ) -> None:
         self.files = files
         self.target = target
+        self.size = size
         self.destination = Path(os.path.abspath(destination))
-        self.place = self.destination.with_name(self.destination.name + ".incomplete")
+        self.place = Path(f"{self.destination}.incomplete")
         self.path = self.place / _RESULT
         self.job = _job(files, target)
         self.lock = -1
@@ -86,8 +79,8 @@ class Unfinished:
         Raises:
             CheckpointError: the destination cannot be used, or another process is at it.
         """
-        self._check_destination()
         with writing(self.place):
+            self._check_destination()
             self._take_lock()
             try:
                 self._check_destination()  # the process before may have finished since
@@ -101,28 +94,58 @@ class Unfinished:
         os.close(self.lock)
 
     def _check_destination(self) -> None:
-        source = self.files.folder.resolve()
-        target = self.destination.resolve()
-        if target == source or target == self.files.directory.resolve():
+        if "\0" in str(self.destination):
+            raise CheckpointError(f"{str(self.destination)!r} cannot be the name of a directory.")
+        source, directory, target, place = (
+            Path(os.path.realpath(path))
+            for path in (self.files.folder, self.files.directory, self.destination, self.place)
+        )
+        if target in (source, directory):
             raise CheckpointError(f"{self.destination} is the source, which is never written over.")
         if target.is_relative_to(source):
             raise CheckpointError(f"{self.destination} is inside of the source {source}.")
-        if self.destination.exists():
+        if source.is_relative_to(place) or directory.is_relative_to(place):
+            raise CheckpointError(
+                f"{self.files.folder} is inside of {self.place}, which the conversion to "
+                f"{self.destination} writes: choose another destination."
+            )
+        if os.path.lexists(self.destination):
             raise CheckpointError(
                 f"{self.destination} exists: choose another destination, or remove it."
             )
 
+    def _check_place(self) -> None:
+        """Only in a folder that a conversion made anything is written or removed."""
+        begun = self._has_begun()
+        ours = {self.place / _LOCK, *self.place.glob(_JOB_PART)}
+        strange: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            strange = [f"holds {path.name}" for path in {*self.place.iterdir()} - ours]
+        if begun or self._has_begun():  # or another process began or ended meanwhile
+            strange = []
+        if self.place.is_symlink():
+            strange = ["is a link"]
+        if strange:
+            raise CheckpointError(
+                f"{self.place} exists and {min(strange)}, which no conversion made: remove it, or "
+                "choose another destination."
+            )
+
+    def _has_begun(self) -> bool:
+        return (self.place / _JOB).is_file()
+
     def _take_lock(self) -> None:
         path = self.place / _LOCK
         while True:
+            self._check_place()
             self.place.mkdir(parents=True, exist_ok=True)
             try:
-                self.lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+                self.lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
             except FileNotFoundError:  # the process before finished, and removed the directory
                 continue
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(self.lock), path.stat()):
+                if os.path.samestat(os.fstat(self.lock), path.lstat()):
                     return
             except BlockingIOError:
                 os.close(self.lock)
@@ -135,38 +158,40 @@ class Unfinished:
 
     def _begin(self) -> None:
         path = self.place / _JOB
-        if path.is_file() and not self._same_job(path):
+        if self._has_begun() and not self._same_job(path):
             raise CheckpointError(
                 f"{self.place} holds an unfinished conversion of another checkpoint or to other "
                 "groups, or the checkpoint has changed since: remove it, or choose another "
                 "destination."
             )
         self._check_space()
-        if not path.is_file():
-            with finished_file(path) as part:
+        if not self._has_begun():
+            with finished_file(path, self.place) as part:
                 part.write_text(json.dumps(self.job, indent=1))
+        if self.path.is_symlink():
+            own(self.place, self.path).unlink()
         self.path.mkdir(exist_ok=True)
 
     def _same_job(self, path: Path) -> bool:
         try:
             return bool(json.loads(path.read_bytes()) == self.job)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
 
     def _check_space(self) -> None:
-        held = sum(path.stat().st_blocks * 512 for path in self.place.rglob("*") if path.is_file())
-        check_space(self.place, self.job["bytes"] - held)
+        held = sum(path.lstat().st_blocks * 512 for path in self.place.rglob("*"))
+        check_space(self.place, self.size - held)
 
     def _leave(self) -> None:
         """Remove what nobody needs; work of an earlier process stays."""
-        if not (self.place / _JOB).exists():
+        if not self._has_begun():
             self._remove_place()
         os.close(self.lock)
 
     def _remove_place(self) -> None:
         with contextlib.suppress(OSError):  # another process may be looking in
-            for name in (_JOB, _LOCK):
-                (self.place / name).unlink(missing_ok=True)
+            for path in (self.place / _JOB, *self.place.glob(_JOB_PART), self.place / _LOCK):
+                own(self.place, path).unlink(missing_ok=True)
             self.place.rmdir()
 
     def publish(self) -> None:
@@ -207,5 +232,4 @@ def _job(files: CheckpointFiles, target: Layout) -> dict[str, Any]:
         "files": fingerprint(rows).hex(),
         "target": target.fingerprint(),
         "names": fingerprint(names).hex(),
-        "bytes": sum(stat.st_size for _, stat in stats),
     }

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
 from moe_groups.manifest import SCHEMA, Manifest, read_manifest, write_manifest
+from moe_groups.own_folder import is_plain
 
 NAMES = st.text(min_size=1, max_size=8)
 OPTIONS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | NAMES
@@ -68,7 +69,7 @@ def groups(draw: st.DrawFn, ranks: tuple[int, ...], model: int) -> FlatGroup:
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
-    files = draw(st.dictionaries(NAMES, st.integers(0, 2**60), max_size=3))
+    files = draw(st.dictionaries(NAMES.filter(is_plain), st.integers(0, 2**60), max_size=3))
     about = {"step": draw(st.integers(0)), "versions": {"moe_groups": "9.9"}}
     return Manifest(draw(layouts()), draw(NAMES), about, files)
 
