@@ -16,7 +16,7 @@ from moe_groups import ExpertTag, InvalidArgumentError, MoE, set_expert_tag
 from moe_groups.group_metrics import GroupMetrics
 from moe_groups.metrics_report import GroupStats, MetricsReport
 from tests.models import FFN, HIDDEN
-from tests.ranks import forget_process_groups, run_on_ranks
+from tests.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks
 from tests.stage_models import Run, start_run, train_run
 from tests.training import (
     batches,
@@ -202,7 +202,7 @@ def test_stages_and_tensor_ranks() -> None:
         Run(pp=2, tp=2, ep=TWO),
         Run(tp=2, ep=TWO, wrapper="zero1", expert_tp=True),
     ]
-    ranks = run_on_ranks(WORLD, staged, runs, 2, timeout=400)
+    ranks = run_in_fresh_processes(WORLD, staged, runs, 2, timeout=400)
     assert all(found == ranks[0] for found in ranks)
     (reference, _), *others = ranks[0]
     assert list(reference.layers) == [f"block{n}" for n in range(8)]

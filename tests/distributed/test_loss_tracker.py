@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_groups import InvalidArgumentError, LossTracker, MoE
 from tests.models import FFN, HIDDEN
-from tests.ranks import forget_process_groups, run_on_ranks
+from tests.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks
 from tests.stage_models import COEFFICIENT, Run, start_run, train_run
 from tests.training import config, initialize, make_groups
 
@@ -54,7 +54,7 @@ def test_topologies_report_the_same() -> None:
         Run(pp=2, ep=TWO, carry="attach", checkpoint=1),
         Run(pp=2, ep=TWO, carry="attach", checkpoint=1, reentrant=False),
     ]
-    ranks = run_on_ranks(WORLD, tracked, runs, 3)
+    ranks = run_in_fresh_processes(WORLD, tracked, runs, 3)
     assert all(found == ranks[0] for found in ranks)
     reference, *others = ranks[0]
     assert [*reference[0].layers] == [f"block{n}" for n in range(8)]

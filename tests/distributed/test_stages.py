@@ -20,11 +20,11 @@ from moe_groups import (
 )
 from moe_groups.tags import is_expert_parameter
 from tests.models import TinyMoE
-from tests.ranks import forget_process_groups, run_on_ranks
+from tests.ranks import forget_process_groups, run_in_fresh_processes
 from tests.stage_models import COEFFICIENT, Run, start_run, train_run
 from tests.training import config, initialize, make_groups, train
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long  # in processes of their own: a grid makes dozens of process groups
 
 WORLD = 4
 TWO = (2,) * 8
@@ -65,7 +65,7 @@ def histories(runs: list[Run], steps: int) -> list[list[float]]:
 
 def on_ranks(runs: list[Run], steps: int) -> list[list[float]]:
     """:func:`histories`, which all ranks have in common."""
-    found = run_on_ranks(WORLD, histories, runs, steps, timeout=300)
+    found = run_in_fresh_processes(WORLD, histories, runs, steps, timeout=300)
     assert all(other == found[0] for other in found)
     first: list[list[float]] = found[0]
     return first
@@ -96,7 +96,7 @@ TOLERANCES = {"total": 0.03, "lm": 0.06, "aux": 0.03}
 @pytest.mark.parametrize("steps", [30])
 def test_topologies_agree(steps: int) -> None:
     runs = [*TOPOLOGIES, Run(pp=2, tp=2, ep=TWO, carry="attach")]
-    ranks = run_on_ranks(WORLD, losses, [Run(plain=True), *runs], steps, timeout=900)
+    ranks = run_in_fresh_processes(WORLD, losses, [Run(plain=True), *runs], steps, timeout=900)
     assert all(found == ranks[0] for found in ranks)
     reference, *others = ranks[0]
     assert reference["lm"][-1] < 0.5 * reference["lm"][0]
@@ -151,7 +151,7 @@ def squares(run: Run) -> tuple[float, float, float, float]:
 def test_norm_counts_copies_in_cut_experts_once() -> None:
     """What tensor parallelism does not cut of an expert is the same on all its ranks."""
     run = Run(tp=2, ep=TWO, expert_tp=True, wrapper="zero1", micro_batches=2)
-    ranks = run_on_ranks(WORLD, squares, run)
+    ranks = run_in_fresh_processes(WORLD, squares, run)
     for norm, *_ in ranks:
         dense, cut = ranks[0][1], sum(rank[2] for rank in ranks)
         copies = sum(rank[3] for rank in ranks[::2])  # of the first tensor-parallel rank
@@ -177,8 +177,8 @@ def tied_weights(run: Run) -> tuple[list[float], Any, list[int]]:
 @pytest.mark.parametrize("carry", ["attach", "carry"])
 def test_tied_layers_are_in_one_group_on_each_side_and_stay_equal(carry: str) -> None:
     run = Run(ep=TWO, tied=True, carry=carry, split="expert")
-    reference = run_on_ranks(WORLD, tied_weights, run._replace(plain=True))[0]
-    ranks = run_on_ranks(WORLD, tied_weights, run._replace(pp=2))
+    reference = run_in_fresh_processes(WORLD, tied_weights, run._replace(plain=True))[0]
+    ranks = run_in_fresh_processes(WORLD, tied_weights, run._replace(pp=2))
     for history, weight, homes in ranks:
         assert sorted(homes)[-2:] == [0, 1]
         assert torch.equal(weight, ranks[0][1])
@@ -205,7 +205,9 @@ def sequence_parallel(splits: list[str], wrapper: str) -> list[Any]:
 
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2", "bf16"])
 def test_sequence_parallel_ranks_train_as_deepspeeds(wrapper: str) -> None:
-    for ours, stock in run_on_ranks(WORLD, sequence_parallel, ["expert", "stock"], wrapper):
+    for ours, stock in run_in_fresh_processes(
+        WORLD, sequence_parallel, ["expert", "stock"], wrapper
+    ):
         assert ours["loss"] == stock["loss"]
         assert ours["norm"] == pytest.approx(stock["norm"], rel=1e-6)
 
@@ -254,7 +256,7 @@ def test_gradients_are_those_without_a_pipeline() -> None:
         Run(pp=2, carry="attach", wrapper="zero1"),
         Run(pp=2, carry="carry", wrapper="zero1"),
     ]
-    ranks = run_on_ranks(WORLD, all_gradients, runs)
+    ranks = run_in_fresh_processes(WORLD, all_gradients, runs)
     without, reference = ranks[0][:2]
     for way in range(2, len(runs)):
         found = ranks[0][way] | ranks[WORLD - 1][way]
@@ -272,7 +274,7 @@ def test_a_loss_that_a_stage_forgets_is_seen() -> None:
     """A planted fault: the checks above have to notice it."""
     reference, off = on_ranks([Run(pp=4), Run(pp=4, off=(3,))], 2)
     assert off[0] < reference[0] - 0.9 * COEFFICIENT
-    ranks = run_on_ranks(
+    ranks = run_in_fresh_processes(
         WORLD, all_gradients, [Run(plain=True), Run(pp=4, carry="attach", off=(3,))]
     )
     whole: dict[str, torch.Tensor] = {}
@@ -304,7 +306,7 @@ def in_config(**pipeline: Any) -> dict[str, Any]:
     ids=["module", "config"],
 )
 def test_deepspeeds_checkpointing_cannot_carry(run: Run) -> None:
-    for text in run_on_ranks(WORLD, start_error, run):
+    for text in run_in_fresh_processes(WORLD, start_error, run):
         assert "use_reentrant=False" in text
         assert "attach_loss" in text
 
@@ -316,13 +318,13 @@ def test_deepspeeds_other_checkpointing_can() -> None:
 
 
 def test_every_layer_of_every_stage_has_to_carry() -> None:
-    for text in run_on_ranks(WORLD, start_error, Run(pp=2, bare=5)):
+    for text in run_in_fresh_processes(WORLD, start_error, Run(pp=2, bare=5)):
         assert "layer 0 of pipeline stage 1 (Sparse) is not wrapped in CarryLoss" in text
 
 
 def test_partitioned_activations_cannot_carry() -> None:
     run = Run(pp=2, tp=2, other={"pipeline": {"pipe_partitioned": True, "grad_partitioned": True}})
-    for text in run_on_ranks(WORLD, start_error, run):
+    for text in run_in_fresh_processes(WORLD, start_error, run):
         assert '"pipe_partitioned": false' in text
         assert "attach_loss" in text
     attached = run._replace(carry="attach")
@@ -357,7 +359,7 @@ def test_checkpoints_of_every_topology(tmp_path: Path) -> None:
         Run(pp=2, ep=ONLY_LAST, split="expert"),
         Run(pp=2, ep=MIXED, wrapper="zero1"),
     ]
-    assert run_on_ranks(WORLD, resumed, runs, tmp_path, timeout=300) == [[]] * WORLD
+    assert run_in_fresh_processes(WORLD, resumed, runs, tmp_path, timeout=300) == [[]] * WORLD
 
 
 def warned_save(run: Run, folder: Path) -> list[str]:
@@ -370,7 +372,7 @@ def warned_save(run: Run, folder: Path) -> list[str]:
 
 def test_weights_that_deepspeed_does_not_save(tmp_path: Path) -> None:
     """Those of the second tensor-parallel rank, where both have the same experts."""
-    said, *others = run_on_ranks(WORLD, warned_save, Run(tp=2), tmp_path)
+    said, *others = run_in_fresh_processes(WORLD, warned_save, Run(tp=2), tmp_path)
     assert others == [[], [], []]
     assert len(said) == 1
     assert "no weights of the model-parallel rank(s) [1]" in said[0]
