@@ -1,5 +1,6 @@
 # make demo   train a small MoE language model and look at its param groups
-# make test   the tests (make test-long: the long matrices)
+# make test   the tests (make test-long: the long matrices; make test-numeric: those that depend
+#             on how the processor rounds, once more with the plainest instructions it has)
 # make lint   ruff and mypy;  make docs: the site, into site/;  make bench: benchmarks
 # make compatibility   tests of each feature with several releases of DeepSpeed
 #
@@ -20,7 +21,7 @@ QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::Fu
 BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory large_world \
   regroup_checkpoint checkpoint_faults topologies checkpointing load_experts group_metrics
 
-.PHONY: demo test test-long lint docs bench compatibility clean
+.PHONY: demo test test-long test-numeric lint docs bench compatibility clean
 
 demo: $(VENV)/.demo unlock
 	@[ $(GPUS) -ge $(RANKS) ] || $(CPU_ONLY); \
@@ -32,6 +33,10 @@ test: $(VENV)/.test
 
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long
+
+test-numeric: $(VENV)/.test
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \
+	  $(BIN)/python -m pytest -m "numeric and not long"
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
