@@ -1,6 +1,7 @@
 # make demo   train a small MoE language model and look at its param groups
 # make test   the tests (make test-long: those that take longest; make campaign: hundreds of kills,
-#             full disks and flipped bits)
+#             full disks and flipped bits; make test-numeric: those that depend on how the
+#             processor rounds, once more with the plainest instructions it has)
 # make lint   ruff and mypy;  make docs: the site, into site/;  make bench: benchmarks
 # make compatibility   tests of each feature with several releases of DeepSpeed
 #
@@ -21,7 +22,7 @@ QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::Fu
 BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory large_world \
   regroup_checkpoint checkpoint_faults topologies checkpointing load_experts group_metrics
 
-.PHONY: demo test test-long campaign lint docs bench compatibility clean
+.PHONY: demo test test-long test-numeric campaign lint docs bench compatibility clean
 # What needs no process group runs on two workers, the rest in one session, whose pools of ranks
 # are started once.
 PYTEST := $(BIN)/python -m pytest
@@ -43,6 +44,10 @@ test-long: $(VENV)/.test
 
 campaign: $(VENV)/.test
 	$(PYTEST) -m campaign
+
+test-numeric: $(VENV)/.test
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \
+	  $(BIN)/python -m pytest -m "numeric and not long"
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -106,6 +106,7 @@ def trainer(
     cfg: dict[str, Any],
     model: nn.Module | None = None,
     kind: type[Any] = MoETrainer,
+    clip: float = CLIP,
     **options: Any,
 ) -> Any:
     """A Trainer that saves after two of its four steps."""
@@ -119,7 +120,7 @@ def trainer(
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
         adam_epsilon=EPS,
-        max_grad_norm=CLIP,
+        max_grad_norm=clip,
         warmup_steps=2,
         deepspeed=cfg,
         bf16=True,
@@ -143,9 +144,10 @@ def prepare_with_accelerate(
     model: nn.Module | None = None,
     steps: int = 4,
     split_by: str = "expert",
+    clip: float = CLIP,
 ) -> AcceleratedRun:
     start_accelerate()
-    cfg = config(wrapper, blocks) | {"gradient_clipping": CLIP}
+    cfg = config(wrapper, blocks) | {"gradient_clipping": clip}
     if "optimizer" in blocks:  # Accelerate fills in the other two
         params = cfg["optimizer"]["params"] | {"betas": BETAS, "eps": EPS}
         cfg["optimizer"] = cfg["optimizer"] | {"params": params}

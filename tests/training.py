@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,21 @@ WRAPPERS = {
     "fp16": "FP16_Optimizer",
 }
 """What :func:`start` can train with, and DeepSpeed's class that steps there."""
+
+EPS = torch.finfo(torch.float32).eps
+NORM_TOLERANCE = EPS * math.sqrt(7072)
+"""Relative, of two norms of one gradient: sums of the squares of all elements in two orders.
+
+A :class:`TinyMoE` has 7,072. Each addition rounds up or down, so that their errors add up as the
+steps of a random walk.
+"""
+CLIPPED_TOLERANCE = 0.01 * 3 * NORM_TOLERANCE + EPS
+"""Absolute, of weights after one step of Adam with gradients that two such norms scaled.
+
+Its update is at most the rate, 0.01, and changes by at most 2.1 times what the gradients of a few
+steps change by, relatively (Cauchy-Schwarz); 3 has room for its own roundings. The weights, of
+which none is far above 1, round once more.
+"""
 
 GroupsOf = Callable[[nn.Module], list[dict[str, Any]]]
 
@@ -104,6 +120,17 @@ def start(
     else:
         optimizer = torch.optim.AdamW(groups_of(model), fused=fused, **options)
     return initialize(model, optimizer, config(wrapper, **changes), lr_scheduler=lr_scheduler)
+
+
+def moving_in(step: int) -> Callable[[Any], Any]:
+    """A scheduler with a rate of 0 but for optimizer step ``step``, counted from 0.
+
+    For runs that differ by the rounding of a norm and clip by it: it flips the last bit of a
+    bf16 weight now and then, after which nothing bounds how far they go apart.
+    """
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda now: float(now == step)
+    )
 
 
 def initialize(model: nn.Module, optimizer: Any, cfg: dict[str, Any], **options: Any) -> Any:

@@ -54,8 +54,12 @@ def train_skipping(
     used: Collection[int],
     explicit_zeros: bool = False,
     experts_only: bool = False,
+    **changes: Any,
 ) -> tuple[History, dict[str, torch.Tensor]]:
-    """Train 3 steps after :func:`skip`; ``experts_only`` freezes all dense parameters."""
+    """Train 3 steps after :func:`skip`; ``experts_only`` freezes all dense parameters.
+
+    ``changes`` are entries of the config.
+    """
     skip(skips, used, explicit_zeros)
     layer = StockSkippingMoE if split == "stock" else SkippingMoE
 
@@ -64,5 +68,6 @@ def train_skipping(
             param.requires_grad_(not experts_only or hasattr(param, "allreduce"))
         return groups_by(split)(model)
 
-    engine = start(wrapper, groups_of, layer=layer, model_options={"ep_size": ep_size})
+    options = {"ep_size": ep_size}
+    engine = start(wrapper, groups_of, layer=layer, model_options=options, **changes)
     return train(engine, 3), weights(engine)

@@ -1,6 +1,7 @@
 """Accelerate on two ranks: trained, saved and resumed as through DeepSpeed alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,6 @@ from tests.hf_runs import (
 from tests.ranks import forget_process_groups, run_on_ranks
 from tests.training import largest_difference, weights
 
-ROUNDING = 1e-7  # of the norm that clipping divides by: its sum is ordered by groups
 NAMES = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "bf16": "BF16_Optimizer"}
 BLOCKS = [(), ("optimizer",), ("scheduler",), ("optimizer", "scheduler")]
 CASES = [("zero2", blocks) for blocks in BLOCKS] + [
@@ -48,7 +48,9 @@ def test_trains_as_through_deepspeed(wrapper: str, blocks: tuple[str, ...]) -> N
 
 
 def resume(folder: Path) -> tuple[list[float], float, bool]:
-    run = prepare_with_accelerate("zero2", ("optimizer",))
+    """Without clipping, which divides by a norm whose sum is ordered by groups."""
+    options: Any = {"wrapper": "zero2", "blocks": ("optimizer",), "clip": 0.0}
+    run = prepare_with_accelerate(**options)
     run_accelerate(run, steps=2)
     run[0].save_state(str(folder))
     before = weights(run[1])
@@ -57,7 +59,7 @@ def resume(folder: Path) -> tuple[list[float], float, bool]:
     found = []
     for split_by in ("expert", "module"):
         forget_process_groups()
-        run = prepare_with_accelerate("zero2", ("optimizer",), split_by=split_by)
+        run = prepare_with_accelerate(split_by=split_by, **options)
         if split_by == "module":
             with pytest.raises(CheckpointMismatchError, match="saved with other groups"):
                 run[0].load_state(str(folder))
@@ -71,6 +73,6 @@ def resume(folder: Path) -> tuple[list[float], float, bool]:
 
 def test_resumes_from_a_saved_state(tmp_path: Path) -> None:
     for differences, moved, has_manifest in run_on_ranks(2, resume, tmp_path, timeout=400):
-        assert differences[0] == 0.0
-        assert max(differences) < ROUNDING < moved
+        assert differences == [0.0] * 2
+        assert moved > 0
         assert has_manifest

@@ -76,7 +76,10 @@ def train(model: nn.Module, groups: Any, **options: Any) -> list[torch.Tensor]:
 def trains_as_one_group(kind: str) -> list[str]:
     options = {kind: True} if kind != "for-loop" else {"foreach": False}
     plain = sharded()
-    wanted = train(plain, plain.parameters(), foreach=False)
+    # One group has tensors on two meshes, which foreach may not mix; it computes as a loop does.
+    wanted = train(
+        plain, plain.parameters(), **(options if kind == "fused" else {"foreach": False})
+    )
     names: list[str] = []
     for split in ("parallel_group", "module", "expert"):
         model = sharded()
@@ -87,10 +90,7 @@ def trains_as_one_group(kind: str) -> list[str]:
         for group in groups:
             assert len({param.device_mesh for param in group["params"]}) == 1
         found = train(model, groups, **options)
-        if kind != "fused":
-            assert all(map(torch.equal, found, wanted))
-        for one, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(one, other)
+        assert all(map(torch.equal, found, wanted))
         names = [group["name"] for group in groups]
         assert len(set(names)) == len(names)
     return names

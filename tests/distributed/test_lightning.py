@@ -94,9 +94,13 @@ def scheduled(module: Module) -> Any:
 
 
 def trainer(
-    epochs: int, *callbacks: pl.Callback, strategy: Any = OnCPU, wrapper: str = "zero2"
+    epochs: int,
+    *callbacks: pl.Callback,
+    strategy: Any = OnCPU,
+    wrapper: str = "zero2",
+    **changes: Any,
 ) -> pl.Trainer:
-    cfg = config(wrapper)
+    cfg = config(wrapper, **changes)
     del cfg["gradient_accumulation_steps"]  # Lightning's own argument
     devices = [torch.device("cpu", index) for index in range(2)]
     environment = TorchElasticEnvironment()
@@ -148,18 +152,19 @@ def test_training_and_resuming_equal_deepspeed(wrapper: str, tmp_path: Path) -> 
 
 
 def regroup(folder: str) -> list[list[float]]:
-    runner = trainer(1)
+    """Without clipping, which divides by a norm whose sum is ordered by groups."""
+    runner = trainer(1, gradient_clipping=0.0)
     fit(runner, Module("module"))
     runner.save_checkpoint(folder)
     return [
-        fit(trainer(2), Module(split, "auto"), first=2, ckpt_path=folder)
+        fit(trainer(2, gradient_clipping=0.0), Module(split, "auto"), first=2, ckpt_path=folder)
         for split in ("module", "parallel_group")
     ]
 
 
 def test_a_checkpoint_of_other_groups_is_converted(tmp_path: Path) -> None:
     for same, converted in run_on_ranks(2, regroup, str(tmp_path / "saved")):
-        assert converted == pytest.approx(same, rel=0.02)
+        assert converted == same
         assert len(converted) == 2
 
 

@@ -12,7 +12,7 @@ from moe_groups.manifest import read_manifest
 from tests.made_checkpoints import same, shard_contents, state_of
 from tests.ranks import forget_process_groups, run_on_ranks
 from tests.support.pairwise import Row, label, pairwise
-from tests.training import groups_by, start, train
+from tests.training import NORM_TOLERANCE, groups_by, start, train
 
 SPLITS: dict[str, tuple[str, int | None]] = {
     "stock": ("stock", None),
@@ -93,7 +93,7 @@ def check(ranks: int, directory: Path, wrapper: str, ep_size: int, pairs: Any) -
             for key in ("loss", "lr"):
                 assert resumed[rank][old, new][key] == saved[rank][old][key], (old, new, key)
             norms = resumed[rank][old, new]["norm"]
-            assert norms == pytest.approx(saved[rank][old]["norm"], rel=1e-6)
+            assert norms == pytest.approx(saved[rank][old]["norm"], rel=NORM_TOLERANCE)
     layouts = {
         split: read_manifest(directory / split / TAG / "moe_groups.json").layout for split in splits
     }
