@@ -27,7 +27,7 @@ def check_latest(files: CheckpointFiles) -> tuple[list[Problem], list[str]]:
         return [], [f"there is no file {LATEST!r}: load_checkpoint needs the tag {files.tag!r}"]
     named = path.read_bytes().decode(errors="replace").strip()
     if not is_plain(named) or not os.path.isdir(files.directory / named):
-        text = f"{LATEST} names the checkpoint {named!r}, which does not exist."
+        text = f"{LATEST} names the checkpoint {named!r}, which is not in its directory."
         return [Problem("latest", LATEST, text)], []
     if named != files.tag:
         return [], [f"{LATEST} names {named!r}: that is loaded where no tag is given"]

@@ -1,5 +1,6 @@
 """Loads into other groups are refused, those into equal ones train on."""
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import distributed, nn
 
 from moe_groups import MoE, protect_checkpoints
-from moe_groups.errors import CheckpointMismatchError, InvalidArgumentError
+from moe_groups.errors import CheckpointError, CheckpointMismatchError, InvalidArgumentError
 from moe_groups.flat_layout import Rank
 from moe_groups.manifest import FILE_NAME, read_manifest
+from tests.conversion_faults import tree
 from tests.guard_runs import (
     EP2,
     EXPERTS,
@@ -23,6 +25,7 @@ from tests.guard_runs import (
     error_of,
     falling,
     forget_manifest,
+    on_first_rank,
     refusal_of,
     reordered,
     saved,
@@ -331,6 +334,67 @@ def test_off(tmp_path: Path) -> None:
     for first, second, off, refusal in run_on_ranks(2, off_and_on, tmp_path):
         assert (first, second, off) == (True, False, None)
         assert refusal is not None
+
+
+# ---- tags ------------------------------------------------------------------------------------
+
+
+def tags_that_lead_elsewhere(folder: Path) -> tuple[list[str], Any]:
+    """Saves and loads of them; all of the folder before and after."""
+    engine = saved("zero1", groups_by("module"), folder / "ck", lr_scheduler=falling)
+    engine.save_checkpoint(str(folder / "precious"), tag="t")
+    protect_checkpoints(engine, regroup="auto")
+    distributed.barrier()
+    before, said = tree(folder), []
+    distributed.barrier()
+    for tag in ("../precious/t", f"{folder}/precious/t", "../new", ".", "a//b"):
+        for call in (engine.save_checkpoint, engine.load_checkpoint):
+            with pytest.raises(CheckpointError) as error:
+                call(str(folder / "ck"), tag=tag)
+            said.append(str(error.value))
+    on_first_rank(lambda: (folder / "ck/latest").rename(folder / "latest"))
+    on_first_rank(lambda: (folder / "ck/latest").write_text("../precious/t"))
+    said.append(str(error_of(engine, folder / "ck")))
+    on_first_rank(lambda: (folder / "latest").rename(folder / "ck/latest"))
+    return said, (before, tree(folder))
+
+
+def test_a_tag_that_leads_elsewhere_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
+    for said, (before, after) in run_on_ranks(2, tags_that_lead_elsewhere, tmp_path):
+        assert len(said) == 11
+        assert all("is not the name of a folder in" in text for text in said)
+        assert after == before
+
+
+def converted_from_a_deep_tag(folder: Path) -> tuple[bool, Any]:
+    """Load it into other groups; the folder before and after."""
+    engine = started("zero1", groups_by("module"))
+    train(engine, 2)
+    engine.save_checkpoint(str(folder), tag="a/b")
+    wanted, here = weights(engine), folder / "a/b"
+    # the files that are read are called otherwise than those that are written
+    on_first_rank(lambda: [copy_as(path, "rank_0_") for path in sorted(here.glob("*optim*"))])
+    on_first_rank(lambda: (here / FILE_NAME).unlink())
+    before = tree(folder)
+    distributed.barrier()
+    engine = started("zero1", groups_by("expert"))
+    protect_checkpoints(engine, regroup="auto")
+    path, _ = engine.load_checkpoint(str(folder))
+    assert path is not None
+    assert path.startswith(str(here))
+    distributed.barrier()
+    return equal(weights(engine), wanted), (before, tree(folder))
+
+
+def copy_as(path: Path, model: str) -> None:
+    shutil.copy(path, path.with_name(path.name.replace("rank_00_", model)))
+
+
+def test_a_tag_of_several_folders_is_converted_while_it_is_loaded(tmp_path: Path) -> None:
+    """What is written is written beside the source's files, though links to those lie there."""
+    for same, (before, after) in run_on_ranks(2, converted_from_a_deep_tag, tmp_path):
+        assert same
+        assert after == before
 
 
 # ---- arguments -------------------------------------------------------------------------------
