@@ -1,141 +1,177 @@
 """Optimizer param groups for Mixture-of-Experts models on DeepSpeed."""
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from moe_groups.attach_loss import attach_loss, gradient_scale
-from moe_groups.aux_loss import load_balancing_loss, router_z_loss
-from moe_groups.carry_loss import CarriedLoss, CarryLoss
-from moe_groups.checkpoint_guard import protect_checkpoints
-from moe_groups.checkpoint_report import CheckpointReport
-from moe_groups.checkpointing import checkpoint_activations
-from moe_groups.compact import compact_gradients
-from moe_groups.describe import describe
-from moe_groups.errors import (
-    CheckpointError,
-    CheckpointMismatchError,
-    CheckpointWarning,
-    CostlyGroupsWarning,
-    InvalidArgumentError,
-    MeasurementError,
-    MoEGroupsError,
-    OverrideError,
-    ParameterInputError,
-    PlanError,
-    RecomputationError,
-    TagError,
-    UnsupportedDeepSpeedError,
-    VerificationError,
-)
-from moe_groups.expert_control import GroupSchedule, set_group_options
-from moe_groups.expert_layers import tag_experts
-from moe_groups.group_metrics import GroupMetrics
-from moe_groups.group_metrics_plot import write_expert_map
-from moe_groups.group_plan import ParamGroupPlan, plan_param_groups
-from moe_groups.inspect_checkpoint import inspect_checkpoint
-from moe_groups.load_experts import LoadedExperts, load_experts
-from moe_groups.loss_tracker import BalanceReport, LayerBalance, LossTracker
-from moe_groups.mark_experts import mark_experts
-from moe_groups.measure import (
-    MeasuredIteration,
-    MeasuredPhase,
-    MeasuredStep,
-    measure_iteration_memory,
-    measure_step_memory,
-)
-from moe_groups.metrics_report import GroupStats, LayerStats, MetricsReport
-from moe_groups.muon import is_hidden_matrix, split_for_muon
-from moe_groups.param_groups import (
-    create_moe_param_groups,
-    split_params_into_different_moe_groups_for_optimizer,
-)
-from moe_groups.regroup import Regrouped, regroup_checkpoint
-from moe_groups.rules import is_norm_or_bias
-from moe_groups.save_experts import save_experts
-from moe_groups.step_config import StepConfig
-from moe_groups.step_memory import estimate_step_memory
-from moe_groups.step_report import StepMemory
-from moe_groups.tags import ExpertTag, copy_expert_tag, get_expert_tag, set_expert_tag
-from moe_groups.topology import Topology
-from moe_groups.verify import verify
-
 if TYPE_CHECKING:
-    from moe_groups.layer import MoE
+    from moe_groups.attach_loss import attach_loss as attach_loss, gradient_scale as gradient_scale
+    from moe_groups.aux_loss import (
+        load_balancing_loss as load_balancing_loss,
+        router_z_loss as router_z_loss,
+    )
+    from moe_groups.carry_loss import CarriedLoss as CarriedLoss, CarryLoss as CarryLoss
+    from moe_groups.checkpoint_guard import protect_checkpoints as protect_checkpoints
+    from moe_groups.checkpoint_report import CheckpointReport as CheckpointReport
+    from moe_groups.checkpointing import checkpoint_activations as checkpoint_activations
+    from moe_groups.compact import compact_gradients as compact_gradients
+    from moe_groups.describe import describe as describe
+    from moe_groups.errors import (
+        CheckpointError as CheckpointError,
+        CheckpointMismatchError as CheckpointMismatchError,
+        CheckpointWarning as CheckpointWarning,
+        CostlyGroupsWarning as CostlyGroupsWarning,
+        InvalidArgumentError as InvalidArgumentError,
+        MeasurementError as MeasurementError,
+        MoEGroupsError as MoEGroupsError,
+        OverrideError as OverrideError,
+        ParameterInputError as ParameterInputError,
+        PlanError as PlanError,
+        RecomputationError as RecomputationError,
+        TagError as TagError,
+        UnsupportedDeepSpeedError as UnsupportedDeepSpeedError,
+        VerificationError as VerificationError,
+    )
+    from moe_groups.expert_control import (
+        GroupSchedule as GroupSchedule,
+        set_group_options as set_group_options,
+    )
+    from moe_groups.expert_layers import tag_experts as tag_experts
+    from moe_groups.group_metrics import GroupMetrics as GroupMetrics
+    from moe_groups.group_metrics_plot import write_expert_map as write_expert_map
+    from moe_groups.group_plan import (
+        ParamGroupPlan as ParamGroupPlan,
+        plan_param_groups as plan_param_groups,
+    )
+    from moe_groups.inspect_checkpoint import inspect_checkpoint as inspect_checkpoint
+    from moe_groups.layer import MoE as MoE
+    from moe_groups.load_experts import LoadedExperts as LoadedExperts, load_experts as load_experts
+    from moe_groups.loss_tracker import (
+        BalanceReport as BalanceReport,
+        LayerBalance as LayerBalance,
+        LossTracker as LossTracker,
+    )
+    from moe_groups.mark_experts import mark_experts as mark_experts
+    from moe_groups.measure import (
+        MeasuredIteration as MeasuredIteration,
+        MeasuredPhase as MeasuredPhase,
+        MeasuredStep as MeasuredStep,
+        measure_iteration_memory as measure_iteration_memory,
+        measure_step_memory as measure_step_memory,
+    )
+    from moe_groups.metrics_report import (
+        GroupStats as GroupStats,
+        LayerStats as LayerStats,
+        MetricsReport as MetricsReport,
+    )
+    from moe_groups.muon import (
+        is_hidden_matrix as is_hidden_matrix,
+        split_for_muon as split_for_muon,
+    )
+    from moe_groups.param_groups import (
+        create_moe_param_groups as create_moe_param_groups,
+        split_params_into_different_moe_groups_for_optimizer as split_params_into_different_moe_groups_for_optimizer,
+    )
+    from moe_groups.regroup import Regrouped as Regrouped, regroup_checkpoint as regroup_checkpoint
+    from moe_groups.rules import is_norm_or_bias as is_norm_or_bias
+    from moe_groups.save_experts import save_experts as save_experts
+    from moe_groups.step_config import StepConfig as StepConfig
+    from moe_groups.step_memory import estimate_step_memory as estimate_step_memory
+    from moe_groups.step_report import StepMemory as StepMemory
+    from moe_groups.tags import (
+        ExpertTag as ExpertTag,
+        copy_expert_tag as copy_expert_tag,
+        get_expert_tag as get_expert_tag,
+        set_expert_tag as set_expert_tag,
+    )
+    from moe_groups.topology import Topology as Topology
+    from moe_groups.verify import verify as verify
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BalanceReport",
-    "CarriedLoss",
-    "CarryLoss",
-    "CheckpointError",
-    "CheckpointMismatchError",
-    "CheckpointReport",
-    "CheckpointWarning",
-    "CostlyGroupsWarning",
-    "ExpertTag",
-    "GroupMetrics",
-    "GroupSchedule",
-    "GroupStats",
-    "InvalidArgumentError",
-    "LayerBalance",
-    "LayerStats",
-    "LoadedExperts",
-    "LossTracker",
-    "MeasuredIteration",
-    "MeasuredPhase",
-    "MeasuredStep",
-    "MeasurementError",
-    "MetricsReport",
-    "MoE",
-    "MoEGroupsError",
-    "OverrideError",
-    "ParamGroupPlan",
-    "ParameterInputError",
-    "PlanError",
-    "RecomputationError",
-    "Regrouped",
-    "StepConfig",
-    "StepMemory",
-    "TagError",
-    "Topology",
-    "UnsupportedDeepSpeedError",
-    "VerificationError",
-    "attach_loss",
-    "checkpoint_activations",
-    "compact_gradients",
-    "copy_expert_tag",
-    "create_moe_param_groups",
-    "describe",
-    "estimate_step_memory",
-    "get_expert_tag",
-    "gradient_scale",
-    "inspect_checkpoint",
-    "is_hidden_matrix",
-    "is_norm_or_bias",
-    "load_balancing_loss",
-    "load_experts",
-    "mark_experts",
-    "measure_iteration_memory",
-    "measure_step_memory",
-    "plan_param_groups",
-    "protect_checkpoints",
-    "regroup_checkpoint",
-    "router_z_loss",
-    "save_experts",
-    "set_expert_tag",
-    "set_group_options",
-    "split_for_muon",
-    "split_params_into_different_moe_groups_for_optimizer",
-    "tag_experts",
-    "verify",
-    "write_expert_map",
-]
+_NAMES = {
+    "attach_loss": ("attach_loss", "gradient_scale"),
+    "aux_loss": ("load_balancing_loss", "router_z_loss"),
+    "carry_loss": ("CarriedLoss", "CarryLoss"),
+    "checkpoint_guard": ("protect_checkpoints",),
+    "checkpoint_report": ("CheckpointReport",),
+    "checkpointing": ("checkpoint_activations",),
+    "compact": ("compact_gradients",),
+    "describe": ("describe",),
+    "errors": (
+        "CheckpointError",
+        "CheckpointMismatchError",
+        "CheckpointWarning",
+        "CostlyGroupsWarning",
+        "InvalidArgumentError",
+        "MeasurementError",
+        "MoEGroupsError",
+        "OverrideError",
+        "ParameterInputError",
+        "PlanError",
+        "RecomputationError",
+        "TagError",
+        "UnsupportedDeepSpeedError",
+        "VerificationError",
+    ),
+    "expert_control": ("GroupSchedule", "set_group_options"),
+    "expert_layers": ("tag_experts",),
+    "group_metrics": ("GroupMetrics",),
+    "group_metrics_plot": ("write_expert_map",),
+    "group_plan": ("ParamGroupPlan", "plan_param_groups"),
+    "inspect_checkpoint": ("inspect_checkpoint",),
+    "layer": ("MoE",),
+    "load_experts": ("LoadedExperts", "load_experts"),
+    "loss_tracker": ("BalanceReport", "LayerBalance", "LossTracker"),
+    "mark_experts": ("mark_experts",),
+    "measure": (
+        "MeasuredIteration",
+        "MeasuredPhase",
+        "MeasuredStep",
+        "measure_iteration_memory",
+        "measure_step_memory",
+    ),
+    "metrics_report": ("GroupStats", "LayerStats", "MetricsReport"),
+    "muon": ("is_hidden_matrix", "split_for_muon"),
+    "param_groups": (
+        "create_moe_param_groups",
+        "split_params_into_different_moe_groups_for_optimizer",
+    ),
+    "regroup": ("Regrouped", "regroup_checkpoint"),
+    "rules": ("is_norm_or_bias",),
+    "save_experts": ("save_experts",),
+    "step_config": ("StepConfig",),
+    "step_memory": ("estimate_step_memory",),
+    "step_report": ("StepMemory",),
+    "tags": ("ExpertTag", "copy_expert_tag", "get_expert_tag", "set_expert_tag"),
+    "topology": ("Topology",),
+    "verify": ("verify",),
+}
+"""Modules, and what is imported from them when somebody first asks for it."""
+
+_HOME_OF = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
 
 
-def __getattr__(name: str) -> Any:
-    """Import the layer, and with it DeepSpeed, when it is first asked for."""
-    if name == "MoE":
-        from moe_groups.layer import MoE
+class _Package(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+        setattr(self, name, value)
+        return value
 
-        return MoE
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Python puts each submodule here; ``describe`` stays the function of that name."""
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
+
+if sys.modules.get("deepspeed") is not None:
+    import_module("moe_groups._deepspeed")  # refuses a release that lacks what is relied on

@@ -1,8 +1,13 @@
-"""Checks of arguments that several functions take."""
+"""Arguments that several functions take: their values, and their checks."""
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
 from moe_groups.errors import InvalidArgumentError
+
+SplitBy: TypeAlias = Literal["parallel_group", "module", "expert"]
+LEVELS: tuple[SplitBy, ...] = get_args(SplitBy)
+OptimizerKind: TypeAlias = Literal["for-loop", "foreach", "fused", "FusedAdam", "CPUAdam"]
 
 
 def check_one_of(name: str, value: object, known: Sequence[object]) -> None:

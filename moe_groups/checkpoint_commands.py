@@ -83,7 +83,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from moe_groups.inspect_checkpoint import inspect_checkpoint
 
     if not args.json:
-        from moe_groups.plan_report import check_tables
+        from moe_groups.rich_tables import check_tables
 
         check_tables()
     with quiet(), show_progress("reading") as progress:

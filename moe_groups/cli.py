@@ -4,16 +4,17 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+from moe_groups.arguments import LEVELS, OptimizerKind
 from moe_groups.checkpoint_commands import add_commands
 from moe_groups.errors import InvalidArgumentError, MoEGroupsError
-from moe_groups.plan import LEVELS
-from moe_groups.plan_command import PlanRequest, make_report
 from moe_groups.quiet import quiet
-from moe_groups.step_config import OptimizerKind, StepConfig
 from moe_groups.topology_command import add_topology
 from moe_groups.units import parse_bytes
+
+if TYPE_CHECKING:
+    from moe_groups.plan_command import PlanRequest
 
 _OPTIONS = {
     "step_memory_budget": "--budget",
@@ -151,8 +152,10 @@ _count.__name__ = "number"  # argparse names it where int() fails
 
 
 def _plan(args: argparse.Namespace) -> None:
+    from moe_groups.plan_command import make_report
     from moe_groups.plan_plot import check_plot, write_plot
-    from moe_groups.plan_report import as_json, check_tables, print_tables
+    from moe_groups.plan_report import as_json, print_tables
+    from moe_groups.rich_tables import check_tables
 
     if not args.json:
         check_tables()
@@ -168,7 +171,10 @@ def _plan(args: argparse.Namespace) -> None:
         print_tables(report)
 
 
-def _request(args: argparse.Namespace) -> PlanRequest:
+def _request(args: argparse.Namespace) -> "PlanRequest":
+    from moe_groups.plan_command import PlanRequest
+    from moe_groups.step_config import StepConfig
+
     step = StepConfig(
         zero_stage=args.zero_stage,
         bf16_optimizer=args.bf16_optimizer,

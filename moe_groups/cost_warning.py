@@ -4,8 +4,9 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 
+from moe_groups.arguments import SplitBy
 from moe_groups.errors import CostlyGroupsWarning
-from moe_groups.plan import PlannedGroup, SplitBy, Table, lines
+from moe_groups.plan import PlannedGroup, Table, lines
 from moe_groups.step_config import StepConfig
 from moe_groups.step_memory import on_ranks
 from moe_groups.units import show_bytes

@@ -4,18 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from moe_groups.arguments import check_one_of
+from moe_groups.arguments import LEVELS, SplitBy, check_one_of
 from moe_groups.errors import InvalidArgumentError, PlanError
 from moe_groups.inputs import GroupInput, ParamsInput, read_input
-from moe_groups.plan import (
-    LEVELS,
-    PlannedGroup,
-    SplitBy,
-    Table,
-    fingerprint,
-    lines,
-    name_groups,
-)
+from moe_groups.plan import PlannedGroup, Table, fingerprint, lines, name_groups
 from moe_groups.plan_hints import cost_lines, hints
 from moe_groups.rules import NoDecay, Overrides, Rules
 from moe_groups.step_config import StepConfig

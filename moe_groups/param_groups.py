@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_groups import _deepspeed
-from moe_groups.arguments import check_one_of
+from moe_groups.arguments import LEVELS, SplitBy, check_one_of
 from moe_groups.caps import Caps
 from moe_groups.cost_warning import warn_if_costly
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.garbage import no_garbage_collection
 from moe_groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
-from moe_groups.plan import LEVELS, Key, PlannedGroup, SplitBy, make_plan
+from moe_groups.plan import Key, PlannedGroup, make_plan
 from moe_groups.rules import NoDecay, Overrides, Rules
 from moe_groups.table import read_table
 

@@ -4,16 +4,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from moe_groups.names import GroupNames
 from moe_groups.packing import pack
 from moe_groups.rules import Variant
-
-SplitBy: TypeAlias = Literal["parallel_group", "module", "expert"]
-LEVELS: tuple[SplitBy, ...] = ("parallel_group", "module", "expert")
 
 Rows: TypeAlias = Sequence[int]
 """Rows of the table in ascending order."""

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.optional import need
-from moe_groups.plan_command import PlanReport
 from moe_groups.plan_report import headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from moe_groups.plan_command import PlanReport
 
 _KINDS = (".png", ".html")
 _MARKERS = {"stock": ("s", "tab:red"), "no_cap": ("^", "tab:orange"), "plan": ("*", "tab:green")}
@@ -38,7 +39,7 @@ def check_plot(path: str) -> None:
     need("matplotlib", "plot", "plots")
 
 
-def write_plot(report: PlanReport, path: str) -> None:
+def write_plot(report: "PlanReport", path: str) -> None:
     """Write the plot as a picture, or as a page that needs no other file.
 
     Raises:
@@ -64,7 +65,7 @@ def write_plot(report: PlanReport, path: str) -> None:
         raise InvalidArgumentError(f"--plot {path!r} cannot be written: {error}") from error
 
 
-def _draw(report: PlanReport) -> "Figure":
+def _draw(report: "PlanReport") -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 

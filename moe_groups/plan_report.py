@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_groups.optional import need
-from moe_groups.plan_command import PlanReport
-from moe_groups.step_report import GroupMemory
 from moe_groups.units import show_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from moe_groups.plan_command import PlanReport
+    from moe_groups.step_report import GroupMemory
 
 _WIDTH = 100
 _BAR = 24
@@ -23,7 +23,7 @@ _MOST_ROWS = 24
 _MOST_POINTS = 14
 
 
-def headline(report: PlanReport) -> str:
+def headline(report: "PlanReport") -> str:
     """Model, topology and step."""
     asked, rank = report.request, report.rank
     total = "" if rank.total is None else f" ({_count(rank.total)})"
@@ -38,7 +38,7 @@ def headline(report: PlanReport) -> str:
 # ---- JSON -----------------------------------------------------------------------------
 
 
-def as_json(report: PlanReport) -> str:
+def as_json(report: "PlanReport") -> str:
     """One JSON object; sizes in bytes, ``partition`` and ``elements`` in elements."""
     asked, rank, memory = report.request, report.rank, report.memory
     found = asdict(memory)
@@ -78,12 +78,7 @@ def as_json(report: PlanReport) -> str:
 # ---- tables ---------------------------------------------------------------------------
 
 
-def check_tables() -> None:
-    """Raise InvalidArgumentError where the tables cannot be printed."""
-    need("rich", "cli", "tables (--json does without)")
-
-
-def print_tables(report: PlanReport) -> None:
+def print_tables(report: "PlanReport") -> None:
     """Print the report, for a terminal or a file of 100 columns."""
     from rich.console import Console
 
@@ -94,7 +89,7 @@ def print_tables(report: PlanReport) -> None:
     print(re.sub(r" +$", "", shown.get(), flags=re.MULTILINE), end="")
 
 
-def _print(report: PlanReport, console: "Console") -> None:
+def _print(report: "PlanReport", console: "Console") -> None:
     console.print(headline(report), markup=False, highlight=False, soft_wrap=True)
     for table in (_memory(report), _groups(report), _curve(report)):
         console.print()
@@ -124,7 +119,7 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
     return table
 
 
-def _memory(report: PlanReport) -> "Table":
+def _memory(report: "PlanReport") -> "Table":
     memory, rank = report.memory, report.rank
     table = _table("Memory on the worst rank", ("", ">bytes", ""))
     resident = sum(memory.resident.values())
@@ -160,7 +155,7 @@ class _Fold:
     peak: int
 
 
-def _groups(report: PlanReport) -> "Table":
+def _groups(report: "PlanReport") -> "Table":
     memory = report.memory
     folds = fold(memory.groups)
     columns = (">groups", ">elements", ">ranks", ">partition", ">held, R", ">peak", "name")
@@ -176,7 +171,7 @@ def _groups(report: PlanReport) -> "Table":
     return table
 
 
-def fold(groups: Sequence[GroupMemory]) -> list[_Fold]:
+def fold(groups: Sequence["GroupMemory"]) -> list[_Fold]:
     """Groups whose names differ in numbers alone as one, in the order of the first of each."""
     alike: dict[tuple[str, ...], list[GroupMemory]] = {}
     for group in groups:
@@ -205,7 +200,7 @@ def _pattern(names: Sequence[str]) -> str:
     return "".join(word + number for word, number in zip(words, [*shown, ""], strict=True))
 
 
-def _curve(report: PlanReport) -> "Table":
+def _curve(report: "PlanReport") -> "Table":
     """The curve's points and the marked splits, with bars as long as the peaks."""
     labels: dict[tuple[int, int], list[str]] = {
         (point.groups, point.step_peak): [] for point in thinned(report)
@@ -222,7 +217,7 @@ def _curve(report: PlanReport) -> "Table":
     return table
 
 
-def thinned(report: PlanReport) -> list[Any]:
+def thinned(report: "PlanReport") -> list[Any]:
     """Points of the curve, evenly chosen where there are many."""
     points = report.curve
     if len(points) <= _MOST_POINTS:

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from moe_groups.arguments import LEVELS
 from moe_groups.checkpoint_files import CheckpointFiles, find_checkpoint
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import Layout
 from moe_groups.manifest import read_manifest
-from moe_groups.plan import LEVELS
 
 NAMES = ("stock", *LEVELS)
 

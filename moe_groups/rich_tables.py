@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from moe_groups.optional import need
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -14,6 +16,11 @@ MOST_ROWS = 24
 """More than these are folded."""
 
 _WIDTH = 100
+
+
+def check_tables() -> None:
+    """Raise InvalidArgumentError where the tables cannot be printed."""
+    need("rich", "cli", "tables (--json does without)")
 
 
 def print_with(draw: Callable[["Console"], None]) -> None:

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 
-from moe_groups.arguments import check_one_of
+from moe_groups.arguments import OptimizerKind, check_one_of
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.step_cost import MASTER, TEMPORARIES, StepSettings
 
-OptimizerKind: TypeAlias = Literal["for-loop", "foreach", "fused", "FusedAdam", "CPUAdam"]
 _KINDS = {**TEMPORARIES, "FusedAdam": 0, "CPUAdam": 0}
 
 

@@ -51,7 +51,7 @@ def add_topology(commands: Any, count: Callable[[str], int]) -> None:
 
 
 def _topology(args: argparse.Namespace) -> None:
-    from moe_groups.plan_report import check_tables
+    from moe_groups.rich_tables import check_tables
     from moe_groups.topology import Topology
     from moe_groups.topology_plot import check_picture, write_picture
     from moe_groups.topology_text import as_json, print_topology

@@ -14,13 +14,15 @@ import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
 from moe_groups.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 _FAKE = threading.RLock()  # the modes are switched for the process
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -30,14 +32,22 @@ _LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _HAS_DESCRIPTOR = 0x08
 
 
-class _Own(threading.local):
-    """A thread's mode for the tensors that it makes: a new mode takes longer than a tensor."""
-
-    def __init__(self) -> None:
-        self.mode = FakeTensorMode()
+_own = threading.local()
 
 
-_OWN = _Own()
+def _fake_mode() -> "FakeTensorMode":
+    """A new mode. The first one imports ``torch._dynamo``, which takes as long as torch does."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def _own_mode() -> "FakeTensorMode":
+    """This thread's mode for the tensors that it makes: a new one takes longer than a tensor."""
+    if not hasattr(_own, "mode"):
+        _own.mode = _fake_mode()
+    mode: FakeTensorMode = _own.mode
+    return mode
 
 
 class Record(NamedTuple):
@@ -100,7 +110,7 @@ def read_skeleton(path: Path) -> Any:
     """
     try:
         _check_pickle(path)
-        with _FAKE, FakeTensorMode():
+        with _FAKE, _fake_mode():
             return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # damaged pickles raise anything
         raise _unreadable(path, error) from error
@@ -142,7 +152,7 @@ def _unreadable(path: Path, why: object) -> CheckpointError:
 
 def fake_like(dtype: torch.dtype, numel: int) -> torch.Tensor:
     """A tensor without bytes, for a skeleton that is to be written."""
-    with _FAKE, _OWN.mode:
+    with _FAKE, _own_mode():
         return torch.empty(numel, dtype=dtype)
 
 
@@ -198,7 +208,7 @@ def write_skeleton(content: Any, path: Path) -> dict[int, Record]:
         CheckpointError: a tensor is hidden in an object that is no dict, list or tuple.
         OSError: the file cannot be written.
     """
-    with _FAKE, FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+    with _FAKE, _fake_mode(), skip_data(materialize_fake_tensors=True):
         save(content, path)
     return storage_records(content, path)
 

@@ -1,10 +1,12 @@
 """DeepSpeed is imported when it is used, not before; grouping needs neither values nor ranks."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
 from importlib.metadata import requires
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import nn
 
 import moe_groups
 from moe_groups import ExpertTag, create_moe_param_groups, describe, set_expert_tag
+from moe_groups.arguments import SplitBy
 from moe_groups.plan import largest_group, padded_partition
 
 GROUP_A_MODEL = """
@@ -28,12 +31,125 @@ assert "ep_size_2_moe.tile.0" in str(describe(groups))
 """
 
 
-def run(code: str) -> None:
+def run(code: str, *args: str) -> str:
+    """What the code prints last, in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *args],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    return (done.stdout.splitlines() or [""])[-1]
+
+
+HEAVY = {"torch._dynamo", "torch._inductor", "torch._functorch", "torch.onnx", "sympy", "mpmath"}
+"""Parts of torch, and what they bring, that take longer to import than the rest of it."""
+HEAVY |= {"deepspeed", "transformers", "accelerate", "peft", "lightning", "pandas", "triton"}
+HEAVY |= {"matplotlib", "rich", "safetensors", "tqdm", "tabulate"}
+
+
+def loaded_by(code: str, *args: str, beside: str = "") -> set[str]:
+    """Modules that the code imports, where those that ``beside`` imports are there."""
+    before = f"import sys\n{beside}\nbefore = set(sys.modules)\n"
+    return set(run(f"{before}{code}\nprint(*set(sys.modules) - before)", *args).split())
+
+
+COMMAND = """
+import sys
+from moe_groups.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    assert stop.code == 0
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--help",
+        "plan --help",
+        "topology --help",
+        "topology --world 8 --ep 4 --json",
+        "inspect-checkpoint --help",
+        "regroup-checkpoint --help",
+    ],
+)
+def test_what_no_command_line_needs_is_not_imported(command: str) -> None:
+    assert not loaded_by(COMMAND, *command.split()) & (HEAVY | {"torch", "numpy"})
+
+
+def test_an_import_brings_what_is_used_of_it() -> None:
+    """All names together bring torch and numpy; the package alone brings neither."""
+    package = loaded_by("import moe_groups; moe_groups.__version__; dir(moe_groups)")
+    assert not package & (HEAVY | {"torch", "numpy"})
+    everything = """
+import moe_groups
+for name in set(moe_groups.__all__) - {"MoE"}:  # the layer is DeepSpeed's
+    getattr(moe_groups, name)
+"""
+    assert not loaded_by(everything, beside="import numpy, torch") & HEAVY
+
+
+def test_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse(Path(moe_groups.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    seen = {
+        (alias.asname, statement.module)
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    homes = {
+        (name, f"moe_groups.{module}")
+        for module, names in moe_groups._NAMES.items()
+        for name in names
+    }
+    assert seen == homes
+    assert sorted(name for name, _ in homes) == moe_groups.__all__
+
+
+def test_a_module_does_not_hide_the_function_of_its_name() -> None:
+    run("""
+import moe_groups.describe, moe_groups.verify, moe_groups.load_experts
+import moe_groups
+from moe_groups import describe, verify
+assert callable(describe) and callable(verify) and callable(moe_groups.load_experts)
+from moe_groups.describe import describe as same
+assert describe is same is moe_groups.describe
+assert {"describe", "tag_experts", "__version__"} <= set(dir(moe_groups))
+""")
+
+
+def test_another_deepspeed_is_refused_when_both_are_imported() -> None:
+    run("""
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+del DeepSpeedEngine._do_optimizer_sanity_check
+try:
+    import moe_groups
+except Exception as error:
+    assert type(error).__name__ == "UnsupportedDeepSpeedError"
+    assert "_do_optimizer_sanity_check" in str(error)
+else:
+    raise AssertionError("not refused")
+""")
+
+
+def test_each_module_can_be_the_first() -> None:
+    """None needs that another one was imported before it."""
+    run("""
+import sys, torch, numpy
+import moe_groups
+for name in moe_groups._NAMES:
+    for loaded in [loaded for loaded in sys.modules if loaded.startswith("moe_groups.")]:
+        del sys.modules[loaded]
+    __import__(f"moe_groups.{name}")
+""")
 
 
 def test_importing_and_grouping_a_dense_model_does_not_import_deepspeed() -> None:
@@ -68,7 +184,7 @@ def test_public_names_exist() -> None:
     for name in moe_groups.__all__:
         assert getattr(moe_groups, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
-        moe_groups.no_such_name  # noqa: B018
+        moe_groups.no_such_name  # type: ignore[attr-defined]  # noqa: B018
 
 
 def expert_model(device: str | None = None) -> nn.Module:
@@ -81,7 +197,7 @@ def expert_model(device: str | None = None) -> nn.Module:
 
 
 @pytest.mark.parametrize("split_by", ["parallel_group", "module", "expert"])
-def test_meta_parameters_group_as_real_ones(split_by: moe_groups.plan.SplitBy) -> None:
+def test_meta_parameters_group_as_real_ones(split_by: SplitBy) -> None:
     real, meta = expert_model(), expert_model("meta")
     expected = create_moe_param_groups(real, split_by=split_by, max_group_size=70)
     found = create_moe_param_groups(meta, split_by=split_by, max_group_size=70)
