@@ -34,9 +34,6 @@ PRELOAD = ["deepspeed", "deepspeed.moe.layer", "torch._dynamo", "torch._inductor
 HANG = 3.0
 """Seconds after which a job that should hang is taken to do so; what it does takes a tenth."""
 
-SHARED, STOCK = "shared", "stock"
-"""Pools: for most; for DeepSpeed as it is, where nothing may be grouped with this library."""
-
 
 class RankError(AssertionError):
     """A job failed or hung; the message names the ranks and where they were."""
@@ -163,17 +160,24 @@ class RankPool:
 _pools: dict[tuple[int, str], RankPool] = {}
 
 
-def run_on_ranks(
-    world_size: int, job: Callable[..., Any], *args: Any, pool: str = SHARED, **kwargs: Any
-) -> Any:
-    """Run ``job`` on a pool of this world size; starts it when needed."""
-    found = _pools.get((world_size, pool))
-    if found is None or not found.alive:
-        found = _pools[world_size, pool] = RankPool(world_size)
-    answers = found.run(job, *args, **kwargs)
-    if pool == STOCK:
-        found.run(check_stock)
+def run_on_ranks(world_size: int, job: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run ``job`` on the shared pool of this world size; starts it when needed."""
+    return _pool(world_size, "shared").run(job, *args, **kwargs)
+
+
+def run_on_stock(world_size: int, job: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run ``job`` on a pool for DeepSpeed as it is: nothing is grouped with this library there."""
+    pool = _pool(world_size, "stock")
+    answers = pool.run(job, *args, **kwargs)
+    pool.run(check_stock)
     return answers
+
+
+def _pool(world_size: int, kind: str) -> RankPool:
+    found = _pools.get((world_size, kind))
+    if found is None or not found.alive:
+        found = _pools[world_size, kind] = RankPool(world_size)
+    return found
 
 
 def run_in_fresh_processes(

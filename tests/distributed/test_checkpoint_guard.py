@@ -33,7 +33,7 @@ from tests.guard_runs import (
     started,
 )
 from tests.models import TinyMoE
-from tests.ranks import STOCK, run_in_fresh_processes, run_on_ranks
+from tests.ranks import run_in_fresh_processes, run_on_ranks, run_on_stock
 from tests.support.hash_seeds import two_hash_seeds
 from tests.support.pairwise import Row, label, pairwise
 from tests.training import GroupsOf, groups_by, make_groups, train, weights
@@ -242,7 +242,7 @@ def load_stock(wrapper: str, folder: Path) -> tuple[str | None, Any, dict[str, t
 
 @pytest.mark.parametrize("wrapper", ["zero1", "bf16"])
 def test_checkpoint_of_a_stock_run(wrapper: str, tmp_path: Path) -> None:
-    wanted = run_on_ranks(2, stock_run, wrapper, tmp_path, pool=STOCK)
+    wanted = run_on_stock(2, stock_run, wrapper, tmp_path)
     found = run_on_ranks(2, load_stock, wrapper, tmp_path)
     for (history, end), (refusal, *resumed) in zip(wanted, found, strict=True):
         assert equal(resumed, [history, end])

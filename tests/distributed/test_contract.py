@@ -22,7 +22,7 @@ from moe_groups import protect_checkpoints
 from moe_groups._deepspeed import contract, patching
 from moe_groups.flat_layout import round_robin
 from tests.models import FFN, HIDDEN, TinyMoE
-from tests.ranks import STOCK, RankError, run_on_ranks
+from tests.ranks import RankError, run_on_ranks, run_on_stock
 from tests.training import WRAPPERS, config, groups_by, initialize, make_groups, start, train
 
 EP2 = {"ep_size": 2}
@@ -101,7 +101,7 @@ def load_and_step(folder: Path) -> None:
 def test_load_checkpoint_overwrites_names(tmp_path: Path) -> None:
     for saved, loaded in run_on_ranks(2, names_after_load, tmp_path):
         assert saved == loaded == ["dense", "ep_size_2_blocks.0.moe"]
-    run_on_ranks(2, load_and_step, tmp_path, pool=STOCK)
+    run_on_stock(2, load_and_step, tmp_path)
 
 
 # ---- process groups -------------------------------------------------------------------

@@ -15,7 +15,7 @@ from deepspeed.utils import groups
 
 from tests.distributed.skipping import StockSkippingMoE, skip, train_skipping
 from tests.models import TinyMoE
-from tests.ranks import HANG, STOCK, RankError, run_in_fresh_processes, run_on_ranks
+from tests.ranks import HANG, RankError, run_in_fresh_processes, run_on_stock
 from tests.support.hash_seeds import two_hash_seeds
 from tests.training import config, initialize, make_groups, start, train
 
@@ -45,9 +45,9 @@ def train_with_name_per_expert(used: Collection[int]) -> None:
 
 
 def test_bf16_hangs_with_names_of_its_own_where_one_has_no_gradient() -> None:
-    run_on_ranks(2, train_with_name_per_expert, (0, 1), pool=STOCK)
+    run_on_stock(2, train_with_name_per_expert, (0, 1))
     with pytest.raises(RankError, match=HANGS):
-        run_on_ranks(2, train_with_name_per_expert, (0,), pool=STOCK, timeout=HANG)
+        run_on_stock(2, train_with_name_per_expert, (0,), timeout=HANG)
 
 
 def train_stock(wrapper: str, skips: Collection[int], used: Collection[int]) -> None:
@@ -56,14 +56,14 @@ def train_stock(wrapper: str, skips: Collection[int], used: Collection[int]) -> 
 
 def test_bf16_hangs_where_no_expert_has_a_gradient() -> None:
     with pytest.raises(RankError, match=HANGS):
-        run_on_ranks(2, train_stock, "bf16", [1], (), pool=STOCK, timeout=HANG)
+        run_on_stock(2, train_stock, "bf16", [1], (), timeout=HANG)
 
 
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2"])
 def test_zero_fails_where_ranks_that_share_an_expert_disagree(wrapper: str) -> None:
-    run_on_ranks(4, train_stock, wrapper, [1, 3], (0,), pool=STOCK)
+    run_on_stock(4, train_stock, wrapper, [1, 3], (0,))
     with pytest.raises(RankError, match="in all_reduce"):
-        run_on_ranks(4, train_stock, wrapper, [1], (0,), pool=STOCK, timeout=HANG)
+        run_on_stock(4, train_stock, wrapper, [1], (0,), timeout=HANG)
 
 
 # ---- groups ---------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def start_with(wrapper: str, change: str) -> str:
 
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2", "bf16"])
 def test_engine_drops_empty_groups(wrapper: str) -> None:
-    assert run_on_ranks(2, start_with, wrapper, "empty", pool=STOCK) == ["", ""]
+    assert run_on_stock(2, start_with, wrapper, "empty") == ["", ""]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_engine_drops_empty_groups(wrapper: str) -> None:
     ],
 )
 def test_groups_that_break_the_wrapper(wrapper: str, change: str, message: str) -> None:
-    for text in run_on_ranks(2, start_with, wrapper, change, pool=STOCK):
+    for text in run_on_stock(2, start_with, wrapper, change):
         assert message in text
 
 
@@ -120,7 +120,7 @@ def start_zero3() -> None:
 
 
 def test_zero3_refuses_moe_layers() -> None:
-    run_on_ranks(2, start_zero3, pool=STOCK)
+    run_on_stock(2, start_zero3)
 
 
 # ---- the split ------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from moe_groups import (
 from moe_groups._deepspeed import wrapper_name
 from moe_groups.manifest import FILE_NAME
 from tests.hf_runs import LR, by_expert, config, train_plainly, trainer
-from tests.ranks import STOCK, forget_process_groups, run_in_fresh_processes, run_on_ranks
+from tests.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks, run_on_stock
 from tests.training import largest_difference, weights
 
 EXPERTS: dict[str, Any] = {"group_options": {"split_by": "expert"}}
@@ -104,7 +104,7 @@ def without_groups(folder: Path, blocks: tuple[str, ...]) -> str:
 
 def test_trainer_alone_fails(tmp_path: Path) -> None:
     """What this is for: Trainer's own optimizer knows no experts."""
-    for message in run_on_ranks(2, without_groups, tmp_path, (), pool=STOCK):
+    for message in run_on_stock(2, without_groups, tmp_path, ()):
         assert "None of the param groups are marked as MoE" in message
 
 

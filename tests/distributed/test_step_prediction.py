@@ -198,8 +198,8 @@ def cases_at(place: tuple[int | str, int]) -> list[Case]:
         if row["place"] == place:
             step = replace(ACCUMULATIONS[row["accumulation"]], optimizer=row["optimizer"])
             shape = SHAPES[row["shape"]].times(max(1, place[1] // 16))
-            groups = GROUPS[row["groups"]]
-            found.append(Case(step, *groups, shape, row["accumulate"], row["clip"]))
+            groups, cap = GROUPS[row["groups"]]
+            found.append(Case(step, groups, cap, shape, row["accumulate"], row["clip"]))
     return found
 
 

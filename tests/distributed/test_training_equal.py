@@ -146,7 +146,7 @@ def fp16_runs() -> bool:
     return bool(get_accelerator().is_fp16_supported())
 
 
-SPLITS = {"split": ["parallel_group", "module", "expert"], "cap": [None, CAP]}
+SPLITS: dict[str, list[Any]] = {"split": ["parallel_group", "module", "expert"], "cap": [None, CAP]}
 ROWS = pairwise(
     {
         "wrapper": list(WRAPPERS),

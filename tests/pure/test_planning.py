@@ -24,6 +24,7 @@ from moe_groups import (
     plan_param_groups,
     set_expert_tag,
 )
+from moe_groups.cost_warning import least_peak
 from moe_groups.cut_search import Line
 from moe_groups.least_held import Cut
 from moe_groups.planning import trade_off
@@ -87,6 +88,14 @@ def test_no_plan_is_better_where_all_can_be_tried(lines: list[Line], step: StepS
             groups < curve[0].groups
         )
     assert curve[0].groups == min(best)
+
+
+@given(few_lines(), st.sampled_from(SETTINGS))
+@settings(max_examples=100, derandomize=True)
+def test_no_cut_peaks_below_the_least_that_the_warning_names(
+    lines: list[Line], step: StepSettings
+) -> None:
+    assert least_peak(lines, step) <= min(brute_force(lines, step).values())
 
 
 @st.composite
@@ -325,7 +334,8 @@ def large() -> nn.Module:
 
 def test_costly_groups_are_warned_of() -> None:
     """Groups of one parameter on 32 ranks: each rank holds the whole gradient of all."""
-    with pytest.warns(CostlyGroupsWarning, match=r"19 groups will peak.*'parallel_group'.*enough"):
+    text = r"19 groups will peak.*'parallel_group' peak below"
+    with pytest.warns(CostlyGroupsWarning, match=text):
         create_moe_param_groups(
             large(), split_by="parallel_group", max_group_size=3 << 24, data_parallel_size=64
         )

@@ -1,14 +1,14 @@
 """Pairwise tables: few cases in which every pair of settings meets, in place of all products."""
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
 
 
 def pairwise(
-    settings: dict[str, Sequence[Any]], allowed: Callable[..., bool] = lambda **row: True
+    settings: Mapping[str, Sequence[Any]], allowed: Callable[..., bool] = lambda **row: True
 ) -> list[Row]:
     """Rows of one value for each setting, so that any two values of two settings meet in one.
 
