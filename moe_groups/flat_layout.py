@@ -142,13 +142,13 @@ class Layout:
         return self._spanning_problem() or self._rank_problem() or self._place_problem()
 
     def _rank_problem(self) -> str | None:
-        have: dict[int, list[Rank]] = {}
+        have: dict[int, set[Rank]] = {}
         for rank, own in self.order.items():
             for index in own:
-                have.setdefault(index, []).append(rank)
+                have.setdefault(index, set()).add(rank)
         for index, group in enumerate(self.groups):
-            shared = sorted(Rank(group.model_rank, data) for data in group.ranks)
-            if not shared or shared != sorted(have.get(index, ())):
+            shared = {Rank(group.model_rank, data) for data in group.ranks}
+            if len(shared) < max(len(group.ranks), 1) or shared != have.get(index):
                 return f"the ranks that share group {group.name!r} are not those that have it."
         return None
 

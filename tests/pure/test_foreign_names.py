@@ -352,7 +352,7 @@ RANKS = st.sampled_from([(0, 1), (1, 0), (0,), (0, 0), (0, 1, 2), ()])
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
     """Groups as somebody could write them into a file who wants no good."""
-    params = (P0, P1._replace(offset=9))
+    params = lay_out([P0, P1])
     if draw(st.booleans()):
         params = tuple(p._replace(offset=draw(NUMBERS)) for p in params)
     if draw(st.booleans()):
@@ -386,7 +386,7 @@ class Trial(NamedTuple):
 
 SOURCES = ["ck/t", "ck/t/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", f"ck/t/{FILE_NAME}"]
 PLACES = [*SOURCES, "ck/latest", *WORK, *(f"out.incomplete/{name}" for name in WHERE)]
-FIELDS = {
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tag": st.just("a/b") | ANYWHERE,
     "latest": ANYWHERE,
     "listed": ANYWHERE,
@@ -450,8 +450,8 @@ def test_nothing_outside_of_the_destination_changes(made: tuple[Path, Path], tri
     options = [] if tag is None else [f"--tag={tag}"]
     if isinstance(to, str) and "\0" not in f"{tag}{to}{destination}":
         assert main(["inspect-checkpoint", str(root / "ck"), "--quick", *options]) in (0, 1, 2)
-        call = ["regroup-checkpoint", str(root / "ck"), destination, f"--to={to}", *options]
-        assert main(call) in (0, 2)
+        given = ["regroup-checkpoint", str(root / "ck"), destination, f"--to={to}", *options]
+        assert main(given) in (0, 2)
     assert outside(root, below) == before
 
 
