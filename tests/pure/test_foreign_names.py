@@ -214,6 +214,27 @@ def test_a_huge_gap_in_the_new_groups_is_refused_before_anything_is_written(root
     assert tree(root, ()) == before
 
 
+@pytest.mark.parametrize(
+    "to",
+    [
+        on_two_ranks((P0, P1)),  # in one place
+        on_two_ranks((P0._replace(offset=-1), P1._replace(offset=9))),
+        on_two_ranks((P0, P1._replace(offset=9, numel=-5))),
+        Layout(ONE.groups, {Rank(0, 1): (0,)}),  # a rank is missing
+        Layout(ONE.groups, {Rank(0, rank): (0,) for rank in range(3)}),
+        *(
+            Layout((FlatGroup("g", ranks, ONE.groups[0].params),), ONE.order)
+            for ranks in ((), (0, 0, 1), (-1, 0, 1))
+        ),
+    ],
+)
+def test_groups_that_no_run_has_are_refused(root: Path, to: Layout) -> None:
+    before = tree(root)
+    with pytest.raises(CheckpointError, match="no run has such groups"):
+        regroup_checkpoint(root / "ck", root / "out", to)
+    assert tree(root, ()) == before
+
+
 # ---- destinations ---------------------------------------------------------------------
 
 
