@@ -142,14 +142,17 @@ class Layout:
         return self._spanning_problem() or self._rank_problem() or self._place_problem()
 
     def _rank_problem(self) -> str | None:
-        have: dict[int, list[Rank]] = {}
+        have: dict[int, set[Rank]] = {}
         for rank, own in self.order.items():
             for index in own:
-                have.setdefault(index, []).append(rank)
+                have.setdefault(index, set()).add(rank)
         for index, group in enumerate(self.groups):
-            shared = sorted(Rank(group.model_rank, data) for data in group.ranks)
-            if not shared or shared != sorted(have.get(index, ())):
-                return f"the ranks that share group {group.name!r} are not those that have it."
+            shared = {Rank(group.model_rank, data) for data in group.ranks}
+            if len(shared) < max(len(group.ranks), 1) or shared != have.get(index):
+                return (
+                    f"the ranks that share group {group.name!r} are not those that have it: no run "
+                    "has such groups."
+                )
         return None
 
     def _place_problem(self) -> str | None:
@@ -159,7 +162,8 @@ class Layout:
                 if param.numel < 0 or param.offset < end:
                     return (
                         f"{param.name} of group {group.name!r} has {param.numel} elements from "
-                        f"{param.offset} on, and what is before it ends at {end}."
+                        f"{param.offset} on, and what is before it ends at {end}: no run has such "
+                        "groups."
                     )
                 end = param.end
         return None

@@ -373,7 +373,7 @@ def converted_from_a_deep_tag(folder: Path) -> tuple[bool, Any]:
     engine.save_checkpoint(str(folder), tag="a/b")
     wanted, here = weights(engine), folder / "a/b"
     # the files that are read are called otherwise than those that are written
-    on_first_rank(lambda: [copy_as(path, "rank_0_") for path in sorted(here.glob("*optim*"))])
+    on_first_rank(lambda: copy_as("rank_0_", *here.glob("*optim*")))
     on_first_rank(lambda: (here / FILE_NAME).unlink())
     before = tree(folder)
     distributed.barrier()
@@ -386,8 +386,9 @@ def converted_from_a_deep_tag(folder: Path) -> tuple[bool, Any]:
     return equal(weights(engine), wanted), (before, tree(folder))
 
 
-def copy_as(path: Path, model: str) -> None:
-    shutil.copy(path, path.with_name(path.name.replace("rank_00_", model)))
+def copy_as(model: str, *paths: Path) -> None:
+    for path in paths:
+        shutil.copy(path, path.with_name(path.name.replace("rank_00_", model)))
 
 
 def test_a_tag_of_several_folders_is_converted_while_it_is_loaded(tmp_path: Path) -> None:

@@ -214,6 +214,27 @@ def test_a_huge_gap_in_the_new_groups_is_refused_before_anything_is_written(root
     assert tree(root, ()) == before
 
 
+@pytest.mark.parametrize(
+    "to",
+    [
+        on_two_ranks((P0, P1)),  # in one place
+        on_two_ranks((P0._replace(offset=-1), P1._replace(offset=9))),
+        on_two_ranks((P0, P1._replace(offset=9, numel=-5))),
+        Layout(ONE.groups, {Rank(0, 1): (0,)}),  # a rank is missing
+        Layout(ONE.groups, {Rank(0, rank): (0,) for rank in range(3)}),
+        *(
+            Layout((FlatGroup("g", ranks, ONE.groups[0].params),), ONE.order)
+            for ranks in ((), (0, 0, 1), (-1, 0, 1))
+        ),
+    ],
+)
+def test_groups_that_no_run_has_are_refused(root: Path, to: Layout) -> None:
+    before = tree(root)
+    with pytest.raises(CheckpointError, match="no run has such groups"):
+        regroup_checkpoint(root / "ck", root / "out", to)
+    assert tree(root, ()) == before
+
+
 # ---- destinations ---------------------------------------------------------------------
 
 
@@ -352,7 +373,7 @@ RANKS = st.sampled_from([(0, 1), (1, 0), (0,), (0, 0), (0, 1, 2), ()])
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
     """Groups as somebody could write them into a file who wants no good."""
-    params = (P0, P1._replace(offset=9))
+    params = lay_out([P0, P1])
     if draw(st.booleans()):
         params = tuple(p._replace(offset=draw(NUMBERS)) for p in params)
     if draw(st.booleans()):
@@ -386,7 +407,7 @@ class Trial(NamedTuple):
 
 SOURCES = ["ck/t", "ck/t/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", f"ck/t/{FILE_NAME}"]
 PLACES = [*SOURCES, "ck/latest", *WORK, *(f"out.incomplete/{name}" for name in WHERE)]
-FIELDS = {
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tag": st.just("a/b") | ANYWHERE,
     "latest": ANYWHERE,
     "listed": ANYWHERE,
@@ -450,8 +471,8 @@ def test_nothing_outside_of_the_destination_changes(made: tuple[Path, Path], tri
     options = [] if tag is None else [f"--tag={tag}"]
     if isinstance(to, str) and "\0" not in f"{tag}{to}{destination}":
         assert main(["inspect-checkpoint", str(root / "ck"), "--quick", *options]) in (0, 1, 2)
-        call = ["regroup-checkpoint", str(root / "ck"), destination, f"--to={to}", *options]
-        assert main(call) in (0, 2)
+        given = ["regroup-checkpoint", str(root / "ck"), destination, f"--to={to}", *options]
+        assert main(given) in (0, 2)
     assert outside(root, below) == before
 
 
