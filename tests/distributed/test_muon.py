@@ -138,7 +138,7 @@ def error_of_one_step(
         gradient = gradient * (1 - MUON["momentum"] ** 2)  # Nesterov momentum of a first step
         update, rounding = orthogonalized(gradient), rounding_of(gradient, ns_compute_dtype("gram"))
     else:
-        update, rounding = gradient.double() / (gradient.double().abs() + ADAM["eps"]), 0.0
+        update, rounding = gradient.double() / (gradient.double().abs() + options["eps"]), 0.0
     expected = before.double() * (1 - lr * weight_decay) - lr * update
     rounding = lr * rounding + torch.finfo(torch.float32).eps * float(
         before.norm() + lr * update.norm()
