@@ -71,6 +71,7 @@ def resume(folder: Path) -> tuple[list[float], float, bool]:
     return found, largest_difference(before, wanted), manifest.exists()
 
 
+@pytest.mark.numeric
 def test_resumes_from_a_saved_state(tmp_path: Path) -> None:
     for differences, moved, has_manifest in run_on_ranks(2, resume, tmp_path, timeout=400):
         assert differences == [0.0] * 2

@@ -60,6 +60,7 @@ def gradients(
     return found
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("torch_style", [False, True], ids=["engine.backward", "loss.backward"])
 @pytest.mark.parametrize(
     ("wrapper", "scale"), [("zero1", None), ("zero2", 64.0), ("bf16", None)], ids=str

@@ -75,6 +75,7 @@ def _experts(engine: Any) -> list[tuple[str, Any]]:
     return [(n, p) for n, p in engine.module.named_parameters() if is_expert_parameter(p)]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "wrapper", ["zero2", *(pytest.param(w, marks=pytest.mark.long) for w in ("zero1", "bf16"))]

@@ -1,5 +1,6 @@
 """Balancing over the whole batch of several ranks."""
 
+import pytest
 import torch
 
 from moe_groups import load_balancing_loss
@@ -24,6 +25,7 @@ def losses() -> tuple[float, float, float]:
     return (*(found / world).tolist(), float(together))
 
 
+@pytest.mark.numeric
 def test_balance_over_all_ranks() -> None:
     for shared, own, together in run_on_ranks(4, losses):
         assert abs(shared - together) < 1e-5

@@ -52,6 +52,7 @@ def norms_of_a_step(wrapper: str) -> tuple[float, float]:
     return math.sqrt(float(squares)), float(engine.get_global_grad_norm())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_stepped_gradients_are_clipped_and_the_norm_is_from_before(wrapper: str) -> None:
     for stepped, told in run_on_ranks(2, norms_of_a_step, wrapper):

@@ -143,6 +143,7 @@ def as_if_never_trained(wrapper: str) -> tuple[float, float]:
     return max(away), largest_difference(trained, split_by_freezing(kept, 2)[1])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2_fp32_grads", "bf16", "fp32"])
 def test_others_train_as_beside_parameters_with_gradients_of_zero(wrapper: str) -> None:
     for norms, difference in run_on_ranks(2, as_if_never_trained, wrapper):
@@ -186,6 +187,7 @@ def multiplied(wrapper: str, scheduler: str, ep_size: int) -> tuple[float, bool,
     return largest_difference(expected, weights(ours)), followed, rates
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 def test_multiplier_on_top_of_a_scheduler(scheduler: str) -> None:
     wrapper = {"lambda": "zero1", "exponential": "bf16", "cosine": "zero2"}[scheduler]

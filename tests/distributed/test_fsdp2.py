@@ -96,6 +96,7 @@ def trains_as_one_group(kind: str) -> list[str]:
     return names
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["for-loop", "foreach", "fused"])
 def test_groups_train_as_one(kind: str) -> None:
     first, second = run_in_fresh_processes(2, trains_as_one_group, kind)

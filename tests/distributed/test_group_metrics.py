@@ -149,6 +149,7 @@ def compare(
     return reports
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("ep_size", [1, 2])
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2", "zero2_fp32_grads", "bf16", "fp32"])
 def test_norms_are_those_of_whole_gradients(wrapper: str, ep_size: int) -> None:

@@ -87,6 +87,7 @@ def resume(folder: Path) -> tuple[list[float], list[str], str]:
     return found, files, error.value.message
 
 
+@pytest.mark.numeric
 def test_resumes_from_trainers_checkpoint(tmp_path: Path) -> None:
     for differences, files, message in run_on_ranks(2, resume, tmp_path, timeout=400):
         assert differences == [0.0] * 3

@@ -162,6 +162,7 @@ def regroup(folder: str) -> list[list[float]]:
     ]
 
 
+@pytest.mark.numeric
 def test_a_checkpoint_of_other_groups_is_converted(tmp_path: Path) -> None:
     for same, converted in run_on_ranks(2, regroup, str(tmp_path / "saved")):
         assert converted == same

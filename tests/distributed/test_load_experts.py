@@ -106,6 +106,7 @@ def load_and_compare(family: str, directory: Path, ep_size: int) -> int:
     return loaded.bytes_read
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("family", "fused"), STYLES)
 def test_layers_compute_what_transformers_computes(
     family: str, fused: bool, tmp_path: Path
@@ -175,6 +176,7 @@ def compare_autoep(family: str, directory: Path, ep_size: int, back: Path) -> No
     save_experts(model, back, family=family)  # type: ignore[arg-type]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("family", "fused"), STYLES)
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_autoep_layers(family: str, fused: bool, ep_size: int, tmp_path: Path) -> None:

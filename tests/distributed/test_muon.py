@@ -176,6 +176,7 @@ def compare_with_svd(wrapper: str) -> dict[str, float]:
     return errors
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2"])
 def test_a_step_is_what_the_singular_values_say(wrapper: str) -> None:
     for errors in run_on_ranks(2, compare_with_svd, wrapper):

@@ -64,6 +64,7 @@ def norms_of_experts_only(split: str) -> tuple[list[float], list[float]]:
     return bf16[0]["norm"], zero[0]["norm"]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("split", ["expert", "module", "parallel_group"])
 def test_bf16_without_dense_group(split: str) -> None:
     """Nothing but experts, and none of them has a gradient on rank 1."""

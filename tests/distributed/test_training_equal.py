@@ -161,6 +161,7 @@ ROWS = pairwise(
 )
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("row", ROWS, ids=label)
 def test_equal(row: Row) -> None:
     check(row)

@@ -57,6 +57,7 @@ WAYS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("scale", [1.0, 0.25, lambda: 128.0], ids=["1", "0.25", "function"])
 def test_gradients_of_the_sum(way: str, scale: Any) -> None:

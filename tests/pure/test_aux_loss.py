@@ -34,6 +34,7 @@ def written_out(probs: Any, chosen: Any, counts: Any) -> float:
     return experts * total
 
 
+@pytest.mark.numeric
 @given(st.integers(1, 12), st.integers(3, 6), st.integers(1, 2), st.integers(0, 99), st.data())
 @settings(max_examples=60, deadline=None)
 def test_the_formula(tokens: int, experts: int, k: int, seed: int, data: st.DataObject) -> None:
@@ -66,6 +67,7 @@ def test_a_sequence_of_padding_does_not_count() -> None:
     torch.testing.assert_close(found, load_balancing_loss(probs[0], chosen[0]))
 
 
+@pytest.mark.numeric
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(2, 5), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_by_sequence_is_the_mean_of_each(batch: int, length: int, experts: int, seed: int) -> None:
@@ -83,6 +85,7 @@ def test_uniform_routing_costs_one() -> None:
     assert load_balancing_loss(probs, chosen == torch.arange(4)).item() == pytest.approx(1.0)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_deepspeeds_gates(k: int) -> None:
     logits, probs, chosen = routed(32, 8, k)
@@ -96,6 +99,7 @@ def test_deepspeeds_gates(k: int) -> None:
     torch.testing.assert_close(load_balancing_loss(probs, chosen), theirs)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("k", [1, 2])
 def test_hugging_faces_loss_is_k_times_ours(k: int) -> None:
     logits, probs, chosen = routed(32, 8, k)
@@ -103,6 +107,7 @@ def test_hugging_faces_loss_is_k_times_ours(k: int) -> None:
     torch.testing.assert_close(k * load_balancing_loss(probs, chosen), theirs)
 
 
+@pytest.mark.numeric
 def test_gradient_goes_through_the_probabilities() -> None:
     logits, _, chosen = routed(32, 4, 1)
     logits.requires_grad_()

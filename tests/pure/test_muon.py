@@ -150,6 +150,7 @@ def test_options_of_the_grouping_are_refused() -> None:
         split_for_muon(Model(), muon=MUON, adam={"name": "mine"})
 
 
+@pytest.mark.numeric
 def test_muon_of_torch() -> None:
     model = Model()
 
