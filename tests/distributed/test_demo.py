@@ -47,7 +47,6 @@ def rows_of(printed: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
-@pytest.mark.numeric
 def test_figures_in_the_readme() -> None:
     """The one program that the tests start as a user does; the others skip the imports."""
     rows = rows_of(run_by_torchrun("train_moe_lm.py", "--steps", "2"))

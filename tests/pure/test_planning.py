@@ -126,7 +126,7 @@ def greedy(sizes: tuple[int, ...], cap: int) -> Cut:
 
 
 @given(many_lines(), st.sampled_from(SETTINGS), st.floats(0, 1))
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 def test_never_worse_than_the_stock_split_at_any_cap(
     case: tuple[int, list[Line]], step: StepSettings, part: float
 ) -> None:

@@ -102,7 +102,7 @@ def pairs(draw: Any) -> tuple[Layout, Layout]:
     return made[0], made[1]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(pairs(), st.sampled_from(["zero", "bf16"]), st.booleans())
 def test_every_parameter_keeps_its_state_bit_for_bit(
     pair: tuple[Layout, Layout], kind: str, manifest: bool
@@ -167,7 +167,7 @@ def test_every_grouping_becomes_every_other(row: Row, place: Path) -> None:
     assert same(shard_contents(place / "c"), shard_contents(place / "a"))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(pairs(), st.sampled_from(["zero", "bf16"]))
 def test_deepspeeds_own_files_tell_the_layout(pair: tuple[Layout, Layout], kind: str) -> None:
     layout, _ = pair
