@@ -161,6 +161,14 @@ ROWS = pairwise(
 )
 
 
+# What no pair shows: sums of four bf16 gradients depend on the order in which names are reduced.
+ROWS += [
+    {"wrapper": "bf16", "world": 4, "ep_size": 1, "split": split, "cap": None}
+    | {"clips": True, "accumulate": 1}
+    for split in ("expert", "module")
+]
+
+
 @pytest.mark.numeric
 @pytest.mark.parametrize("row", ROWS, ids=label)
 def test_equal(row: Row) -> None:
