@@ -8,22 +8,48 @@ experts of a layer, as in AutoEP and in Hugging Face's ``*Experts`` modules).
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from moe_groups import _deepspeed
 from moe_groups.errors import TagError
-from moe_groups.hand_made import Place, find_flags, find_places, is_fused, layer_path
-from moe_groups.module_names import ModuleNode, named_parameters, walk
+from moe_groups.hand_made import (
+    Place,
+    find_flags,
+    find_places,
+    is_fused,
+    layer_path,
+    owner_of,
+)
+from moe_groups.module_names import ModuleNode, walk
+from moe_groups.rules import addresses
 from moe_groups.tags import (
     ExpertTag,
+    attributes_of,
     check_label,
+    check_number,
     get_expert_tag,
     label_from_path,
     new_layer_id,
-    write_checked_tag,
 )
+
+
+class FoundExpert(NamedTuple):
+    """An expert, or a layer's fused ones.
+
+    Attributes:
+        tag: that its parameters get.
+        layer: path of its layer.
+        path: what the names of its parameters begin with.
+        labelled: the label in the tag is the layer's path.
+    """
+
+    tag: ExpertTag
+    layer: str
+    path: str
+    labelled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,44 +57,62 @@ class TaggedModel:
     """A model's parameters with their names and tags, as found; nothing is written yet.
 
     Attributes:
-        names: ``(qualified name, parameter)`` in the model's order, each once.
-        tags: ``id(parameter)`` of each expert parameter to its tag.
-        inside: ``id(parameter)`` to the path of its layer and its name inside the expert,
-            as in ``("blocks.1.moe", "w1.weight")``.
-        labels: ``id(parameter)`` to its layer's label, where that is the module's path.
+        names: qualified names of the parameters in the model's order, each once.
+        params: the parameters.
+        experts: what each of them belongs to; None for dense parameters.
     """
 
-    names: list[tuple[str, torch.Tensor]]
-    tags: dict[int, ExpertTag]
-    inside: dict[int, tuple[str, str]]
-    labels: dict[int, str]
+    names: list[str]
+    params: list[torch.Tensor]
+    experts: list[FoundExpert | None]
+
+    def tags(self) -> dict[int, ExpertTag]:
+        """``id(parameter)`` of each expert parameter to its tag."""
+        return {id(param): found.tag for found, param in self._found()}
+
+    def name_of(self) -> dict[int, str]:
+        """``id(parameter)`` to its qualified name."""
+        return dict(zip(map(id, self.params), self.names, strict=True))
+
+    def addresses(self, row: int, tag: ExpertTag | None) -> list[str]:
+        """What patterns are compared with (:func:`moe_groups.rules.addresses`)."""
+        name, found = self.names[row], self.experts[row]
+        layer, path = (found.layer, found.path) if found else ("", "")
+        return addresses(name, tag, layer, name[len(path) :].lstrip("."))
 
     def write(self) -> None:
         """Set the tags on the parameters."""
         layer_ids: dict[str | None, int] = {}
-        for _, param in self.names:
-            tag = self.tags.get(id(param))
-            if tag is not None:
-                write_checked_tag(param, tag)
+        last = None
+        for found, param in self._found():
+            if found is not last:
+                last, (tag, *_, labelled) = found, found
                 if tag.layer not in layer_ids:
                     layer_ids[tag.layer] = new_layer_id()
-                param.expert_layer_id = layer_ids[tag.layer]  # type: ignore[attr-defined]
-                if id(param) in self.labels:
-                    param.expert_label_found = tag.layer  # type: ignore[attr-defined]
+                attributes = attributes_of(tag)
+                attributes["expert_layer_id"] = layer_ids[tag.layer]
+                if labelled:
+                    attributes["expert_label_found"] = tag.layer
+            param.__dict__.update(attributes)
 
     @contextlib.contextmanager
     def written(self) -> Iterator[None]:
         """The tags are on the parameters inside, and afterwards unless there was an error."""
-        experts = [param for _, param in self.names if id(param) in self.tags]
-        before = [dict(param.__dict__) for param in experts]
+        experts = [param.__dict__ for _, param in self._found()]
+        before = list(map(dict.copy, experts))
         try:
             self.write()
             yield
         except BaseException:
-            for param, attributes in zip(experts, before, strict=True):
-                param.__dict__.clear()
-                param.__dict__.update(attributes)
+            for attributes, saved in zip(experts, before, strict=True):
+                attributes.clear()
+                attributes.update(saved)
             raise
+
+    def _found(self) -> Iterator[tuple[FoundExpert, torch.Tensor]]:
+        for found, param in zip(self.experts, self.params, strict=True):
+            if found is not None:
+                yield found, param
 
 
 def tag_experts(model: nn.Module) -> dict[str, ExpertTag]:
@@ -98,7 +142,8 @@ def tag_experts(model: nn.Module) -> dict[str, ExpertTag]:
     """
     found = find_experts(model)
     found.write()
-    return {name: found.tags[id(p)] for name, p in found.names if id(p) in found.tags}
+    named = zip(found.names, found.experts, strict=True)
+    return {name: expert.tag for name, expert in named if expert is not None}
 
 
 def find_experts(model: nn.Module) -> TaggedModel:
@@ -114,6 +159,15 @@ def find_experts(model: nn.Module) -> TaggedModel:
 
 
 _BY_HAND = "(named by hand)"
+_MARKS = (
+    "expert_number",
+    "group_name",
+    "expert_group_name",
+    "num_local_experts",
+    "expert_label_found",
+    "fused_experts",
+)
+"""Attributes that parameters of one expert have in common; but for the first, of one layer."""
 
 
 class _Finder:
@@ -121,19 +175,19 @@ class _Finder:
 
     def __init__(self, nodes: list[ModuleNode]) -> None:
         self.nodes = nodes
-        self.found = TaggedModel(list(named_parameters(nodes)), {}, {}, {})
+        names, params = nodes[0].columns
+        self.found = TaggedModel(names, params, [None] * len(names))
         self.layer_paths: dict[str, str] = {}
+        self.layers: dict[tuple[Any, ...], tuple[ExpertTag, bool]] = {}
 
     def tag_deepspeed_layers(self) -> None:
         types = _deepspeed.moe_layer_types()
-        index = 0
-        while index < len(self.nodes):
-            layer = self.nodes[index]
-            if isinstance(layer.module, types):
+        layers = [i for i, node in enumerate(self.nodes) if isinstance(node.module, types)]
+        stop = 0
+        for index in layers:
+            if index >= stop:  # else it is inside of the one before
                 self._tag_layer(index)
-                index = layer.stop
-            else:
-                index += 1
+                stop = self.nodes[index].stop
 
     def _tag_layer(self, index: int) -> None:
         """Tag everything below the experts of the DeepSpeed ``MoE`` at ``nodes[index]``."""
@@ -143,59 +197,77 @@ class _Finder:
         given = getattr(layer.module, "group_label", None)
         label = given or label_from_path(layer.path) or "moe"
         trainable = False
-        for start in range(index, layer.stop):
-            expert = self.nodes[start]
+        for expert in self.nodes[index : layer.stop]:
             number = numbers.get(id(expert.module))
             if number is None:
                 continue
             tag = ExpertTag(parallel_group, label, number, len(numbers))
-            for name, param in named_parameters(self.nodes[start : expert.stop]):
-                self.found.tags[id(param)] = tag
-                self.found.inside[id(param)] = layer.path, name[len(expert.path) + 1 :]
-                trainable = trainable or param.requires_grad
+            found = FoundExpert(tag, layer.path, expert.path, False)
+            rows = slice(expert.row, expert.row_stop)
+            self.found.experts[rows] = [found] * (expert.row_stop - expert.row)
+            trainable = trainable or any(p.requires_grad for p in self.found.params[rows])
         if trainable:  # PEFT keeps a frozen original beside the copy that it trains
             self._claim(label, layer.path)
 
     def tag_hand_made_experts(self) -> None:
-        flags = find_flags(self.nodes, self.found.tags)
+        params, experts = self.found.params, self.found.experts
+        flags = find_flags(self.nodes, experts)
         if not flags:
             return
         places = find_places(self.nodes, flags)
-        owners = {id(param): node for node in self.nodes for _, param in node.params}
-        for name, param in self.found.names:
-            flagged = flags.get(id(param))
-            if flagged is not None:
-                place = places.get(id(flagged))
-                self._tag_hand_made(owners[id(flagged)], name, param, flagged, place)
+        found, last, known = None, None, None
+        for row, flag in flags.items():
+            place = places[flag]
+            if place is None:
+                experts[row] = self._alone(row, flag)
+                continue
+            marks = tuple(map(params[flag].__dict__.get, _MARKS))
+            if place is not last or marks != known:  # else of the same expert as the one before
+                found, last, known = self._expert(row, flag, place, marks), place, marks
+            experts[row] = found
 
-    def _tag_hand_made(
-        self,
-        owner: ModuleNode,
-        name: str,
-        param: torch.Tensor,
-        flagged: torch.Tensor,
-        place: Place | None,
-    ) -> None:
-        """Tag ``param`` like ``flagged``, which belongs to ``owner``."""
-        tag = get_expert_tag(flagged, name)
-        assert tag is not None
-        by_hand = tag.layer not in (None, vars(flagged).get("expert_label_found"))
-        path = _BY_HAND if by_hand and place is None else ""
-        if place is None:
-            place = Place(layer_path(owner.path), owner.path)
-        number, count = tag.expert_number, tag.num_local_experts
+    def _expert(self, row: int, flag: int, place: Place, marks: tuple[Any, ...]) -> FoundExpert:
+        """What ``row`` belongs to, as the place and the attributes of row ``flag`` say."""
+        number, key = marks[0], (place.layer, *marks[1:])
+        if key not in self.layers:
+            self.layers[key] = self._layer(row, flag, place.layer, place.layer)
+        tag, labelled = self.layers[key]
+        count = tag.num_local_experts
         if number is None:
             number, count = place.number, place.siblings
-        label = tag.layer
-        if label is None or not by_hand:
-            label = label_from_path(place.layer) or "experts"
-            self.found.labels[id(param)] = label
-        path = path or place.layer
-        if self.layer_paths.get(label) != path:
-            self._claim(label, path)
-        fused = number is None and param is flagged and (tag.fused or is_fused(owner, param))
-        self.found.tags[id(param)] = ExpertTag(tag.parallel_group, label, number, count, fused)
-        self.found.inside[id(param)] = place.layer, name[len(place.inside) :].lstrip(".")
+        else:
+            check_number(number, self.found.names[row])
+        tag = ExpertTag(tag.parallel_group, tag.layer, number, count)
+        return FoundExpert(tag, place.layer, place.path, labelled)
+
+    def _alone(self, row: int, flag: int) -> FoundExpert:
+        """The same for a parameter that is below no list of experts."""
+        owner = self.nodes[owner_of(self.nodes, flag)]
+        layer = layer_path(owner.path)
+        tag, labelled = self._layer(row, flag, layer, _BY_HAND)
+        fused = tag.expert_number is None and row == flag
+        fused = fused and (tag.fused or is_fused(owner, self.found.params[flag]))
+        return FoundExpert(tag._replace(fused=fused), layer, owner.path, labelled)
+
+    def _layer(self, row: int, flag: int, path: str, by_hand: str) -> tuple[ExpertTag, bool]:
+        """The parameter's tag with the label of its layer, and whether that is the path.
+
+        Args:
+            row: what is tagged.
+            flag: whose attributes say so.
+            path: of the layer.
+            by_hand: what a label that somebody gave belongs to.
+        """
+        param = self.found.params[flag]
+        tag = get_expert_tag(param, self.found.names[row])
+        assert tag is not None
+        label, labelled = tag.layer, False
+        if label is None or label == param.__dict__.get("expert_label_found"):
+            label, labelled = label_from_path(path) or "experts", True
+        claimed = path if labelled else by_hand
+        if self.layer_paths.get(label) != claimed:
+            self._claim(label, claimed)
+        return tag._replace(layer=label), labelled
 
     def _claim(self, label: str, path: str) -> None:
         check_label(label)

@@ -8,7 +8,7 @@ from torch import distributed
 from moe_groups import _deepspeed
 from moe_groups.errors import OverrideError
 from moe_groups.expert_layers import TaggedModel, find_experts
-from moe_groups.rules import addresses, compile_pattern
+from moe_groups.rules import compile_pattern
 from moe_groups.tags import ExpertTag
 
 
@@ -45,7 +45,10 @@ def _select(
     engine: Any, patterns: Sequence[str], found: TaggedModel
 ) -> tuple[list[list[int]], str | None]:
     """Places of the selected groups, and what is wrong with the first that is cut in two."""
-    names = {id(param): (name, _addresses(found, name, param)) for name, param in found.names}
+    names = {
+        id(param): (found.names[row], _addresses(found, row))
+        for row, param in enumerate(found.params)
+    }
     selected: list[list[int]] = []
     for pattern in patterns:
         matcher = compile_pattern(pattern)
@@ -68,14 +71,12 @@ def _select(
     return selected, None
 
 
-def _addresses(found: TaggedModel, name: str, param: Any) -> list[str]:
-    path, inner = found.inside.get(id(param), ("", ""))
-    return addresses(name, _with_global_number(found.tags.get(id(param))), path, inner)
+def _addresses(found: TaggedModel, row: int) -> list[str]:
+    expert = found.experts[row]
+    return found.addresses(row, _with_global_number(expert.tag) if expert else None)
 
 
-def _with_global_number(tag: ExpertTag | None) -> ExpertTag | None:
-    if tag is None:
-        return None
+def _with_global_number(tag: ExpertTag) -> ExpertTag:
     rank = _deepspeed.expert_parallel_rank(tag.parallel_group) or 0
     return tag._replace(expert_number=tag.global_number(rank))
 
@@ -83,6 +84,6 @@ def _with_global_number(tag: ExpertTag | None) -> ExpertTag | None:
 def _examples(found: TaggedModel) -> list[str]:
     """The first dense parameter's address and the first expert's."""
     shown: dict[bool, str] = {}
-    for name, param in found.names:
-        shown.setdefault(id(param) in found.tags, _addresses(found, name, param)[-1])
+    for row, expert in enumerate(found.experts):
+        shown.setdefault(expert is not None, _addresses(found, row)[-1])
     return list(shown.values())

@@ -5,58 +5,71 @@ of modules. Each function looks at a module a bounded number of times: models ha
 thousands of them.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from moe_groups.module_names import ModuleNode, named_parameters, wrapper_slots
+from moe_groups.module_names import ModuleNode, wrapper_slots
 from moe_groups.tags import is_expert_parameter, shape_of
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class Place(NamedTuple):
-    """Where in the tree an expert stands.
+    """Where in the tree an expert of a list stands.
 
     Attributes:
         layer: path of its layer.
-        inside: path that the names of its parameters begin with.
-        number: its number in the list of experts; None without a list.
+        path: of the expert.
+        number: its number in the list.
         siblings: length of the list.
     """
 
     layer: str
-    inside: str
-    number: int | None = None
-    siblings: int | None = None
+    path: str
+    number: int
+    siblings: int
 
 
-def find_flags(nodes: list[ModuleNode], known: Collection[int]) -> dict[int, torch.Tensor]:
-    """For each expert parameter that is not ``known`` the one whose attributes say so.
+def find_flags(nodes: list[ModuleNode], known: Sequence[object]) -> dict[int, int]:
+    """The rows of expert parameters, each with the row of the one whose attributes say so.
 
     That is itself, or for what PEFT adds the parameter that it adapts or copies: a copy has
-    the name of its original. Keys are ``id(parameter)``.
+    the name of its original.
+
+    Args:
+        nodes: the tree.
+        known: for each row what has been found already; only where that is None it is looked at.
     """
-    rest = [
-        (index, name, param)
-        for index, node in enumerate(nodes)
-        for name, param in node.params
-        if id(param) not in known
-    ]
-    originals = {name: param for _, name, param in rest if is_expert_parameter(param)}
-    if not originals:
-        return {}
-    flags: dict[int, torch.Tensor] = {}
-    adapters = any("base_layer" in wrapper_slots(node.module) for node in nodes)
-    for index, name, param in rest:
-        flagged = _adapted(nodes, index) if adapters else None
-        if flagged is None:
-            flagged = param if is_expert_parameter(param) else originals.get(name)
-        if flagged is not None:
-            flags[id(param)] = flagged
+    names, params = nodes[0].columns
+    experts = {
+        row: row
+        for row, (param, found) in enumerate(zip(params, known, strict=True))
+        if found is None and not param.__dict__.get("allreduce", True)
+    }
+    kinds = {type(node.module) for node in nodes} if experts else set()
+    if not any(map(wrapper_slots, kinds)):
+        return experts
+    originals = {names[row]: row for row in experts}
+    row_of = {id(param): row for row, param in enumerate(params)}
+    flags: dict[int, int] = {}
+    for row, name in enumerate(names):
+        if known[row] is None:
+            adapted = _adapted(nodes, owner_of(nodes, row))
+            flag = experts.get(row, originals.get(name))
+            if adapted is not None:
+                flag = row_of[id(adapted)]
+            if flag is not None:
+                flags[row] = flag
     return flags
+
+
+def owner_of(nodes: list[ModuleNode], row: int) -> int:
+    """Index of the module that holds the parameter in this row."""
+    return bisect_right(nodes, row, key=lambda node: node.row) - 1
 
 
 def _adapted(nodes: list[ModuleNode], index: int) -> torch.Tensor | None:
@@ -64,73 +77,63 @@ def _adapted(nodes: list[ModuleNode], index: int) -> torch.Tensor | None:
     slot = ""
     while index >= 0:
         node = nodes[index]
-        if slot != "base_layer" and "base_layer" in wrapper_slots(node.module):
+        if slot != "base_layer" and "base_layer" in wrapper_slots(type(node.module)):
             params = node.module._modules["base_layer"].parameters()  # type: ignore[union-attr]
             return next((p for p in params if is_expert_parameter(p)), None)
         index, slot = node.parent, node.slot
     return None
 
 
-def find_places(nodes: list[ModuleNode], flags: Mapping[int, torch.Tensor]) -> dict[int, Place]:
-    """``id(parameter)`` to its place, for all parameters below a list of experts.
+def find_places(nodes: list[ModuleNode], flags: Mapping[int, int]) -> list[Place | None]:
+    """The place of each row that is below a list of experts.
 
     An expert may itself be made of lists, and lists of layers hold lists of experts. The
     innermost list whose name speaks of experts wins, then the innermost ModuleList or
     ModuleDict whose children are all experts with the same tensors.
     """
+    tagged = {row for row, flag in flags.items() if row == flag}
     named, unnamed = [], []
-    for index, node in enumerate(nodes if flags else []):
+    for index, node in enumerate(nodes):
         if not isinstance(node.module, _CONTAINERS):
             continue
-        if "expert" in node.slot:
-            if _all_experts(nodes, index, flags):
-                named.append(index)
-        elif not isinstance(node.module, nn.Sequential) and _same_experts(nodes, index, flags):
-            unnamed.append(index)
-    places: dict[int, Place] = {}
-    for index in [*unnamed, *named]:  # later ones, which are further inside, win
+        if isinstance(node.module, nn.Sequential) and "expert" not in node.slot:
+            continue
         children = _children(nodes, index)
-        layer = layer_path(nodes[index].path)
+        # an expert holds a parameter that is tagged, not just what PEFT added to one
+        if any(tagged.isdisjoint(range(child.row, child.row_stop)) for child in children):
+            continue
+        if "expert" in node.slot:
+            named.append((node, children))
+        elif _alike(children, flags):
+            unnamed.append((node, children))
+    places: list[Place | None] = [None] * len(nodes[0].columns.params)
+    for node, children in [*unnamed, *named]:  # later ones, which are further inside, win
+        layer = layer_path(node.path)
         for number, child in enumerate(children):
-            place = Place(layer, nodes[child].path, number, len(children))
-            for _, param in _params(nodes, child):
-                places[id(param)] = place
+            place = Place(layer, child.path, number, len(children))
+            places[child.row : child.row_stop] = [place] * (child.row_stop - child.row)
     return places
 
 
-def _children(nodes: list[ModuleNode], index: int) -> list[int]:
+def _children(nodes: list[ModuleNode], index: int) -> list[ModuleNode]:
     children, child = [], index + 1
     while child < nodes[index].stop:
-        children.append(child)
+        children.append(nodes[child])
         child = nodes[child].stop
     return children
 
 
-def _params(nodes: list[ModuleNode], index: int) -> Iterator[tuple[str, torch.Tensor]]:
-    return named_parameters(nodes[index : nodes[index].stop])
-
-
-def _all_experts(nodes: list[ModuleNode], index: int, flags: Mapping[int, torch.Tensor]) -> bool:
-    """Does each child hold an expert parameter (not just what PEFT added to one)?"""
-    return all(
-        any(flags.get(id(param)) is param for _, param in _params(nodes, child))
-        for child in _children(nodes, index)
-    )
-
-
-def _same_experts(nodes: list[ModuleNode], index: int, flags: Mapping[int, torch.Tensor]) -> bool:
-    """Do all children hold nothing but expert parameters, in the same shapes?"""
-    if not _all_experts(nodes, index, flags):
-        return False
+def _alike(children: list[ModuleNode], flags: Mapping[int, int]) -> bool:
+    """Do all hold nothing but expert parameters, in the same shapes?"""
     signatures = set()
-    for child in _children(nodes, index):
-        params = list(_params(nodes, child))
-        if not all(id(param) in flags for _, param in params):
+    for child in children:
+        rows, (names, params) = range(child.row, child.row_stop), child.columns
+        if not all(row in flags for row in rows):
             return False
-        if any(len(shape_of(param)) == 3 for _, param in params):
+        if any(len(shape_of(params[row])) == 3 for row in rows):
             return False  # a layer's fused experts, not one expert
-        skip = len(nodes[child].path)
-        signatures.add(tuple((name[skip:], shape_of(param)) for name, param in params))
+        skip = len(child.path)
+        signatures.add(tuple((names[row][skip:], shape_of(params[row])) for row in rows))
         if len(signatures) > 1:
             return False
     return bool(signatures)

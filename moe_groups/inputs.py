@@ -52,9 +52,7 @@ def read_input(params: ParamsInput) -> GroupInput:
     """
     if isinstance(params, nn.Module):
         model = find_experts(params)
-        tensors = [param for _, param in model.names]
-        names = [name for name, _ in model.names]
-        return GroupInput(tensors, names, [0] * len(tensors), [{}], model)
+        return GroupInput(model.params, model.names, [0] * len(model.params), [{}], model)
     if isinstance(params, Mapping):
         return _read_groups([params])
     if isinstance(params, torch.Tensor):

@@ -68,7 +68,7 @@ def stepped_tensors(engine: Any) -> tuple[list[Stepped], list[Row]]:
     ranks are not counted, as in DeepSpeed's global norm.
     """
     found = find_experts(engine.module)
-    names = {id(param): name for name, param in found.names}
+    names, tags = found.name_of(), found.tags()
     own = _deepspeed.checkpoint_rank(engine)[1]
     unwrapped = _deepspeed.steps_parameters(engine)
     stepped: list[Stepped] = []
@@ -77,7 +77,7 @@ def stepped_tensors(engine: Any) -> tuple[list[Stepped], list[Row]]:
         flat = None if unwrapped else group.options["params"][0]
         pieces: list[Piece] = []
         for name, param, offset in group.members:
-            tag = found.tags.get(id(param))
+            tag = tags.get(id(param))
             runs = list(_rows(names.get(id(param), name), param, tag))
             if any(row not in rows for row, _ in runs):
                 rows |= dict.fromkeys(_all_rows(runs, tag))

@@ -6,8 +6,9 @@ name, so that none of these packages needs to be imported. Only a wrapper's own 
 left out of the path: a user's submodule that happens to be called ``module`` stays.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +32,18 @@ _PACKAGES = ("torch", "deepspeed", "peft")
 _SLOT_CACHE: dict[type, tuple[str, ...]] = {}
 
 
+class Columns(NamedTuple):
+    """The parameters of a model in its order, each once.
+
+    Attributes:
+        names: qualified names.
+        params: the parameters.
+    """
+
+    names: list[str]
+    params: list[torch.Tensor]
+
+
 @dataclass(slots=True)
 class ModuleNode:
     """One module of the tree.
@@ -40,7 +53,10 @@ class ModuleNode:
         path: its qualified name without wrappers; "" for the root.
         parent: index of the parent in the walk's order; -1 for the root.
         slot: the name under which the parent holds it.
-        params: its own parameters as ``(qualified name, parameter)``.
+        columns: the parameters of all modules.
+        row: where its parameters begin there.
+        own_stop: where its own end, and those of its children begin.
+        row_stop: where those of the last descendant end.
         stop: index behind the last descendant, so that ``nodes[i:stop]`` is the subtree.
     """
 
@@ -48,13 +64,22 @@ class ModuleNode:
     path: str
     parent: int
     slot: str
-    params: list[tuple[str, torch.Tensor]] = field(default_factory=list)
-    stop: int = 0
+    columns: Columns
+    row: int
+    own_stop: int
+    row_stop: int
+    stop: int
+
+    @property
+    def params(self) -> list[tuple[str, torch.Tensor]]:
+        """Its own parameters as ``(qualified name, parameter)``."""
+        names, params = self.columns
+        own = slice(self.row, self.own_stop)
+        return list(zip(names[own], params[own], strict=True))
 
 
-def wrapper_slots(module: nn.Module) -> tuple[str, ...]:
-    """Names of the children that ``module`` only wraps, by the class names it derives from."""
-    kind = type(module)
+def wrapper_slots(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the children that such a module only wraps, by the class names it derives from."""
     known = _SLOT_CACHE.get(kind)
     if known is None:
         known = tuple(
@@ -73,33 +98,43 @@ def walk(model: nn.Module) -> list[ModuleNode]:
     A parameter that several modules share is listed with the first of them.
     """
     nodes: list[ModuleNode] = []
-    seen_modules: set[int] = set()
-    seen_params: set[int] = set()
-
-    def visit(module: nn.Module, path: str, parent: int, slot: str) -> None:
-        seen_modules.add(id(module))
-        index = len(nodes)
-        node = ModuleNode(module, path, parent, slot)
-        nodes.append(node)
-        for name, param in module._parameters.items():
-            if param is not None and id(param) not in seen_params:
-                seen_params.add(id(param))
-                node.params.append((_join(path, name), param))
-        slots = tuple(module._modules) if slot == "modules_to_save" else wrapper_slots(module)
-        for name, child in module._modules.items():
-            if child is not None and id(child) not in seen_modules:
-                visit(child, path if name in slots else _join(path, name), index, name)
-        node.stop = len(nodes)
-
-    visit(model, "", -1, "")
+    _visit({"": model}, ("",), "", -1, nodes, Columns([], []), set())
     return nodes
+
+
+def _visit(
+    children: Mapping[str, nn.Module | None],
+    left_out: Collection[str],
+    path: str,
+    parent: int,
+    nodes: list[ModuleNode],
+    columns: Columns,
+    seen: set[int],
+) -> None:
+    """Walk the subtrees of children; ``left_out`` are those whose slots no path has."""
+    prefix = f"{path}." if path else ""
+    names, params = columns
+    for slot, module in children.items():
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        own = path if slot in left_out else prefix + slot
+        row = len(params)
+        for name, param in module._parameters.items():
+            if param is not None and id(param) not in seen:
+                seen.add(id(param))
+                names.append(f"{own}.{name}" if own else name)
+                params.append(param)
+        index, stop = len(nodes), len(params)
+        node = ModuleNode(module, own, parent, slot, columns, row, stop, stop, index + 1)
+        nodes.append(node)
+        if below := module._modules:
+            slots = below if slot == "modules_to_save" else wrapper_slots(type(module))
+            _visit(below, slots, own, index, nodes, columns, seen)
+            node.row_stop, node.stop = len(params), len(nodes)
 
 
 def named_parameters(nodes: list[ModuleNode]) -> Iterator[tuple[str, torch.Tensor]]:
     """``(qualified name, parameter)`` of all modules in order, each parameter once."""
     for node in nodes:
         yield from node.params
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -156,18 +156,20 @@ def _groups_of_plan(params: ParamsInput, plan: "ParamGroupPlan") -> list[ParamGr
     return _make_groups(params, Rules(*plan.rules), make)
 
 
+@no_garbage_collection()  # what it makes on the way is gone before the collector looks
 def _make_groups(
     params: ParamsInput, rules: Rules, make: Callable[[GroupInput], list[PlannedGroup]]
 ) -> list[ParamGroup]:
     """Tag, plan with ``make``, and prepare DeepSpeed; all of it or nothing."""
-    # The collector would walk a large model over and over, and grouping makes no cycles.
-    with no_garbage_collection():
-        given = read_input(params)
-        with given.model.written() if given.model else contextlib.nullcontext():
-            groups = make(given)
-            if all(key.mesh is None for _, key, _, _ in groups):
-                _deepspeed.support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
-        return _group_dicts(groups, given, rules)
+    given = read_input(params)
+    model = given.model
+    with model.written() if model and rules.no_decay else contextlib.nullcontext():
+        groups = make(given)
+        if all(key.mesh is None for _, key, _, _ in groups):
+            _deepspeed.support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
+    if model and not rules.no_decay:  # nothing has looked at the tags
+        model.write()
+    return _group_dicts(groups, given, rules)
 
 
 def split_params_into_different_moe_groups_for_optimizer(

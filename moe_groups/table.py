@@ -94,30 +94,41 @@ class _Reader:
 
     def _runs(self) -> Iterator[Run]:
         """Runs of trainable parameters; fills in the sizes on the way."""
-        tags = None if self.given.model is None else self.given.model.tags
-        by_expert, add_size, numel = self.by_expert, self.sizes.append, torch.Tensor.numel
+        sizes, params = self.sizes, self.given.params
+        sizes += map(torch.Tensor.numel, params)
         start, here, here_dtype = 0, _DENSE, None
-        for row, param in enumerate(self.given.params):
-            attributes = param.__dict__
-            get = attributes.get
-            size = numel(param) or get("ds_numel", 0)  # ZeRO-3 leaves an empty placeholder
-            add_size(size)
-            if tags is not None:
-                tag = tags.get(id(param))
-                place = _DENSE if tag is None else (*tag[:2], tag[2] if by_expert else None, None)
-            elif get("allreduce", True):
-                place = _DENSE
-            else:
-                number = get("expert_number") if by_expert else None
-                group, label = get("group_name") or "", get("expert_group_name")
-                place = group, label, number, get("expert_layer_id")
+        for row, (param, place) in enumerate(zip(params, self._places(), strict=True)):
+            size = sizes[row]
+            if not size:  # ZeRO-3 leaves an empty placeholder
+                size = sizes[row] = param.__dict__.get("ds_numel", 0)
             dtype = param.dtype if size and param.requires_grad else None
             if place != here or dtype is not here_dtype:
                 if here_dtype is not None:
                     yield start, row, here, here_dtype
                 start, here, here_dtype = row, place, dtype
         if here_dtype is not None:
-            yield start, len(self.sizes), here, here_dtype
+            yield start, len(sizes), here, here_dtype
+
+    def _places(self) -> Iterator[Place]:
+        """Where each parameter is, as the model or the parameter itself says."""
+        if self.given.model is not None:
+            last, place = None, _DENSE
+            for expert in self.given.model.experts:
+                if expert is not last:
+                    last, place = expert, _DENSE
+                    if expert is not None:
+                        group, label, number, *_ = expert.tag
+                        place = group, label, number if self.by_expert else None, None
+                yield place
+            return
+        for param in self.given.params:
+            get = param.__dict__.get
+            if get("allreduce", True):
+                yield _DENSE
+            else:
+                number = get("expert_number") if self.by_expert else None
+                group, label = get("group_name") or "", get("expert_group_name")
+                yield group, label, number, get("expert_layer_id")
 
     def _family(
         self, row: int, group: Any, label: Any, layer_id: Any, dtype: torch.dtype
@@ -175,9 +186,9 @@ def _check_trainable(given: GroupInput, families: Families) -> None:
         )
     if any(key.parallel_group for key in families):
         return
-    tags = None if given.model is None else given.model.tags
-    for row, param in enumerate(given.params):
-        if is_expert_parameter(param) if tags is None else id(param) in tags:
+    experts = given.model.experts if given.model else map(is_expert_parameter, given.params)
+    for row, expert in enumerate(experts):
+        if expert:
             raise ParameterInputError(
                 f"all expert parameters are frozen (the first is {_row_name(given, row)}), and "
                 "DeepSpeed's ZeRO-1/2 and BF16_Optimizer refuse a model with MoE layers but no "
@@ -193,11 +204,12 @@ def _apply(rules: Rules, given: GroupInput, families: Families) -> list[Variant]
     for row in sorted(chain(*(rows for experts in families.values() for rows in experts.values()))):
         param, name, source = given.params[row], given.names[row], given.sources[row]
         if given.model is None:
-            tag, inside = get_expert_tag(param, name), ("", "")
+            tag = get_expert_tag(param, name)
+            names = addresses(name, tag, "", "")
         else:
-            tag = given.model.tags.get(id(param))
-            inside = given.model.inside.get(id(param), ("", ""))
-        names = addresses(name, tag, *inside)
+            expert = given.model.experts[row]
+            tag = expert.tag if expert else None
+            names = given.model.addresses(row, tag)
         if tag is not None and not example:
             example = names
         found[row] = rules.variant(source, given.groups[source], name, param, names)

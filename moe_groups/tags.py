@@ -8,7 +8,7 @@ DeepSpeed's own (``deepspeed/moe/experts.py``); ``expert_group_name`` and
 
 import itertools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -94,17 +94,19 @@ def set_expert_tag(param: torch.Tensor, tag: ExpertTag) -> None:
     check_number(tag.expert_number, "the tag")
     if tag.layer is not None:
         check_label(tag.layer)
-    write_checked_tag(param, tag)
+    param.__dict__.update(attributes_of(tag))
 
 
-def write_checked_tag(param: torch.Tensor, tag: ExpertTag) -> None:
-    """:func:`set_expert_tag` for a tag that is known to be usable."""
-    param.allreduce = False  # type: ignore[attr-defined]
-    param.group_name = tag.parallel_group  # type: ignore[attr-defined]
-    param.expert_group_name = tag.layer  # type: ignore[attr-defined]
-    param.expert_number = tag.expert_number  # type: ignore[attr-defined]
-    param.num_local_experts = tag.num_local_experts  # type: ignore[attr-defined]
-    param.fused_experts = tag.fused  # type: ignore[attr-defined]
+def attributes_of(tag: ExpertTag) -> dict[str, Any]:
+    """The attributes that a parameter with this tag has, DeepSpeed's two among them."""
+    return {
+        "allreduce": False,
+        "group_name": tag.parallel_group,
+        "expert_group_name": tag.layer,
+        "expert_number": tag.expert_number,
+        "num_local_experts": tag.num_local_experts,
+        "fused_experts": tag.fused,
+    }
 
 
 def get_expert_tag(param: torch.Tensor, name: str = "") -> ExpertTag | None:

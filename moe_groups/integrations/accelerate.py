@@ -107,7 +107,7 @@ def _own_groups(optimizer: Any) -> list[ParamGroup]:
 
 def _named_groups(groups: list[ParamGroup], found: TaggedModel) -> list[ParamGroup]:
     """The groups with named parameters; the last has what is frozen too, for errors to tell of."""
-    names = {id(param): name for name, param in found.names}
+    names = found.name_of()
     named = []
     for index, group in enumerate(groups):
         params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
@@ -121,8 +121,8 @@ def _named_groups(groups: list[ParamGroup], found: TaggedModel) -> list[ParamGro
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         named.append({"params": [(names[id(p)], p) for p in params], **options})
     mine = {id(param) for group in named for _, param in group["params"]}
-    frozen = [(n, p) for n, p in found.names if not p.requires_grad and id(p) not in mine]
-    named[-1]["params"] += frozen
+    rest = [p for p in found.params if not p.requires_grad and id(p) not in mine]
+    named[-1]["params"] += [(names[id(param)], param) for param in rest]
     return named
 
 
@@ -140,7 +140,7 @@ def _as_one_group(
     """One group in the model's order and a rule, for the names and order that a rule gives."""
     first, second = groups
     undecayed = {id(param) for _, param in second["params"]}
-    place = {id(param): index for index, (_, param) in enumerate(found.names)}
+    place = {id(param): index for index, param in enumerate(found.params)}
     params = sorted([*first["params"], *second["params"]], key=lambda pair: place[id(pair[1])])
     rule: dict[str, Any] = {"no_decay": lambda _, param: id(param) in undecayed}
     if "weight_decay" in first:

@@ -119,7 +119,7 @@ def test_sequences_that_contradict_each_other() -> None:
 
 def places(model: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Layer and number of each expert parameter, from its name and from the module tree."""
-    tags = find_experts(model).tags
+    tags = find_experts(model).tags()
     named = {
         param: FlatParam(name, param.numel(), 0, tuple(param.shape))
         for name, param in model.named_parameters()
