@@ -266,6 +266,8 @@ def _free_port() -> int:
 
 def _serve(pipe: Connection, stack_file: str, variables: dict[str, str], join: bool) -> None:
     """Main loop of a rank."""
+    import torch
+
     os.environ.update(variables)
     stacks = open(stack_file, "w")  # noqa: SIM115  (faulthandler writes to it until the end)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
@@ -285,15 +287,19 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str], join: b
         # Anew for each job: Lightning puts signals back as Python knows them, to the default.
         faulthandler.unregister(signal.SIGUSR1)
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        done = False
         try:
             target: Any = _module(module)
             for part in name.split("."):
                 target = getattr(target, part)
             pipe.send((True, target(*args, **kwargs)))
+            done = True
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         if not join:
             return
+        if done:  # another rank may still be connecting to a group that this one would destroy
+            torch.distributed.barrier()
         forget_process_groups()
 
 
