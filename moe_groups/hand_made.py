@@ -51,14 +51,15 @@ def find_flags(nodes: list[ModuleNode], known: Sequence[object]) -> dict[int, in
         if found is None and not param.__dict__.get("allreduce", True)
     }
     kinds = {type(node.module) for node in nodes} if experts else set()
-    if not any(map(wrapper_slots, kinds)):
+    slots = {slot for kind in kinds for slot in wrapper_slots(kind)}
+    if not slots:
         return experts
     originals = {names[row]: row for row in experts}
     row_of = {id(param): row for row, param in enumerate(params)}
     flags: dict[int, int] = {}
     for row, name in enumerate(names):
         if known[row] is None:
-            adapted = _adapted(nodes, owner_of(nodes, row))
+            adapted = _adapted(nodes, owner_of(nodes, row)) if "base_layer" in slots else None
             flag = experts.get(row, originals.get(name))
             if adapted is not None:
                 flag = row_of[id(adapted)]

@@ -89,8 +89,9 @@ def create_moe_param_groups(
         PlanError: no groups fit the budget, or the plan was made for other parameters.
 
     Warns:
-        CostlyGroupsWarning: the step over the groups peaks at more than 1.5 times the
-            least that the same ``split_by`` allows, where the number of ranks is known.
+        CostlyGroupsWarning: the step over the groups peaks at more than 1.5 times what other
+            groups with the same ``split_by`` need, where the number of ranks is known. Only
+            simple ones are tried; :func:`plan_param_groups` searches.
 
     Example:
         >>> groups = create_moe_param_groups(model, split_by="expert", weight_decay=0.1,

@@ -165,6 +165,17 @@ assert "deepspeed" in sys.modules
 """)
 
 
+def test_no_plan_is_searched_for_to_warn() -> None:
+    run("""
+import sys, torch
+from moe_groups import create_moe_param_groups
+with torch.device("meta"):
+    model = torch.nn.ModuleList(torch.nn.Linear(1 << 14, 1 << 14) for _ in range(8))
+create_moe_param_groups(model, max_group_size=1 << 28, data_parallel_size=64)
+assert "moe_groups.step_cost" in sys.modules and "moe_groups.planning" not in sys.modules
+""")
+
+
 def test_grouping_experts_works_where_deepspeed_is_not_installed() -> None:
     run("import sys; sys.modules['deepspeed'] = None\n" + GROUP_A_MODEL)
 

@@ -1,8 +1,9 @@
 """Plans against brute force, against simpler ways to cut, and as a user gives and gets them."""
 
 import warnings
-from itertools import combinations, pairwise, permutations, product
-from typing import Any
+from collections import Counter
+from itertools import chain, combinations, pairwise, permutations, product
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,11 +25,14 @@ from moe_groups import (
     plan_param_groups,
     set_expert_tag,
 )
-from moe_groups.cost_warning import least_peak
+from moe_groups.arguments import OptimizerKind
+from moe_groups.cost_warning import Alike, least_peak, peak_of, simple_cuts
 from moe_groups.cut_search import Line
 from moe_groups.least_held import Cut
 from moe_groups.planning import trade_off
 from moe_groups.step_cost import TEMPORARIES, StepSettings, step_cost
+from moe_groups.step_memory import on_ranks
+from moe_groups.units import show_bytes
 
 SETTINGS = [
     StepSettings(temporaries=TEMPORARIES[kind], compact=compact, grad_bytes=grad_bytes)
@@ -88,14 +92,6 @@ def test_no_plan_is_better_where_all_can_be_tried(lines: list[Line], step: StepS
             groups < curve[0].groups
         )
     assert curve[0].groups == min(best)
-
-
-@given(few_lines(), st.sampled_from(SETTINGS))
-@settings(max_examples=100, derandomize=True)
-def test_no_cut_peaks_below_the_least_that_the_warning_names(
-    lines: list[Line], step: StepSettings
-) -> None:
-    assert least_peak(lines, step) <= min(brute_force(lines, step).values())
 
 
 @st.composite
@@ -334,11 +330,64 @@ def large() -> nn.Module:
 
 def test_costly_groups_are_warned_of() -> None:
     """Groups of one parameter on 32 ranks: each rank holds the whole gradient of all."""
-    text = r"19 groups will peak.*'parallel_group' peak below"
-    with pytest.warns(CostlyGroupsWarning, match=text):
-        create_moe_param_groups(
-            large(), split_by="parallel_group", max_group_size=3 << 24, data_parallel_size=64
-        )
+    asked: Any = {"split_by": "parallel_group", "data_parallel_size": 64}
+    with pytest.warns(CostlyGroupsWarning, match=r"19 groups will peak.*'parallel_group'") as given:
+        groups = create_moe_param_groups(large(), max_group_size=3 << 24, **asked)
+    peak = estimate_step_memory(groups, data_parallel_size=64).step_peak
+    planned = plan_param_groups(large(), step_memory_budget="auto", **asked).memory
+    message = str(given[0].message)
+    assert f"will peak at {show_bytes(peak)} on 64 ranks" in message
+    assert f"{show_bytes(planned.step_peak)} is enough, in {len(planned.groups)} gr" in message
+    assert given[0].filename == __file__
+
+
+CONFIGS = [
+    *(
+        StepConfig(optimizer=kind, **options)
+        for kind in get_args(OptimizerKind)[:3]
+        for options in ({}, {"compact_gradients": True}, {"grad_accum_dtype": "fp32"})
+    ),
+    *(StepConfig(gather_copies=True, compact_gradients=compact) for compact in (True, False)),
+    *(StepConfig(bf16_optimizer=True, immediate_grad_update=keeps) for keeps in (True, False)),
+    StepConfig(bf16_optimizer=True, gather_copies=True),
+    StepConfig(weight_bytes=4),
+]
+
+
+def uncut(lines: list[Line]) -> tuple[Alike, int]:
+    """The lines as the warning wants them, and the ranks; the first line is dense."""
+    world = lines[0].ranks
+    return Counter((line.sizes, f"ep_size_{world // line.ranks}") for line in lines), world
+
+
+@given(few_lines(), st.sampled_from(CONFIGS))
+@settings(max_examples=80, derandomize=True)
+def test_no_cut_in_any_order_is_below_the_least_peak(lines: list[Line], step: StepConfig) -> None:
+    assert least_peak(*uncut(lines), step) <= min(brute_force(lines, step.settings).values())
+
+
+@given(many_lines(), st.sampled_from(CONFIGS))
+@settings(max_examples=60, derandomize=True)
+def test_no_plan_is_below_the_least_peak(case: tuple[int, list[Line]], step: StepConfig) -> None:
+    lines = case[1]
+    assert least_peak(*uncut(lines), step) <= trade_off(lines, step.settings)[-1].peak
+
+
+@given(many_lines(), st.sampled_from(CONFIGS))
+@settings(max_examples=60, derandomize=True)
+def test_what_is_enough_is_the_peak_of_groups_that_can_be_made(
+    case: tuple[int, list[Line]], step: StepConfig
+) -> None:
+    lines = case[1]
+    whole, world = uncut(lines)
+    wanted = Counter(chain.from_iterable(sizes for sizes, _ in whole.elements()))
+    for cut in simple_cuts(whole, world, step.tensor_ranks):
+        assert Counter(chain.from_iterable(sizes for sizes, _ in cut.elements())) == wanted
+        tiles = [on_ranks(*tile, world) for tile in cut.elements()]
+        tiles.sort(key=lambda tile: tile.layout.partition)
+        enough = peak_of(cut, world, step, ascending=True)
+        assert enough == int(step_cost(tiles, step.settings).peak.max())
+        assert enough >= least_peak(whole, world, step)
 
 
 @pytest.mark.parametrize(
