@@ -18,7 +18,7 @@ from benchmarks.plots import lines
 from benchmarks.report import HERE, RESULTS, write
 from benchmarks.step_memory import on_meta
 from moe_groups import StepConfig, StepMemory, estimate_step_memory
-from moe_groups.param_groups import DEEPSPEED_MAX_GROUP_SIZE
+from moe_groups.caps import DEEPSPEED_MAX_GROUP_SIZE
 from tests.fake_world import run_as_rank
 from tests.step_runs import Case, Shape, make_groups, run_all
 

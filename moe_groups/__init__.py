@@ -5,6 +5,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from moe_groups._version import __version__ as __version__
+from moe_groups._wiring import connect
+
 if TYPE_CHECKING:
     from moe_groups.attach_loss import attach_loss as attach_loss, gradient_scale as gradient_scale
     from moe_groups.aux_loss import (
@@ -88,7 +91,6 @@ if TYPE_CHECKING:
     from moe_groups.topology import Topology as Topology
     from moe_groups.verify import verify as verify
 
-__version__ = "0.1.0"
 
 _NAMES = {
     "attach_loss": ("attach_loss", "gradient_scale"),
@@ -173,5 +175,9 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
+connect()
+
 if sys.modules.get("deepspeed") is not None:
-    import_module("moe_groups._deepspeed")  # refuses a release that lacks what is relied on
+    from moe_groups._deepspeed.contract import check_contract
+
+    check_contract()  # refuses a release that lacks what is relied on

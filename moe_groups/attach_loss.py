@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.engines import backward_scale, known_engines, runs_backward
 from moe_groups.errors import InvalidArgumentError
 
 Scale: TypeAlias = float | Callable[[], float]
@@ -82,12 +82,12 @@ def gradient_scale(engine: Any) -> float:
 
     The loss scale (fp16) divided by ``gradient_accumulation_steps``.
     """
-    return _deepspeed.backward_scale(engine)
+    return backward_scale(engine)
 
 
 def _engine() -> Any:
-    known = _deepspeed.known_engines()
-    running = [engine for engine in known if _deepspeed.runs_backward(engine)]
+    known = known_engines()
+    running = [engine for engine in known if runs_backward(engine)]
     found = running or known
     if len(found) == 1:
         return found[0]

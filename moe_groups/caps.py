@@ -8,7 +8,11 @@ from moe_groups.plan import largest_group
 from moe_groups.world import sharing_ranks, world_size
 
 if TYPE_CHECKING:
-    from moe_groups.plan import Key
+    from moe_groups.keys import Key
+
+
+DEEPSPEED_MAX_GROUP_SIZE = 178956971
+"""Default cap of DeepSpeed's split, in elements (``deepspeed/moe/utils.py``)."""
 
 
 class Caps:

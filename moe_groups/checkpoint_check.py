@@ -5,11 +5,11 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import distributed
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.engines import wrapper_name
 from moe_groups.checkpoint_files import (
     CheckpointFiles,
     check_tag,
@@ -23,11 +23,8 @@ from moe_groups.errors import CheckpointError, CheckpointWarning
 from moe_groups.flat_layout import FlatGroup, Rank
 from moe_groups.layout_diff import compare_groups
 from moe_groups.manifest import FILE_NAME, Manifest, read_manifest
-from moe_groups.shard import COUNTS, MASTER, WRAPPERS, Shard, read_shard, stated_fragments
+from moe_groups.shard import WRAPPERS, read_shard
 from moe_groups.shard_step import step_of_shard
-
-if TYPE_CHECKING:
-    from moe_groups.checkpoint_guard import Guard
 
 _SHOWN = 8
 
@@ -54,8 +51,13 @@ class Finding:
 
 
 @contextlib.contextmanager
-def checked(engine: Any, guard: "Guard", load_dir: Path, tag: str | None) -> Iterator[Path]:
+def checked(
+    engine: Any, load_dir: Path, tag: str | None, *, convert: bool, scratch_dir: Path | None
+) -> Iterator[Path]:
     """The directory to load from; all ranks enter together, and all raise if one has to.
+
+    Args:
+        convert: turn a checkpoint of other groups into one of the engine's, in ``scratch_dir``.
 
     Raises:
         CheckpointMismatchError: the checkpoint was saved with other groups, parameters or ranks.
@@ -67,16 +69,16 @@ def checked(engine: Any, guard: "Guard", load_dir: Path, tag: str | None) -> Ite
         raise CheckpointError(f"{problem} Nothing was loaded.")
     kinds, tag = {finding.kind for finding in findings}, findings[0].tag
     if tag is not None and kinds & {"other", "world"}:
-        if guard.regroup == "auto":
+        if convert:
             from moe_groups.regroup_engine import regrouped
 
-            with regrouped(engine, load_dir, tag, guard.scratch_dir) as directory:
+            with regrouped(engine, load_dir, tag, scratch_dir) as directory:
                 yield directory
             return
         refuse(engine, load_dir, tag)
     if tag is not None and "unknown" in kinds:
         warnings.warn(
-            f"{load_dir / tag} has no {FILE_NAME}, and {_deepspeed.wrapper_name(engine)} does not "
+            f"{load_dir / tag} has no {FILE_NAME}, and {wrapper_name(engine)} does not "
             "write which parameters its groups hold: it is loaded by position, right only if the "
             "groups are the same.",
             CheckpointWarning,
@@ -129,7 +131,7 @@ def _examine(engine: Any, load_dir: Path, tag: str | None) -> Finding:
 
 def _compare(engine: Any, files: CheckpointFiles) -> Finding:
     rank, running = own_groups(engine)
-    maps = _deepspeed.wrapper_name(engine) in WRAPPERS
+    maps = wrapper_name(engine) in WRAPPERS
     if files.manifest.is_file():
         found = _by_manifest(read_manifest(files.manifest), rank, running)
         return _by_shard(files, rank, running) if maps and found.kind == "same" else found
@@ -157,7 +159,7 @@ def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> F
             )
         return Finding("world")
     shard = read_shard(files.shards[rank], elastic=True)
-    if holds(shard, rank, running):
+    if shard.holds(rank, running):
         return Finding("same", step=step_of_shard(shard))
     if files.manifest.is_file():
         return Finding(
@@ -166,15 +168,3 @@ def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> F
             "holds others: the files are not of one checkpoint.",
         )
     return Finding("other")
-
-
-def holds(shard: Shard, rank: Rank, groups: list[FlatGroup]) -> bool:
-    """Is in the shard what these groups put into the rank's partitions?"""
-    if len(shard.optimizer[MASTER]) != len(groups):
-        return False
-    return all(
-        shard.partition(index) == group.partition
-        and int(shard.optimizer[COUNTS][index]) == len(group.ranks)
-        and shard.fragments(index) == stated_fragments(group, rank.data, shard.reorders)
-        for index, group in enumerate(groups)
-    )

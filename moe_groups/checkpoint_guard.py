@@ -10,16 +10,20 @@ from typing import Any, Literal, TypeAlias
 
 from torch import distributed
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.checkpoints import checkpoint_tag
+from moe_groups._deepspeed.contract import support_our_groups
+from moe_groups._deepspeed.engines import is_engine
 from moe_groups.arguments import check_one_of
 from moe_groups.checkpoint_files import check_tag, list_files
-from moe_groups.engine_layout import LABELS, describe_run, gather_layout, with_options_of
+from moe_groups.engine_layout import describe_run, gather_layout, with_options_of
 from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
 from moe_groups.flat_layout import Layout
 from moe_groups.manifest import FILE_NAME, UNFINISHED, Manifest, write_manifest
 from moe_groups.own_folder import is_plain
 from moe_groups.saving import announce, mark_finished, mark_unfinished, together
+from moe_groups.tags import LABELS
 
+_GUARD = "_moe_groups_guard"
 Regroup: TypeAlias = Literal["refuse", "auto", "off"]
 
 
@@ -68,26 +72,43 @@ def protect_checkpoints(
         >>> engine.load_checkpoint("checkpoints")                         # doctest: +SKIP
     """
     check_one_of("regroup", regroup, ("refuse", "auto", "off"))
-    if not _deepspeed.is_engine(engine) or not hasattr(engine.optimizer, "param_groups"):
+    if not is_engine(engine) or not hasattr(engine.optimizer, "param_groups"):
         raise InvalidArgumentError(
             "protect_checkpoints takes an engine that deepspeed.initialize made with an optimizer, "
             f"not {type(engine).__name__}."
         )
-    _deepspeed.support_our_groups(moe=True)
+    support_our_groups(moe=True)
     guard = Guard(regroup, None if scratch_dir is None else Path(scratch_dir))
-    _deepspeed.set_guard(engine, guard)
+    set_guard(engine, guard)
+
+
+def guard_of(engine: Any) -> Guard | None:
+    """None where the engine's checkpoints are not guarded."""
+    guard: Guard | None = getattr(engine, _GUARD, None)
+    return guard
+
+
+def set_guard(engine: Any, guard: Guard | None) -> None:
+    """Guard the engine's checkpoints with this; None leaves them to DeepSpeed."""
+    setattr(engine, _GUARD, guard)
+
+
+def guard_from_now_on(engine: Any) -> None:
+    """Guard the checkpoints of an engine that is initialized over our groups."""
+    if guard_of(engine) is None:
+        set_guard(engine, Guard())
 
 
 def guarded_save(
     engine: Any, save: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """DeepSpeed's ``save_checkpoint``, with our file beside its files."""
-    guard: Guard | None = _deepspeed.guard_of(engine)
+    guard = guard_of(engine)
     call = inspect.signature(save).bind(*args, **kwargs)
     save_dir = call.arguments.get("save_dir")
     if not save_dir:
         return save(*args, **kwargs)
-    call.arguments["tag"] = tag = _deepspeed.checkpoint_tag(engine, call.arguments.get("tag"))
+    call.arguments["tag"] = tag = checkpoint_tag(engine, call.arguments.get("tag"))
     folder = Path(save_dir) / tag
     if guard is not None and guard.regroup == "off":
         guard = None
@@ -202,7 +223,7 @@ def guarded_load(
     engine: Any, load: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """DeepSpeed's ``load_checkpoint`` for a checkpoint that was saved with the same groups."""
-    guard: Guard | None = _deepspeed.guard_of(engine)
+    guard = guard_of(engine)
     call = inspect.signature(load).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
@@ -212,7 +233,9 @@ def guarded_load(
 
     names = _names(engine)
     load_dir, tag = given["load_dir"], given["tag"]
-    with checked(engine, guard, Path(load_dir), None if tag is None else str(tag)) as directory:
+    convert, tag = guard.regroup == "auto", None if tag is None else str(tag)
+    folder = Path(load_dir)
+    with checked(engine, folder, tag, convert=convert, scratch_dir=guard.scratch_dir) as directory:
         given["load_dir"] = str(directory)
         path, client_state = load(*call.args, **call.kwargs)
     _restore_names(engine, names)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.utils.checkpoint
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.collectives import support_kept_collectives
+from moe_groups._deepspeed.kept_collectives import KeepPass, ReplayPass, Result
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.kept_collectives import KeepPass, ReplayPass, Result
 
 Contexts = tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
 
@@ -73,7 +73,7 @@ def checkpoint_activations(
             "checkpoint_activations cannot keep results with use_reentrant=True: leave the "
             "argument out."
         )
-    _deepspeed.support_kept_collectives()
+    support_kept_collectives()
     return torch.utils.checkpoint.checkpoint(
         function, *args, use_reentrant=False, context_fn=lambda: _contexts(context_fn), **kwargs
     )

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.engines import is_engine
+from moe_groups._deepspeed.exact_partitions import keep_exact_partitions
 from moe_groups.errors import InvalidArgumentError
 
 
@@ -41,9 +42,9 @@ def compact_gradients(engine: Any) -> None:
         >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         >>> compact_gradients(engine)                                     # doctest: +SKIP
     """
-    if not _deepspeed.is_engine(engine):
+    if not is_engine(engine):
         raise InvalidArgumentError(
             "compact_gradients takes an engine that deepspeed.initialize made, not "
             f"{type(engine).__name__}."
         )
-    _deepspeed.keep_exact_partitions(engine)
+    keep_exact_partitions(engine)

@@ -14,8 +14,9 @@ from typing import TypeAlias
 
 from moe_groups.arguments import SplitBy
 from moe_groups.errors import CostlyGroupsWarning
+from moe_groups.keys import PlannedGroup, Table, Tiles
 from moe_groups.packing import pack
-from moe_groups.plan import PlannedGroup, Table, Tiles, lines, padded_partition
+from moe_groups.plan import lines, padded_partition
 from moe_groups.step_config import StepConfig
 from moe_groups.step_memory import on_ranks
 from moe_groups.units import show_bytes

@@ -5,7 +5,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.engines import engine_data_parallel_group, is_engine, stepped_groups
+from moe_groups._deepspeed.process_groups import expert_data_parallel_size, expert_parallel_rank
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.group_table import GroupRow, GroupTable
 from moe_groups.plan import padded_partition
@@ -45,10 +46,10 @@ def describe(
     for name, value in (("max_rows", max_rows), ("data_parallel_size", data_parallel_size)):
         if value is not None and value < 1:
             raise InvalidArgumentError(f"{name}={value!r} must be at least 1.")
-    if _deepspeed.is_engine(groups):
-        pairs: _Pairs = list(_deepspeed.stepped_groups(groups))
+    if is_engine(groups):
+        pairs: _Pairs = list(stepped_groups(groups))
         world = data_parallel_size or torch.distributed.get_world_size(
-            _deepspeed.engine_data_parallel_group(groups)
+            engine_data_parallel_group(groups)
         )
     else:
         pairs = _read_pairs(getattr(groups, "param_groups", groups))
@@ -84,9 +85,9 @@ def _row(index: int, group: Mapping[str, Any], params: list[torch.Tensor], world
     tag = get_expert_tag(params[0]) if params else None
     name = tag.parallel_group if tag else parallel_group_of(str(group.get("name")))
     if moe and PARALLEL_GROUP.fullmatch(name):
-        known = _deepspeed.expert_data_parallel_size(name)
+        known = expert_data_parallel_size(name)
         ranks = known or max(1, world // ep_size_of(name))
-        ep_rank = _deepspeed.expert_parallel_rank(name)
+        ep_rank = expert_parallel_rank(name)
         if number is not None and ep_rank is not None and tag is not None:
             number = tag.global_number(ep_rank)
     return GroupRow(

@@ -1,36 +1,33 @@
 """The layout of a running engine: of this rank, and gathered from all."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import distributed
 
-import moe_groups
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.checkpoints import LaidOut, checkpoint_rank, laid_out_groups
+from moe_groups._deepspeed.engines import wrapper_name
+from moe_groups._deepspeed.process_groups import expert_parallel_rank
+from moe_groups._version import __version__
 from moe_groups.errors import CheckpointError
-from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, merge_ranks
+from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, merge_ranks, readable_options
 from moe_groups.manifest import Manifest
 from moe_groups.plan import fingerprint
-from moe_groups.step_options import KEY
-from moe_groups.tags import get_expert_tag, parallel_group_of, shape_of
-
-LABELS = ("expert_group_name", "expert_number")
-_NOT_OPTIONS = ("params", "name", "moe", "param_names", KEY, *LABELS)
+from moe_groups.tags import LABELS, get_expert_tag, parallel_group_of, shape_of
 
 
 def own_groups(engine: Any) -> tuple[Rank, list[FlatGroup]]:
     """This rank and its groups, in the order of the optimizer; no communication."""
-    rank = Rank(*_deepspeed.checkpoint_rank(engine))
-    return rank, [_flat_group(laid_out, rank) for laid_out in _deepspeed.laid_out_groups(engine)]
+    rank = Rank(*checkpoint_rank(engine))
+    return rank, [_flat_group(laid_out, rank) for laid_out in laid_out_groups(engine)]
 
 
-def _flat_group(laid_out: _deepspeed.LaidOut, rank: Rank) -> FlatGroup:
+def _flat_group(laid_out: LaidOut, rank: Rank) -> FlatGroup:
     options = laid_out.options
     parallel_group = parallel_group_of(str(options["name"])) if options.get("moe") else None
-    ep_rank = None if parallel_group is None else _deepspeed.expert_parallel_rank(parallel_group)
+    ep_rank = None if parallel_group is None else expert_parallel_rank(parallel_group)
     return FlatGroup(
         name=str(options.get("name", "")),
         ranks=tuple(laid_out.ranks),
@@ -49,19 +46,6 @@ def _flat_param(name: str, param: torch.Tensor, offset: int, ep_rank: int | None
     shape = tuple(shape_of(param))
     dtype = str(param.dtype).removeprefix("torch.")
     return FlatParam(name, math.prod(shape), offset, shape, dtype, expert)
-
-
-def readable_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters of a group as JSON holds them; what JSON cannot hold, in words."""
-    return {key: _readable(value) for key, value in options.items() if key not in _NOT_OPTIONS}
-
-
-def _readable(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()
-    if isinstance(value, tuple | list):
-        return [_readable(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
 
 def gather_layout(engine: Any) -> Layout | None:
@@ -132,9 +116,9 @@ def describe_run(engine: Any, layout: Layout) -> Manifest:
             "model_parallel": len(layout.model_ranks),
         },
         "versions": {
-            "moe_groups": moe_groups.__version__,
+            "moe_groups": __version__,
             "deepspeed": deepspeed.__version__,
             "torch": str(torch.__version__),
         },
     }
-    return Manifest(layout, _deepspeed.wrapper_name(engine), about)
+    return Manifest(layout, wrapper_name(engine), about)

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.around_step import check_steps_partitions
+from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.group_selection import select_groups
 from moe_groups.step_options import Options, write_options
@@ -96,8 +97,8 @@ class GroupSchedule:
 
 
 def _check_engine(engine: Any, what: str) -> None:
-    _deepspeed.check_steps_partitions(engine, what)
-    _deepspeed.support_our_groups(moe=True)  # load_checkpoint takes the options up
+    check_steps_partitions(engine, what)
+    support_our_groups(moe=True)  # load_checkpoint takes the options up
 
 
 def _check_options(pattern: str, options: Mapping[str, object]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.layers import layer_experts, layer_parallel_group, moe_layer_types
 from moe_groups.errors import TagError
 from moe_groups.hand_made import (
     Place,
@@ -181,7 +181,7 @@ class _Finder:
         self.layers: dict[tuple[Any, ...], tuple[ExpertTag, bool]] = {}
 
     def tag_deepspeed_layers(self) -> None:
-        types = _deepspeed.moe_layer_types()
+        types = moe_layer_types()
         layers = [i for i, node in enumerate(self.nodes) if isinstance(node.module, types)]
         stop = 0
         for index in layers:
@@ -192,8 +192,8 @@ class _Finder:
     def _tag_layer(self, index: int) -> None:
         """Tag everything below the experts of the DeepSpeed ``MoE`` at ``nodes[index]``."""
         layer = self.nodes[index]
-        parallel_group = _deepspeed.layer_parallel_group(layer.module)
-        numbers = {id(e): n for n, e in enumerate(_deepspeed.layer_experts(layer.module))}
+        parallel_group = layer_parallel_group(layer.module)
+        numbers = {id(e): n for n, e in enumerate(layer_experts(layer.module))}
         given = getattr(layer.module, "group_label", None)
         label = given or label_from_path(layer.path) or "moe"
         trainable = False

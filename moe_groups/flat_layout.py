@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+import torch
+
 from moe_groups.plan import fingerprint, padded_partition
+from moe_groups.tags import LABELS, STEP_OPTIONS
 
 
 class Rank(NamedTuple):
@@ -267,3 +270,19 @@ def fragments(group: FlatGroup, rank: int) -> Iterator[Piece]:
         start, stop = max(first, param.offset), min(end, param.end)
         if start < stop:
             yield Piece(param, rank, start - first, start - param.offset, stop - start)
+
+
+_NOT_OPTIONS = ("params", "name", "moe", "param_names", STEP_OPTIONS, *LABELS)
+
+
+def readable_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters of a group as JSON holds them; what JSON cannot hold, in words."""
+    return {key: _readable(value) for key, value in options.items() if key not in _NOT_OPTIONS}
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, tuple | list):
+        return [_readable(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

@@ -5,7 +5,11 @@ from typing import Any
 import torch
 from torch import distributed
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.around_step import (
+    before_own_clipping,
+    check_steps_partitions,
+    clipping_divisor,
+)
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.metric_rows import rows_of_all_ranks, stepped_tensors
 from moe_groups.metric_sums import GRAD, PARAM, UPDATE, SteppedPieces, StepSums
@@ -50,7 +54,7 @@ class GroupMetrics:
     ) -> None:
         if interval < 1:
             raise InvalidArgumentError(f"interval is {interval}: give 1 or more steps.")
-        _deepspeed.check_steps_partitions(engine, "GroupMetrics")
+        check_steps_partitions(engine, "GroupMetrics")
         self.engine, self.interval = engine, interval
         self.per_expert, self.update_ratio = per_expert, update_ratio
         stepped, rows = stepped_tensors(engine)
@@ -61,7 +65,7 @@ class GroupMetrics:
         self._copies: list[tuple[SteppedPieces, torch.Tensor]] = []
         before = engine.basic_optimizer.register_step_pre_hook(self._before)
         after = engine.basic_optimizer.register_step_post_hook(self._after)
-        clipping = _deepspeed.before_own_clipping(engine, self._read_unclipped)
+        clipping = before_own_clipping(engine, self._read_unclipped)
         self._undo = [before.remove, after.remove, clipping]
 
     def _begins(self) -> bool:
@@ -118,7 +122,7 @@ class GroupMetrics:
         self._read_at = -1
         sums = self._sums.total(len(self._rows), self.engine.device)
         distributed.all_reduce(sums)
-        sums[:, GRAD] *= _deepspeed.clipping_divisor(self.engine) ** 2
+        sums[:, GRAD] *= clipping_divisor(self.engine) ** 2
         report = make_report(self.engine.global_steps, self._rows, sums.tolist(), self.update_ratio)
         send(self.engine, report, self.per_expert)
         return report

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from moe_groups.arguments import LEVELS, SplitBy, check_one_of
 from moe_groups.errors import InvalidArgumentError, PlanError
 from moe_groups.inputs import GroupInput, ParamsInput, read_input
-from moe_groups.plan import PlannedGroup, Table, fingerprint, lines, name_groups
+from moe_groups.keys import PlannedGroup, Table
+from moe_groups.plan import fingerprint, lines, name_groups
 from moe_groups.plan_hints import cost_lines, hints
 from moe_groups.rules import NoDecay, Overrides, Rules
 from moe_groups.step_config import StepConfig
-from moe_groups.step_memory import data_parallel_world, estimate_step_memory
+from moe_groups.step_memory import SizedGroup, data_parallel_world, estimate_step_memory
 from moe_groups.step_report import StepMemory
 from moe_groups.table import read_table
 from moe_groups.units import parse_bytes, show_bytes
@@ -65,6 +66,13 @@ class ParamGroupPlan:
     hints: list[str]
     rules: tuple[float | None, NoDecay | None, Overrides] = field(repr=False)
     made_for: bytes = field(repr=False)
+
+    def sized(self) -> list[SizedGroup]:
+        """Name, sizes and parallel group of each group, as the estimate takes them."""
+        return [
+            (name, tuple(self.sizes[row] for row in rows), key.parallel_group)
+            for name, key, _, rows in self.groups
+        ]
 
     @property
     def memory(self) -> StepMemory:

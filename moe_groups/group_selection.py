@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import distributed
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.engines import stepped_groups
+from moe_groups._deepspeed.process_groups import expert_parallel_rank
 from moe_groups.errors import OverrideError
 from moe_groups.expert_layers import TaggedModel, find_experts
 from moe_groups.rules import compile_pattern
@@ -53,7 +54,7 @@ def _select(
     for pattern in patterns:
         matcher = compile_pattern(pattern)
         places: list[int] = []
-        for place, (group, params) in enumerate(_deepspeed.stepped_groups(engine)):
+        for place, (group, params) in enumerate(stepped_groups(engine)):
             sides: dict[bool, list[str]] = {True: [], False: []}
             for param in params:
                 name, known = names.get(id(param), ("a parameter of no module", []))
@@ -77,7 +78,7 @@ def _addresses(found: TaggedModel, row: int) -> list[str]:
 
 
 def _with_global_number(tag: ExpertTag) -> ExpertTag:
-    rank = _deepspeed.expert_parallel_rank(tag.parallel_group) or 0
+    rank = expert_parallel_rank(tag.parallel_group) or 0
     return tag._replace(expert_number=tag.global_number(rank))
 
 

@@ -18,8 +18,9 @@ from moe_groups.cell_order import CellOrder, order_cells
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup
 from moe_groups.group_marks import Reading, readings
+from moe_groups.keys import NO_EXPERT, Families, Key, Line, Table, Tiles
 from moe_groups.model_order import ModelOrder
-from moe_groups.plan import NO_EXPERT, Families, Key, Line, Table, Tiles, lines, name_groups
+from moe_groups.plan import lines, name_groups
 from moe_groups.rules import Variant
 from moe_groups.saved_rows import Cell, Row, saved_rows
 from moe_groups.sequences import Merged, merge

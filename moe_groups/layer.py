@@ -7,7 +7,8 @@ import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import nn
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.contract import check_contract
+from moe_groups._deepspeed.layers import layer_experts, layer_parallel_group
 from moe_groups.tags import (
     ExpertTag,
     check_label,
@@ -17,7 +18,7 @@ from moe_groups.tags import (
     set_expert_tag,
 )
 
-_deepspeed.check_contract()  # now, and not in the middle of a run that has its layers already
+check_contract()  # now, and not in the middle of a run that has its layers already
 
 
 class MoE(DeepSpeedMoE):
@@ -90,8 +91,8 @@ class MoE(DeepSpeedMoE):
             top2_2nd_expert_sampling,
         )
         self.group_label = expert_group_name
-        parallel_group = _deepspeed.layer_parallel_group(self)
-        experts = _deepspeed.layer_experts(self)
+        parallel_group = layer_parallel_group(self)
+        experts = layer_experts(self)
         for number, local_expert in enumerate(experts):
             tag = ExpertTag(parallel_group, expert_group_name, number, len(experts))
             for param in local_expert.parameters():

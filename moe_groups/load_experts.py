@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.contract import support_our_groups
+from moe_groups._deepspeed.engines import has_engine, is_pipeline, refresh_master_weights
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.expert_checkpoint_names import ROUTER
 from moe_groups.load_plan import LoadPlan, NamesGiven, plan_load
@@ -111,23 +112,23 @@ def load_experts(
         unused = sorted(set(files.tensors) - plan.used)
         _refuse(plan, unused, strict, files.directory)
         if local and model is module:
-            _deepspeed.support_our_groups(moe=True)  # deepspeed.initialize looks at the places
+            support_our_groups(moe=True)  # deepspeed.initialize looks at the places
         read = _copy(plan, files)
     if model is module:
         note_places(module, local)
     else:
-        _deepspeed.refresh_master_weights(model)
+        refresh_master_weights(model)
     experts = {layer.path: layer.numbers for layer in local}
     return LoadedExperts(experts, plan.filled, plan.not_filled, unused, read)
 
 
 def _check_module(module: nn.Module, alone: bool, layers: Mapping[str, str] | None) -> None:
-    if alone and _deepspeed.has_engine(module):
+    if alone and has_engine(module):
         raise InvalidArgumentError(
             "this model belongs to a DeepSpeed engine, which steps weights of its own: give "
             "load_experts the engine, or call it before deepspeed.initialize."
         )
-    if _deepspeed.is_pipeline(module) and layers is None:
+    if is_pipeline(module) and layers is None:
         raise InvalidArgumentError(
             "a PipelineModule numbers its layers in its own way: say with layers={...} which "
             "is which in the checkpoint."

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.layers import LayerParts, layer_parts
+from moe_groups._deepspeed.process_groups import expert_parallel_ranks
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.local_experts import LocalExperts
 from moe_groups.topology import Topology
@@ -32,14 +33,14 @@ def check_places(model: nn.Module) -> None:
     for part in model.modules():
         noted: dict[str, Topology] = getattr(part, _LOADED, {})
         for path, module in part.named_modules() if noted else ():
-            layer = _deepspeed.layer_parts(module) if path in noted else None
+            layer = layer_parts(module) if path in noted else None
             if layer is not None and (problem := _problem(path, layer, noted[path])):
                 raise InvalidArgumentError(problem)
 
 
-def _problem(path: str, layer: _deepspeed.LayerParts, assumed: Topology) -> str | None:
+def _problem(path: str, layer: LayerParts, assumed: Topology) -> str | None:
     size = layer.num_experts // layer.ep_size
-    for place, rank in enumerate(_deepspeed.expert_parallel_ranks(layer.parallel_group)):
+    for place, rank in enumerate(expert_parallel_ranks(layer.parallel_group)):
         was = assumed.expert_rank(rank)
         if was != place:
             return (

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.engines import is_engine
+from moe_groups._deepspeed.layers import LayerParts, is_partitioned, layer_parts
+from moe_groups._deepspeed.process_groups import expert_place
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.module_names import walk
 from moe_groups.topology import Topology
@@ -54,12 +56,12 @@ def module_of(model: Any, name: str) -> nn.Module:
     Raises:
         InvalidArgumentError: it is neither, or ZeRO-3 has its weights.
     """
-    module = model.module if _deepspeed.is_engine(model) else model
+    module = model.module if is_engine(model) else model
     if not isinstance(module, nn.Module):
         raise InvalidArgumentError(
             f"model is a {type(module).__name__}: give a module, or a DeepSpeed engine."
         )
-    if _deepspeed.is_partitioned(module):
+    if is_partitioned(module):
         raise InvalidArgumentError(
             f"ZeRO-3 keeps this model's parameters in parts: {name} works with ZeRO-1, ZeRO-2 and "
             "BF16_Optimizer."
@@ -79,7 +81,7 @@ def find_local_experts(model: nn.Module, topology: Topology | None) -> list[Loca
     """
     found = []
     for node in walk(model):
-        parts = _deepspeed.layer_parts(node.module)
+        parts = layer_parts(node.module)
         if parts is None:
             continue
         ep_rank, writes, assumed = _place(parts, topology, node.path)
@@ -101,10 +103,10 @@ def find_local_experts(model: nn.Module, topology: Topology | None) -> list[Loca
 
 
 def _place(
-    parts: _deepspeed.LayerParts, topology: Topology | None, path: str
+    parts: LayerParts, topology: Topology | None, path: str
 ) -> tuple[int, bool, Topology | None]:
     """This rank among those that share the experts; is it the first that has its own ones?"""
-    known = _deepspeed.expert_place(parts.parallel_group)
+    known = expert_place(parts.parallel_group)
     ep_size = parts.ep_size
     if known is not None:
         return *known, None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.engines import stage_of
+from moe_groups._deepspeed.layers import routed, routers_of
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.monitor import send
 
@@ -113,9 +114,9 @@ class LossTracker:
             raise InvalidArgumentError(f"interval is {interval}: give 1 or more steps.")
         self.engine, self.coefficient, self.interval = engine, coefficient, interval
         self.in_loss, self.per_expert = in_loss, per_expert
-        found = _deepspeed.routers_of(engine.module)
+        found = routers_of(engine.module)
         own = [(label, count) for label, count, _ in found]
-        self._experts = _of_all_ranks(own, dict(experts or {}), _deepspeed.stage_of(engine.module))
+        self._experts = _of_all_ranks(own, dict(experts or {}), stage_of(engine.module))
         width = _HEAD + max(self._experts.values())
         rows = len(self._experts) + 1  # the first has the loss that is reported
         self._sums = torch.zeros(rows, width, device=engine.device)
@@ -126,7 +127,7 @@ class LossTracker:
     def _watch(self, label: str, gate: torch.nn.Module) -> Any:
         def hook(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
             if module.training:
-                self.record(label, *_deepspeed.routed(outputs))
+                self.record(label, *routed(outputs))
 
         return gate.register_forward_hook(hook)
 

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.around_step import is_counted
+from moe_groups._deepspeed.checkpoints import checkpoint_rank, laid_out_groups
+from moe_groups._deepspeed.engines import steps_parameters
+from moe_groups._deepspeed.process_groups import expert_parallel_rank
 from moe_groups.expert_layers import find_experts
 from moe_groups.tags import ExpertTag, numel_of, shape_of
 from moe_groups.world import ep_size_of
@@ -69,11 +72,11 @@ def stepped_tensors(engine: Any) -> tuple[list[Stepped], list[Row]]:
     """
     found = find_experts(engine.module)
     names, tags = found.name_of(), found.tags()
-    own = _deepspeed.checkpoint_rank(engine)[1]
-    unwrapped = _deepspeed.steps_parameters(engine)
+    own = checkpoint_rank(engine)[1]
+    unwrapped = steps_parameters(engine)
     stepped: list[Stepped] = []
     rows: dict[Row, None] = {}
-    for group in _deepspeed.laid_out_groups(engine):
+    for group in laid_out_groups(engine):
         flat = None if unwrapped else group.options["params"][0]
         pieces: list[Piece] = []
         for name, param, offset in group.members:
@@ -81,7 +84,7 @@ def stepped_tensors(engine: Any) -> tuple[list[Stepped], list[Row]]:
             runs = list(_rows(names.get(id(param), name), param, tag))
             if any(row not in rows for row, _ in runs):
                 rows |= dict.fromkeys(_all_rows(runs, tag))
-            if not _deepspeed.is_counted(engine, param):
+            if not is_counted(engine, param):
                 continue
             if flat is None:
                 if group.ranks[0] == own:
@@ -100,7 +103,7 @@ def _rows(name: str, param: torch.Tensor, tag: ExpertTag | None) -> list[tuple[R
     if tag is None:
         return [(Row(block_of(name)), numel)]
     layer = tag.layer or "experts"
-    rank = _deepspeed.expert_parallel_rank(tag.parallel_group) or 0
+    rank = expert_parallel_rank(tag.parallel_group) or 0
     if not tag.fused:
         return [(Row(layer, True, tag.global_number(rank)), numel)]
     own = shape_of(param)[0]

@@ -1,14 +1,12 @@
 """Unique, readable names of groups; for experts valid process-group keys."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from moe_groups.keys import Key
 from moe_groups.tags import PARALLEL_GROUP, label_from_path
-
-if TYPE_CHECKING:
-    from moe_groups.plan import Key
 
 
 class GroupNames:
@@ -24,7 +22,7 @@ class GroupNames:
         keys: keys of all groups.
     """
 
-    def __init__(self, given: Sequence[object], keys: Iterable["Key"]) -> None:
+    def __init__(self, given: Sequence[object], keys: Iterable[Key]) -> None:
         self.given = [
             label_from_path(str(name)) if name and given.count(name) == 1 else None
             for name in given
@@ -40,7 +38,7 @@ class GroupNames:
         self.prefix = self.suffix = ""
         self.used: set[str] = set()
 
-    def of(self, key: "Key", expert_number: int | None, tile: int | None = None) -> str:
+    def of(self, key: Key, expert_number: int | None, tile: int | None = None) -> str:
         """The name of the group, or of one of its tiles."""
         if key is not self.last:  # neighbours mostly differ in the expert only
             self.last, self.prefix, self.suffix = key, self._prefix(key), self._suffix(key)
@@ -55,13 +53,13 @@ class GroupNames:
         self.used.add(name)
         return name
 
-    def _prefix(self, key: "Key") -> str:
+    def _prefix(self, key: Key) -> str:
         """Where the parameters live: the process groups and the layer."""
         if key.parallel_group is None:
             return self.given[key.variant.source] or "dense"
         return f"{key.parallel_group}_{key.layer or 'experts'}"
 
-    def _suffix(self, key: "Key") -> str:
+    def _suffix(self, key: Key) -> str:
         """What tells the group from others in the same place."""
         variant = key.variant
         own = self.given[variant.source]

@@ -4,23 +4,21 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups.arguments import LEVELS, SplitBy, check_one_of
-from moe_groups.caps import Caps
+from moe_groups.caps import DEEPSPEED_MAX_GROUP_SIZE, Caps
 from moe_groups.cost_warning import warn_if_costly
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.garbage import no_garbage_collection
 from moe_groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
-from moe_groups.plan import Key, PlannedGroup, make_plan
+from moe_groups.keys import Key, PlannedGroup
+from moe_groups.plan import make_plan
 from moe_groups.rules import NoDecay, Overrides, Rules
 from moe_groups.table import read_table
 
 if TYPE_CHECKING:
     from moe_groups.group_plan import ParamGroupPlan
     from moe_groups.step_config import StepConfig
-
-DEEPSPEED_MAX_GROUP_SIZE = 178956971
-"""Default cap of DeepSpeed's split, in elements (``deepspeed/moe/utils.py``)."""
 
 
 def create_moe_param_groups(
@@ -167,7 +165,7 @@ def _make_groups(
     with model.written() if model and rules.no_decay else contextlib.nullcontext():
         groups = make(given)
         if all(key.mesh is None for _, key, _, _ in groups):
-            _deepspeed.support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
+            support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
     if model and not rules.no_decay:  # nothing has looked at the tags
         model.write()
     return _group_dicts(groups, given, rules)

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from moe_groups.engine_layout import LABELS, readable_options
-from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, merge_ranks
+from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, merge_ranks, readable_options
 from moe_groups.shard import Shard
+from moe_groups.tags import LABELS
 
 
 def partial_layout(shards: Mapping[Rank, Shard]) -> Layout:

@@ -8,11 +8,11 @@ from typing import Literal
 from torch import nn
 
 from moe_groups.arguments import SplitBy
+from moe_groups.caps import DEEPSPEED_MAX_GROUP_SIZE
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.group_plan import TradeOff, plan_param_groups
 from moe_groups.inputs import read_input
 from moe_groups.model_source import load_model, names_function
-from moe_groups.param_groups import DEEPSPEED_MAX_GROUP_SIZE
 from moe_groups.plan import lines, make_plan
 from moe_groups.rank_model import shard_for_rank
 from moe_groups.rules import Rules

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe_groups.arguments import SplitBy
 from moe_groups.inputs import GroupInput
-from moe_groups.plan import Line, Table, lines
+from moe_groups.keys import Line, Table
+from moe_groups.plan import lines
 from moe_groups.rules import NoDecay, Overrides, Rules
 from moe_groups.step_config import StepConfig
 from moe_groups.step_memory import on_ranks

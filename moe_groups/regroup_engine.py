@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import distributed
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.checkpoints import checkpoint_rank
 from moe_groups.checkpoint_files import LATEST, CheckpointFiles, find_checkpoint, shard_name
 from moe_groups.checkpoint_source import read_layout
 from moe_groups.checkpoint_whole import STATES
@@ -89,7 +89,7 @@ def _convert(
             f"this rank does not see {directory}: give protect_checkpoints a scratch_dir that all "
             "ranks share."
         )
-    rank = Rank(*_deepspeed.checkpoint_rank(engine))
+    rank = Rank(*checkpoint_rank(engine))
     files = find_checkpoint(load_dir, tag)
     source, sums = RegroupSource(files, layout), Sums()
     copier = Copier(sums, lambda count: None)

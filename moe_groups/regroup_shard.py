@@ -9,7 +9,6 @@ import torch
 
 from moe_groups.copying import Chunk, Copier
 from moe_groups.crc import combine
-from moe_groups.engine_layout import LABELS
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import FlatGroup, Layout, Rank, fragments
 from moe_groups.regroup_source import RegroupSource
@@ -24,6 +23,7 @@ from moe_groups.shard import (
     Shard,
     stated_fragments,
 )
+from moe_groups.tags import LABELS
 from moe_groups.torch_file import (
     ends_with_directory,
     fake_like,

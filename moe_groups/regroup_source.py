@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from moe_groups.checkpoint_check import holds
 from moe_groups.checkpoint_files import CheckpointFiles
 from moe_groups.checkpoint_source import check_states
 from moe_groups.copying import Chunk
@@ -79,7 +78,7 @@ class RegroupSource:
                 f"(model-parallel rank {rank.model}) is missing."
             )
         shard = read_shard(self.files.shards[rank])
-        if not holds(shard, rank, self.layout.of(rank)):
+        if not shard.holds(rank, self.layout.of(rank)):
             raise CheckpointError(
                 f"{shard.path} does not hold the groups that {self.files.manifest.name} says: the "
                 "files are not of one checkpoint."

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.engines import is_pipeline
+from moe_groups._deepspeed.process_groups import tensor_parallel_size
 from moe_groups.arguments import check_one_of
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.expert_checkpoint_names import (
@@ -92,7 +93,7 @@ def save_experts(
 
 
 def _check_whole(module: nn.Module) -> None:
-    if _deepspeed.is_pipeline(module) or _deepspeed.tensor_parallel_size() > 1:
+    if is_pipeline(module) or tensor_parallel_size() > 1:
         raise InvalidArgumentError(
             "save_experts writes what is dense from rank 0, which under tensor or pipeline "
             "parallelism has a part of it."

@@ -1,6 +1,6 @@
 """One rank's optimizer state in a checkpoint of ZeRO-1, ZeRO-2 or BF16_Optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_groups.errors import CheckpointError
-from moe_groups.flat_layout import FlatGroup, fragments, lay_out, round_robin
+from moe_groups.flat_layout import FlatGroup, Rank, fragments, lay_out, round_robin
 from moe_groups.tags import parallel_group_of
 from moe_groups.torch_file import read_skeleton, read_small
 from moe_groups.world import ep_size_of
@@ -107,6 +107,17 @@ class Shard:
             first = rank // share * share
             return tuple(range(first, first + share))
         return tuple(range(rank % ep_size, world, ep_size))
+
+    def holds(self, rank: Rank, groups: Sequence[FlatGroup]) -> bool:
+        """Is here what these groups put into the rank's partitions?"""
+        if len(self.optimizer[MASTER]) != len(groups):
+            return False
+        return all(
+            self.partition(index) == group.partition
+            and int(self.optimizer[COUNTS][index]) == len(group.ranks)
+            and self.fragments(index) == stated_fragments(group, rank.data, self.reorders)
+            for index, group in enumerate(groups)
+        )
 
     @property
     def reorders(self) -> bool:

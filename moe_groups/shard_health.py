@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_groups.checkpoint_check import holds
 from moe_groups.checkpoint_report import Problem, ProblemKind, unreadable
 from moe_groups.checkpoint_scan import PICKLE, Scan, Segment, changed_text, scan_file, sound_pickle
-from moe_groups.engine_layout import readable_options
 from moe_groups.expected_layout import Expected
-from moe_groups.flat_layout import FlatGroup, Rank
+from moe_groups.flat_layout import FlatGroup, Rank, readable_options
 from moe_groups.saved_experts import ParamKey, Place
 from moe_groups.shard import Fragment, Shard, stated_fragments
 from moe_groups.slim_shard import (
@@ -141,7 +139,7 @@ def _examine_content(facts: ShardFacts, shard: Shard, expected: Expected) -> Non
 
 def _difference(shard: Shard, rank: Rank, groups: list[FlatGroup]) -> str | None:
     """Where a shard is not what the layout says."""
-    if holds(shard, rank, groups):
+    if shard.holds(rank, groups):
         return None
     if len(shard.options) != len(groups):
         return f"it has {len(shard.options)} groups in place of {len(groups)}"

@@ -7,7 +7,6 @@ group. Which ranks share a group of experts is DeepSpeed's arrangement for its `
 
 from collections.abc import Mapping, Sequence
 
-from moe_groups.engine_layout import LABELS, readable_options
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import (
     FlatGroup,
@@ -16,9 +15,11 @@ from moe_groups.flat_layout import (
     Rank,
     lay_out,
     merge_ranks,
+    readable_options,
     round_robin,
 )
 from moe_groups.shard import Shard
+from moe_groups.tags import LABELS
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -1,7 +1,7 @@
 """Predict what ``engine.step()`` allocates and holds, for groups or a plan."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.step_config import StepConfig
@@ -11,6 +11,22 @@ from moe_groups.world import sharing_ranks, world_size
 
 if TYPE_CHECKING:
     from moe_groups.step_cost import GroupOnRanks
+
+
+SizedGroup: TypeAlias = tuple[str, tuple[int, ...], str | None]
+"""Name of a group, elements of each of its parameters, and its parallel group."""
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """Groups that were planned for a step on so many ranks, before any optimizer exists."""
+
+    step: StepConfig
+    data_parallel_size: int
+
+    def sized(self) -> list[SizedGroup]:
+        """The groups in their order."""
+        ...
 
 
 def estimate_step_memory(
@@ -39,15 +55,10 @@ def estimate_step_memory(
         34 groups, ZeRO-2, foreach, bf16 gradients
         step peak T + R     7.27 GiB   on the worst of 64 ranks ...
     """
-    from moe_groups.group_plan import ParamGroupPlan
-
-    if isinstance(groups, ParamGroupPlan):
+    if isinstance(groups, Planned):
         step = step or groups.step
         world = data_parallel_size or groups.data_parallel_size
-        named = [
-            (name, tuple(groups.sizes[row] for row in rows), key.parallel_group)
-            for name, key, _, rows in groups.groups
-        ]
+        named = groups.sized()
     else:
         world = data_parallel_world(data_parallel_size)
         named = _read(getattr(groups, "param_groups", groups))
@@ -73,7 +84,7 @@ def data_parallel_world(size: int | None) -> int:
     )
 
 
-def _read(groups: Any) -> list[tuple[str, tuple[int, ...], str | None]]:
+def _read(groups: Any) -> list[SizedGroup]:
     """Name, sizes and parallel group of each group dict."""
     found = []
     for index, group in enumerate([groups] if isinstance(groups, Mapping) else groups):
@@ -98,9 +109,7 @@ def _read(groups: Any) -> list[tuple[str, tuple[int, ...], str | None]]:
     return found
 
 
-def estimate(
-    named: Sequence[tuple[str, tuple[int, ...], str | None]], step: StepConfig, world: int
-) -> StepMemory:
+def estimate(named: Sequence[SizedGroup], step: StepConfig, world: int) -> StepMemory:
     """The estimate for groups given as name, sizes and parallel group."""
     from moe_groups.step_cost import PHASES, step_cost
 
@@ -194,7 +203,7 @@ def _resident(tiles: Sequence["GroupOnRanks"], step: StepConfig) -> dict[str, in
 
 
 def _offloaded(
-    named: Sequence[tuple[str, tuple[int, ...], str | None]],
+    named: Sequence[SizedGroup],
     tiles: Sequence["GroupOnRanks"],
     step: StepConfig,
     world: int,

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.engines import stepped_groups
+from moe_groups.tags import STEP_OPTIONS
 
-KEY = "step_options"
 _OWN = "_own_options"
 _REPLACED = ("lr", "weight_decay")
 
@@ -23,7 +23,7 @@ Options: TypeAlias = Mapping[str, float | bool | None]
 
 def stepped_lr(group: Mapping[str, Any]) -> Any:
     """The learning rate that the group is stepped with, asked before, in or after the step."""
-    options = group.get(KEY, {})
+    options = group.get(STEP_OPTIONS, {})
     if options.get("frozen"):
         return 0.0
     own = group.get(_OWN, group)["lr"]
@@ -43,7 +43,7 @@ class StepHooks:
     def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._after()  # a step that raised has left them in place
         for group in optimizer.param_groups:
-            if options := group.get(KEY):
+            if options := group.get(STEP_OPTIONS):
                 self._put(group, options)
 
     def _put(self, group: dict[str, Any], options: Mapping[str, Any]) -> None:
@@ -87,10 +87,10 @@ def write_options(engine: Any, options: Mapping[int, Options]) -> None:
     groups = engine.optimizer.param_groups
     switched: list[int] = []
     for index, given in options.items():
-        old = groups[index].pop(KEY, {})
+        old = groups[index].pop(STEP_OPTIONS, {})
         merged = {key: value for key, value in {**old, **given}.items() if value is not None}
         if merged:
-            groups[index][KEY] = merged
+            groups[index][STEP_OPTIONS] = merged
         if old.get("frozen", False) != merged.get("frozen", False):
             switched.append(index)
     if switched or engine not in _HOOKS:
@@ -100,17 +100,17 @@ def write_options(engine: Any, options: Mapping[int, Options]) -> None:
 def take_up_options(engine: Any) -> None:
     """Follow the options that the groups have, as after a checkpoint was loaded."""
     groups = getattr(engine.optimizer, "param_groups", [])
-    if engine in _HOOKS or any(KEY in group for group in groups):
+    if engine in _HOOKS or any(STEP_OPTIONS in group for group in groups):
         _hold_frozen(engine, range(len(groups)))
 
 
 def _hold_frozen(engine: Any, indices: Iterable[int]) -> None:
     if engine not in _HOOKS:
         _HOOKS[engine] = StepHooks(engine.basic_optimizer)
-    hooks, stepped = _HOOKS[engine], _deepspeed.stepped_groups(engine)
+    hooks, stepped = _HOOKS[engine], stepped_groups(engine)
     for index in indices:
         group, params = stepped[index]
-        if group.get(KEY, {}).get("frozen"):
+        if group.get(STEP_OPTIONS, {}).get("frozen"):
             hooks.hold(index, params)
         else:
             hooks.let_go(index)

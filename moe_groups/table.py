@@ -9,7 +9,7 @@ import torch
 from moe_groups.arguments import SplitBy
 from moe_groups.errors import ParameterInputError, TagError
 from moe_groups.inputs import GroupInput
-from moe_groups.plan import NO_EXPERT, Families, Key, Rows, Table
+from moe_groups.keys import NO_EXPERT, Families, Key, Rows, Table
 from moe_groups.rules import Rules, Variant, addresses
 from moe_groups.tags import (
     check_label,

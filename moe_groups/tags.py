@@ -14,6 +14,10 @@ import torch
 
 from moe_groups.errors import TagError
 
+LABELS = ("expert_group_name", "expert_number")
+"""Keys of a MoE param group that say whose parameters it holds."""
+STEP_OPTIONS = "step_options"
+"""Key of a param group for options that hold while it is stepped (``step_options.py``)."""
 PARALLEL_GROUP = re.compile(r"ep_size_[1-9]\d*")
 _GROUP_NAME = re.compile(r"(ep_size_[1-9]\d*)_.+")
 _BAD_IN_LABEL = re.compile(r"[\s\x00-\x1f\x7f]")

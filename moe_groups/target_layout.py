@@ -8,14 +8,14 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 
 from moe_groups.arguments import LEVELS, SplitBy, check_one_of
-from moe_groups.caps import Caps
+from moe_groups.caps import DEEPSPEED_MAX_GROUP_SIZE, Caps
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
 from moe_groups.grouping_input import WAY_OUT, GroupingInput, read_back
+from moe_groups.keys import Key, Table
 from moe_groups.model_order import apart
 from moe_groups.names import GroupNames
-from moe_groups.param_groups import DEEPSPEED_MAX_GROUP_SIZE
-from moe_groups.plan import Key, Table, lines, make_plan
+from moe_groups.plan import lines, make_plan
 from moe_groups.rank_change import RankChange
 from moe_groups.saved_rows import UNTOLD, Cell, Row
 from moe_groups.tags import ExpertTag, set_expert_tag

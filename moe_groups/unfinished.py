@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import moe_groups
+from moe_groups._version import __version__
 from moe_groups.checkpoint_files import CheckpointFiles
 from moe_groups.errors import CheckpointError
 from moe_groups.flat_layout import Layout
@@ -227,7 +227,7 @@ def _job(files: CheckpointFiles, target: Layout) -> dict[str, Any]:
     rows = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     names = [(group.name, sorted(group.labels.items())) for group in target.groups]
     return {
-        "moe_groups": moe_groups.__version__,
+        "moe_groups": __version__,
         "source": str(files.folder.resolve()),
         "files": fingerprint(rows).hex(),
         "target": target.fingerprint(),

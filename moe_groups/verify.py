@@ -5,8 +5,16 @@ from typing import Any
 
 import torch
 
-from moe_groups import _deepspeed
-from moe_groups.early_groups import early_problem
+from moe_groups._deepspeed.engines import (
+    Given,
+    engine_data_parallel_group,
+    given_options,
+    is_engine,
+    scheduled_peaks,
+    stepped_groups,
+)
+from moe_groups._deepspeed.process_groups import resolves
+from moe_groups._deepspeed.stale_groups import stale_problem
 from moe_groups.errors import InvalidArgumentError, VerificationError
 from moe_groups.module_names import named_parameters, walk
 from moe_groups.plan import fingerprint
@@ -40,14 +48,14 @@ def verify(engine: Any) -> None:
         >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         >>> verify(engine)                                                # doctest: +SKIP
     """
-    if not _deepspeed.is_engine(engine) or not hasattr(engine.optimizer, "param_groups"):
+    if not is_engine(engine) or not hasattr(engine.optimizer, "param_groups"):
         raise InvalidArgumentError(
             f"verify takes an engine that deepspeed.initialize made with an optimizer, not "
             f"{type(engine).__name__}."
         )
     layout: list[_Layout] = []
     try:
-        stepped = _deepspeed.stepped_groups(engine)
+        stepped = stepped_groups(engine)
         model = list(named_parameters(walk(engine.module)))
         names = {id(param): name for name, param in model}
         layout += [_layout(group, params, names) for group, params in stepped]
@@ -65,7 +73,7 @@ def verify(engine: Any) -> None:
 
 def _check_made_late(stepped: _Stepped, model: list[tuple[str, torch.Tensor]]) -> Iterator[str]:
     groups = [{**group, "params": params} for group, params in stepped]
-    if problem := early_problem(model, groups, wrapped=True):
+    if problem := stale_problem(model, groups, wrapped=True):
         yield problem
 
 
@@ -99,7 +107,7 @@ def _check_names(stepped: _Stepped) -> Iterator[str]:
                 "the whole model in one call of create_moe_param_groups"
             )
         seen.add(name)
-        if group.get("moe") and not _deepspeed.resolves(name):
+        if group.get("moe") and not resolves(name):
             base = parallel_group_of(name)
             yield (
                 f"group {name!r} is marked moe, but its name does not lead to the process groups "
@@ -127,7 +135,7 @@ def _check_marks(stepped: _Stepped, names: dict[int, str]) -> Iterator[str]:
 
 
 def _check_given(stepped: _Stepped, names: dict[int, str], engine: Any) -> Iterator[str]:
-    given = _deepspeed.given_options(engine)
+    given = given_options(engine)
     for index, (group, params) in enumerate(stepped):
         wrong: dict[tuple[str, float, float, str], list[str]] = {}
         for param in params:
@@ -148,11 +156,11 @@ def _check_given(stepped: _Stepped, names: dict[int, str], engine: Any) -> Itera
 
 
 def _actual_options(
-    engine: Any, group: dict[str, Any], index: int, record: _deepspeed.Given
+    engine: Any, group: dict[str, Any], index: int, record: Given
 ) -> dict[str, float]:
     """The group's options now, with the learning rate from before a scheduler changed it."""
     actual = {key: float(group[key]) for key in record.options if key in group}
-    peaks = _deepspeed.scheduled_peaks(engine)
+    peaks = scheduled_peaks(engine)
     if "initial_lr" in group:
         actual["lr"] = float(group["initial_lr"])
     elif peaks is not None and index < len(peaks) and record.own_lr:
@@ -171,7 +179,7 @@ def _layout(group: dict[str, Any], params: list[torch.Tensor], names: dict[int, 
 
 def _agree(engine: Any, problems: list[str], layout: list[_Layout]) -> None:
     """Compare ``layout`` over the ranks; raise the same error everywhere."""
-    group = _deepspeed.engine_data_parallel_group(engine)
+    group = engine_data_parallel_group(engine)
     ranks = torch.distributed.get_process_group_ranks(group)
     digest = fingerprint(layout) + len(problems).to_bytes(8, "big")
     mine = torch.tensor(list(digest), dtype=torch.uint8, device=engine.device)

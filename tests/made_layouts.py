@@ -7,9 +7,16 @@ from typing import Any
 
 import torch
 
-from moe_groups.engine_layout import LABELS, readable_options
-from moe_groups.flat_layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
-from moe_groups.tags import parallel_group_of
+from moe_groups.flat_layout import (
+    FlatGroup,
+    FlatParam,
+    Layout,
+    Rank,
+    lay_out,
+    merge_ranks,
+    readable_options,
+)
+from moe_groups.tags import LABELS, parallel_group_of
 
 Names = Mapping[int, tuple[str, int | None]]
 """``id(parameter)`` to its name and the number of its expert on the rank."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_groups._deepspeed.engines import engine_data_parallel_group, stepped_groups
+from moe_groups._deepspeed.ports import PORTS
 from moe_groups.tags import numel_of, parallel_group_of
 
 
@@ -86,9 +87,7 @@ def wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
     """Write what the groups are beside the checkpoint."""
 
     def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from moe_groups.checkpoint_guard import guarded_save
-
-        return guarded_save(self, functools.partial(original, self), args, kwargs)
+        return PORTS.save_checkpoint(self, functools.partial(original, self), args, kwargs)
 
     return save_checkpoint
 
@@ -97,11 +96,8 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     """Compare the groups with what was written; options of experts go on from what was loaded."""
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from moe_groups.checkpoint_guard import guarded_load
-        from moe_groups.step_options import take_up_options
-
-        result = guarded_load(self, functools.partial(original, self), args, kwargs)
-        take_up_options(self)
+        result = PORTS.load_checkpoint(self, functools.partial(original, self), args, kwargs)
+        PORTS.checkpoint_loaded(self)
         return result
 
     return load_checkpoint

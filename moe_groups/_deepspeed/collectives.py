@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from moe_groups._deepspeed.kept_collectives import inside_region, once
 from moe_groups._deepspeed.patching import Change, change_functions
-from moe_groups.kept_collectives import inside_region, once
 
 
 def wrap_gather_tokens(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

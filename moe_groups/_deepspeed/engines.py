@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from moe_groups._deepspeed.ports import PORTS
+
 _GIVEN = "_moe_groups_given"
-_GUARD = "_moe_groups_guard"
 _ENGINES: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
@@ -101,7 +102,7 @@ def given_options(engine: Any) -> dict[int, Given]:
 
 
 def remember(engine: Any, optimizer: Any) -> None:
-    """Keep what the groups have before the engine wraps the optimizer; guard its checkpoints."""
+    """Keep what the groups have before the engine wraps the optimizer."""
     default = getattr(optimizer, "defaults", {}).get("lr")
     given: dict[int, Given] = {}
     for group in optimizer.param_groups:
@@ -112,20 +113,7 @@ def remember(engine: Any, optimizer: Any) -> None:
         given.update((id(param), record) for param in group["params"])
     setattr(engine, _GIVEN, given)
     _ENGINES.add(engine)
-    if guard_of(engine) is None:
-        from moe_groups.checkpoint_guard import Guard
-
-        set_guard(engine, Guard())
-
-
-def guard_of(engine: Any) -> Any:
-    """What :func:`set_guard` set; None where the engine's checkpoints are not guarded."""
-    return getattr(engine, _GUARD, None)
-
-
-def set_guard(engine: Any, guard: Any) -> None:
-    """Guard the engine's checkpoints (``checkpoint_guard.py`` says with what)."""
-    setattr(engine, _GUARD, guard)
+    PORTS.engine_started(engine)
 
 
 def scheduled_peaks(engine: Any) -> list[float] | None:

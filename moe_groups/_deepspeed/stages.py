@@ -8,6 +8,7 @@ import torch
 
 from moe_groups._deepspeed.engines import is_pipeline
 from moe_groups._deepspeed.layers import moe_layer_types
+from moe_groups._deepspeed.ports import PORTS
 from moe_groups.errors import InvalidArgumentError
 
 
@@ -53,8 +54,6 @@ def _carrying(engine: Any, model: Any) -> tuple[bool, str | None]:
 
     The engine has not given the module its config's checkpointing yet.
     """
-    from moe_groups.carry_loss import CarryLoss, carrying_problem
-
     pipeline = engine._config.pipeline
     partitioned = model.topology().get_dim("model") > 1 and (
         pipeline["pipe_partitioned"] or pipeline["grad_partitioned"]
@@ -64,5 +63,4 @@ def _carrying(engine: Any, model: Any) -> tuple[bool, str | None]:
     once = own and pipeline.get("use_reentrant") is not False
     recomputed = interval > 0 and model.num_stages > 1 and once
     stage, layers = f"pipeline stage {model.stage_id}", model.forward_funcs
-    problem = carrying_problem(layers, model.loss_fn, partitioned, recomputed, stage)
-    return any(isinstance(layer, CarryLoss) for layer in layers), problem
+    return PORTS.stage_problem(layers, model.loss_fn, partitioned, recomputed, stage)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from moe_groups._deepspeed.engines import remember
+from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import register_names
-from moe_groups.early_groups import early_problem
+from moe_groups._deepspeed.stale_groups import stale_problem
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.tags import is_expert_parameter
 
@@ -20,8 +21,6 @@ def wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
     def _broadcast_model(self: Any) -> None:
         from deepspeed.utils import groups
 
-        from moe_groups.loaded_places import check_places
-
         for name, param in self.module.named_parameters():
             known = getattr(param, "group_name", None) in groups._EXPERT_DATA_PARALLEL_GROUP
             if hasattr(param, "expert_group_name") and is_expert_parameter(param) and not known:
@@ -31,7 +30,7 @@ def wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
                     "moe_groups.MoE) and AutoEP's layers: build one with this ep_size, or set "
                     "param.allreduce = True to train the parameter as a dense one."
                 )
-        check_places(self.module)
+        PORTS.process_groups_made(self.module)
         original(self)
 
     return _broadcast_model
@@ -52,7 +51,7 @@ def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         if self.has_moe_layers:
             named, stage = self.module.named_parameters(), self.zero_optimization_stage()
-            if problem := early_problem(named, basic_optimizer.param_groups, wrapped=stage < 3):
+            if problem := stale_problem(named, basic_optimizer.param_groups, wrapped=stage < 3):
                 raise ParameterInputError(problem)
         settle_muon(self, basic_optimizer)
         register_names(str(g.get("name")) for g in moe)

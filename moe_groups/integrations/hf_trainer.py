@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from moe_groups import _deepspeed
+from moe_groups._deepspeed.engines import known_engines
 from moe_groups.arguments import check_one_of
 from moe_groups.checkpoint_guard import Regroup, protect_checkpoints
 from moe_groups.errors import InvalidArgumentError
@@ -101,7 +101,7 @@ class MoETrainer(Trainer):
         """Trainer's scheduler; the engine is there then, and no checkpoint is loaded yet."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         mine = getattr(self.optimizer, "optimizer", None)
-        for engine in _deepspeed.known_engines():
+        for engine in known_engines():
             if mine is not None and engine.optimizer is mine:
                 protect_checkpoints(engine, regroup=self.regroup)
                 verify(engine)

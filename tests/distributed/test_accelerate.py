@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moe_groups import CheckpointMismatchError, describe, protect_checkpoints, verify
-from moe_groups._deepspeed import wrapper_name
+from moe_groups._deepspeed.engines import wrapper_name
 from moe_groups.manifest import FILE_NAME
 from tests.hf_runs import (
     by_expert,

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from moe_groups import (
     InvalidArgumentError,
     RecomputationError,
-    _deepspeed,
     checkpoint_activations,
 )
-from moe_groups.kept_collectives import KeepPass
+from moe_groups._deepspeed.contract import support_our_groups
+from moe_groups._deepspeed.kept_collectives import KeepPass
 from tests.checkpointed_models import (
     WAYS,
     CheckpointedMoE,
@@ -220,7 +220,7 @@ class TensorParallel:
 
 def gather_tokens(way: Way) -> tuple[int, torch.Tensor]:
     """Gatherings in a forward and backward pass, and the gradient of the tokens."""
-    _deepspeed.support_our_groups(moe=True)  # so that gloo gathers them
+    support_our_groups(moe=True)  # so that gloo gathers them
     groups.mpu = TensorParallel()
     tokens = torch.ones(4, 3, 2, requires_grad=True)
     gather, calls = torch.distributed.all_gather, 0

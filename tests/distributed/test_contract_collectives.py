@@ -14,9 +14,11 @@ from deepspeed.moe import mappings, sharded_moe
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch.utils.checkpoint import checkpoint
 
-from moe_groups import UnsupportedDeepSpeedError, _deepspeed, checkpoint_activations
+from moe_groups import UnsupportedDeepSpeedError, checkpoint_activations
 from moe_groups._deepspeed import collectives, patching
-from moe_groups.kept_collectives import inside_region
+from moe_groups._deepspeed.collectives import support_kept_collectives
+from moe_groups._deepspeed.contract import support_our_groups
+from moe_groups._deepspeed.kept_collectives import inside_region
 from tests.checkpointed_models import Tensors, different, initialized, plain, step
 from tests.models import TinyMoE
 from tests.ranks import run_in_fresh_processes, run_on_ranks
@@ -93,9 +95,9 @@ def steps_around_the_change() -> list[Tensors]:
     model = initialized(TinyMoE(DeepSpeedMoE, ep_size=2, k=2))
     original = sharded_moe._AllToAll.forward
     before = step(model)
-    _deepspeed.support_kept_collectives()
+    support_kept_collectives()
     changed = sharded_moe._AllToAll.forward
-    _deepspeed.support_kept_collectives()
+    support_kept_collectives()
     assert inspect.unwrap(changed) is original
     assert sharded_moe._AllToAll.forward is changed
     return [before, step(model)]
@@ -135,7 +137,7 @@ def refuse_other_arguments() -> str:
     before = engine.save_checkpoint
     try:
         with pytest.raises(UnsupportedDeepSpeedError) as failure:
-            _deepspeed.support_our_groups(moe=True)
+            support_our_groups(moe=True)
     finally:
         engine.load_checkpoint = original
     assert engine.save_checkpoint is before, "changed in part"

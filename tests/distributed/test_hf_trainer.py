@@ -16,7 +16,7 @@ from moe_groups import (
     create_moe_param_groups,
     describe,
 )
-from moe_groups._deepspeed import wrapper_name
+from moe_groups._deepspeed.engines import wrapper_name
 from moe_groups.manifest import FILE_NAME
 from tests.hf_runs import LR, by_expert, config, train_plainly, trainer
 from tests.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks, run_on_stock

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_groups import _deepspeed, protect_checkpoints, regroup_checkpoint
+from moe_groups import protect_checkpoints, regroup_checkpoint
+from moe_groups.checkpoint_guard import set_guard
 from moe_groups.manifest import read_manifest
 from tests.made_checkpoints import same, shard_contents, state_of
 from tests.ranks import forget_process_groups, run_on_ranks
@@ -45,7 +46,7 @@ def save_all(directory: Path, wrapper: str, ep_size: int, splits: list[str]) -> 
         train(engine, 2)
         engine.save_checkpoint(str(directory / split))
         histories[split] = train(engine, 2, 2) | rates(engine)
-        _deepspeed.set_guard(engine, None)
+        set_guard(engine, None)
         engine.destroy()
     return histories
 

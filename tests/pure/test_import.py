@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,36 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "deepspeed
 moe_groups.MoE
 assert "deepspeed" in sys.modules
 """)
+
+
+def test_what_works_offline_does_not_need_an_engine() -> None:
+    loaded = loaded_by(
+        "import moe_groups.inspect_checkpoint, moe_groups.regroup, moe_groups.topology"
+    )
+    ours = {name for name in loaded if name.startswith("moe_groups._deepspeed")}
+    assert ours == {"moe_groups._deepspeed", "moe_groups._deepspeed.ports"}
+    assert "deepspeed" not in loaded
+
+
+def test_unconnected_ports_leave_deepspeed_as_it_is() -> None:
+    from moe_groups._deepspeed.ports import Ports
+
+    def original(*args: object, **kwargs: object) -> tuple[object, ...]:
+        return args, kwargs
+
+    ports, engine = Ports(), object()
+    assert ports.save_checkpoint(engine, original, (1,), {"tag": "t"}) == ((1,), {"tag": "t"})
+    assert ports.load_checkpoint(engine, original, (1,), {"tag": "t"}) == ((1,), {"tag": "t"})
+    assert ports.stage_problem([], None, True, True, "stage 0") == (False, None)
+    for moment in ("engine_started", "process_groups_made", "checkpoint_loaded"):
+        assert getattr(ports, moment)(engine) is None
+
+
+def test_all_ports_are_connected_by_an_import() -> None:
+    from moe_groups._deepspeed.ports import PORTS, Ports
+
+    for field in fields(Ports):
+        assert getattr(PORTS, field.name) is not getattr(Ports(), field.name), field.name
 
 
 def test_no_plan_is_searched_for_to_warn() -> None:

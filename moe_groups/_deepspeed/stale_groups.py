@@ -14,7 +14,7 @@ MAKE_LATER = (
 )
 
 
-def early_problem(
+def stale_problem(
     model: Iterable[tuple[str, torch.Tensor]], groups: Sequence[Mapping[str, Any]], wrapped: bool
 ) -> str | None:
     """Why experts of ``model`` will not be trained, or not as experts; None if they will.

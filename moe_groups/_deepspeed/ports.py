@@ -1,0 +1,49 @@
+"""What the changed DeepSpeed calls of the rest of the package; ``_wiring.py`` connects it.
+
+Each default does what DeepSpeed does without us, so that nothing here depends on what is above.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Call: TypeAlias = Callable[..., Any]
+Arguments: TypeAlias = tuple[Any, ...]
+
+
+def _nothing(_: Any) -> None:
+    """What happens to an engine or a model without us."""
+
+
+def _no_problem(*_: Any) -> tuple[bool, str | None]:
+    return False, None
+
+
+def _call(_: Any, original: Call, args: Arguments, kwargs: Mapping[str, Any]) -> Any:
+    return original(*args, **kwargs)
+
+
+@dataclass(slots=True)
+class Ports:
+    """Functions that are called at these moments; all ranks call each alike.
+
+    Attributes:
+        engine_started: with an engine, before it wraps its optimizer.
+        process_groups_made: with the engine's model, before its weights are broadcast.
+        stage_problem: with a pipeline stage's layers and loss function, whether activations are
+            partitioned, whether DeepSpeed recomputes them, and what to call the stage: does it
+            carry a loss along the pipeline, and what would keep it from that (None if nothing)?
+        save_checkpoint: with the engine, DeepSpeed's bound method and its arguments.
+        load_checkpoint: the same.
+        checkpoint_loaded: with the engine, after the load.
+    """
+
+    engine_started: Callable[[Any], None] = _nothing
+    process_groups_made: Callable[[Any], None] = _nothing
+    stage_problem: Callable[[Any, Any, bool, bool, str], tuple[bool, str | None]] = _no_problem
+    save_checkpoint: Callable[[Any, Call, Arguments, Mapping[str, Any]], Any] = _call
+    load_checkpoint: Callable[[Any, Call, Arguments, Mapping[str, Any]], Any] = _call
+    checkpoint_loaded: Callable[[Any], None] = _nothing
+
+
+PORTS = Ports()
