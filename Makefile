@@ -2,7 +2,7 @@
 # make test   the tests (make test-long: those that take longest; make campaign: hundreds of kills,
 #             full disks and flipped bits; make test-numeric: those that depend on how the
 #             processor rounds, once more with the plainest instructions it has)
-# make lint   ruff and mypy;  make docs: the site, into site/;  make bench: benchmarks
+# make lint   ruff, mypy and import-linter;  make docs: the site, into site/;  make bench: benchmarks
 # make compatibility   tests of each feature with several releases of DeepSpeed
 #
 # Each sets up what it needs in .venv. PYTHON chooses the interpreter, ARGS goes to the demo.
@@ -53,6 +53,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

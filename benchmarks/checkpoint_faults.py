@@ -11,11 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.report import write
-from tests import conversion_faults, conversion_work, damaged_sources, loading_faults, saving_faults
-from tests.conversion_faults import Conversion
-from tests.fault_table import Tally
-from tests.full_disk import small_disk
-from tests.ranks import close_pools
+from tests.support.checkpoints import (
+    conversion_faults,
+    conversion_work,
+    damaged_sources,
+    loading_faults,
+    saving_faults,
+)
+from tests.support.checkpoints.conversion_faults import Conversion
+from tests.support.checkpoints.fault_table import Tally
+from tests.support.checkpoints.full_disk import small_disk
+from tests.support.ranks import close_pools
 
 
 def converting(place: Path) -> Iterator[Tally]:

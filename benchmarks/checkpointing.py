@@ -19,8 +19,8 @@ from torch import nn
 from benchmarks.report import write
 from benchmarks.timing import milliseconds
 from moe_groups import MoE, measure_step_memory
-from tests.checkpointed_models import WAYS, Way, communication, initialized
-from tests.ranks import close_pools, run_in_fresh_processes
+from tests.support.checkpointed_models import WAYS, Way, communication, initialized
+from tests.support.ranks import close_pools, run_in_fresh_processes
 
 LAYERS, EXPERTS = 2, 4
 SHAPES = {"hidden 128, 2,048 tokens": (128, 2048), "hidden 512, 512 tokens": (512, 512)}

@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.report import write
 from benchmarks.timing import milliseconds
-from tests.ranks import ROOT, close_pools, run_in_fresh_processes
+from tests.support import ROOT
+from tests.support.ranks import close_pools, run_in_fresh_processes
 
 WAYS = ("DeepSpeed's split", "moe-groups, by layer", "planned", "planned, compact gradients")
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.report import write
-from tests.ranks import close_pools, run_in_fresh_processes
+from tests.support.ranks import close_pools, run_in_fresh_processes
 
 HIDDEN, LAYERS, EXPERTS = 16, 8, 32
 
@@ -53,7 +53,7 @@ def measure(wrapper: str, split_by: str, cap: int | None, steps: int, stock: boo
 
     import moe_groups
     from moe_groups._deepspeed import start as set_up
-    from tests.training import config
+    from tests.support.training import config
 
     if stock:
         set_up.MANY_GROUPS = 10**9  # let DeepSpeed report its memory for every group

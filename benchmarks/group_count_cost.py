@@ -18,9 +18,9 @@ from benchmarks.plots import lines
 from benchmarks.report import write
 from benchmarks.timing import milliseconds
 from moe_groups import StepConfig, compact_gradients, create_moe_param_groups
-from tests.ranks import close_pools, run_in_fresh_processes
-from tests.step_runs import Case, deepspeed_config
-from tests.training import initialize
+from tests.support.ranks import close_pools, run_in_fresh_processes
+from tests.support.step_runs import Case, deepspeed_config
+from tests.support.training import initialize
 
 COUNTS = (1, 4, 10, 40, 100, 250, 1000)  # divisors of the last
 ELEMENTS = 6_000_000

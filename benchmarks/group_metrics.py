@@ -17,10 +17,10 @@ from torch import nn
 
 from benchmarks.report import RESULTS, write
 from moe_groups import MoE
-from moe_groups.group_metrics import GroupMetrics
-from moe_groups.group_metrics_plot import write_expert_map
-from tests.ranks import close_pools, forget_process_groups, run_in_fresh_processes
-from tests.training import config, initialize, make_groups
+from moe_groups.metrics.group_metrics import GroupMetrics
+from moe_groups.metrics.plot import write_expert_map
+from tests.support.ranks import close_pools, forget_process_groups, run_in_fresh_processes
+from tests.support.training import config, initialize, make_groups
 
 
 class Size(NamedTuple):

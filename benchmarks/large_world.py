@@ -18,9 +18,9 @@ from benchmarks.plots import lines
 from benchmarks.report import HERE, RESULTS, write
 from benchmarks.step_memory import on_meta
 from moe_groups import StepConfig, StepMemory, estimate_step_memory
-from moe_groups.caps import DEEPSPEED_MAX_GROUP_SIZE
-from tests.fake_world import run_as_rank
-from tests.step_runs import Case, Shape, make_groups, run_all
+from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
+from tests.support.fake_world import run_as_rank
+from tests.support.step_runs import Case, Shape, make_groups, run_all
 
 GIB = 2**30
 WORLDS = (16, 32, 64, 128, 256, 512, 1024)

@@ -26,8 +26,8 @@ from torch import nn
 
 from benchmarks.regroup_checkpoint import anonymous
 from benchmarks.report import write
-from tests.fake_world import run_as_rank
-from tests.hf_checkpoints import PROJECTIONS, GatedFFN
+from tests.support.fake_world import run_as_rank
+from tests.support.hf_checkpoints import PROJECTIONS, GatedFFN
 
 RANK, WORLD = 2, 4
 
@@ -169,7 +169,7 @@ def most_held(way: Callable[[], object]) -> int:
 
 def measure(directory: Path, shape: Shape, rounds: int) -> dict[str, Any]:
     """As one rank."""
-    from moe_groups.load_experts import load_experts
+    from moe_groups.weights.load import load_experts
 
     torch.set_num_threads(1)
     model = build(shape)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tests.step_runs import Shape
+from tests.support.step_runs import Shape
 
 
 class Architecture(NamedTuple):

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.report import write
 from moe_groups import StepConfig, regroup_checkpoint
-from tests.ranks import ROOT, run_in_fresh_processes
-from tests.step_runs import Case, Shape, start
+from tests.support import ROOT
+from tests.support.ranks import run_in_fresh_processes
+from tests.support.step_runs import Case, Shape, start
 
 ZERO_2 = StepConfig(zero_stage=2, optimizer="fused")
 BF16 = StepConfig(zero_stage=1, grad_accum_dtype="fp32", optimizer="fused")

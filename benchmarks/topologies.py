@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.plots import curves
 from benchmarks.report import write
 from moe_groups import BalanceReport, LossTracker
-from tests.ranks import close_pools, forget_process_groups, run_in_fresh_processes
-from tests.stage_models import COEFFICIENT, Run, start_run, train_run
+from tests.support.ranks import close_pools, forget_process_groups, run_in_fresh_processes
+from tests.support.stage_models import COEFFICIENT, Run, start_run, train_run
 
 WORLD = 4
 TWO = (2,) * 8

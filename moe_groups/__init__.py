@@ -9,17 +9,22 @@ from moe_groups._version import __version__ as __version__
 from moe_groups._wiring import connect
 
 if TYPE_CHECKING:
-    from moe_groups.attach_loss import attach_loss as attach_loss, gradient_scale as gradient_scale
-    from moe_groups.aux_loss import (
+    from moe_groups.losses.attach import (
+        attach_loss as attach_loss,
+        gradient_scale as gradient_scale,
+    )
+    from moe_groups.losses.balance import (
         load_balancing_loss as load_balancing_loss,
         router_z_loss as router_z_loss,
     )
-    from moe_groups.carry_loss import CarriedLoss as CarriedLoss, CarryLoss as CarryLoss
-    from moe_groups.checkpoint_guard import protect_checkpoints as protect_checkpoints
-    from moe_groups.checkpoint_report import CheckpointReport as CheckpointReport
-    from moe_groups.checkpointing import checkpoint_activations as checkpoint_activations
-    from moe_groups.compact import compact_gradients as compact_gradients
-    from moe_groups.describe import describe as describe
+    from moe_groups.losses.carry import CarriedLoss as CarriedLoss, CarryLoss as CarryLoss
+    from moe_groups.checkpoints.guard.guard import protect_checkpoints as protect_checkpoints
+    from moe_groups.checkpoints.inspect.report import CheckpointReport as CheckpointReport
+    from moe_groups.engine.activation_checkpointing import (
+        checkpoint_activations as checkpoint_activations,
+    )
+    from moe_groups.engine.compact import compact_gradients as compact_gradients
+    from moe_groups.groups.description import describe as describe
     from moe_groups.errors import (
         CheckpointError as CheckpointError,
         CheckpointMismatchError as CheckpointMismatchError,
@@ -36,39 +41,39 @@ if TYPE_CHECKING:
         UnsupportedDeepSpeedError as UnsupportedDeepSpeedError,
         VerificationError as VerificationError,
     )
-    from moe_groups.expert_control import (
+    from moe_groups.engine.group_options import (
         GroupSchedule as GroupSchedule,
         set_group_options as set_group_options,
     )
-    from moe_groups.expert_layers import tag_experts as tag_experts
-    from moe_groups.group_metrics import GroupMetrics as GroupMetrics
-    from moe_groups.group_metrics_plot import write_expert_map as write_expert_map
-    from moe_groups.group_plan import (
+    from moe_groups.experts.find import tag_experts as tag_experts
+    from moe_groups.metrics.group_metrics import GroupMetrics as GroupMetrics
+    from moe_groups.metrics.plot import write_expert_map as write_expert_map
+    from moe_groups.memory.plan import (
         ParamGroupPlan as ParamGroupPlan,
         plan_param_groups as plan_param_groups,
     )
-    from moe_groups.inspect_checkpoint import inspect_checkpoint as inspect_checkpoint
+    from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint as inspect_checkpoint
     from moe_groups.layer import MoE as MoE
-    from moe_groups.load_experts import LoadedExperts as LoadedExperts, load_experts as load_experts
-    from moe_groups.loss_tracker import (
+    from moe_groups.weights.load import LoadedExperts as LoadedExperts, load_experts as load_experts
+    from moe_groups.losses.tracker import (
         BalanceReport as BalanceReport,
         LayerBalance as LayerBalance,
         LossTracker as LossTracker,
     )
-    from moe_groups.mark_experts import mark_experts as mark_experts
-    from moe_groups.measure import (
+    from moe_groups.experts.find import mark_experts as mark_experts
+    from moe_groups.memory.measure import (
         MeasuredIteration as MeasuredIteration,
         MeasuredPhase as MeasuredPhase,
         MeasuredStep as MeasuredStep,
         measure_iteration_memory as measure_iteration_memory,
         measure_step_memory as measure_step_memory,
     )
-    from moe_groups.metrics_report import (
+    from moe_groups.metrics.report import (
         GroupStats as GroupStats,
         LayerStats as LayerStats,
         MetricsReport as MetricsReport,
     )
-    from moe_groups.muon import (
+    from moe_groups.groups.muon import (
         is_hidden_matrix as is_hidden_matrix,
         split_for_muon as split_for_muon,
     )
@@ -76,12 +81,15 @@ if TYPE_CHECKING:
         create_moe_param_groups as create_moe_param_groups,
         split_params_into_different_moe_groups_for_optimizer as split_params_into_different_moe_groups_for_optimizer,
     )
-    from moe_groups.regroup import Regrouped as Regrouped, regroup_checkpoint as regroup_checkpoint
-    from moe_groups.rules import is_norm_or_bias as is_norm_or_bias
-    from moe_groups.save_experts import save_experts as save_experts
-    from moe_groups.step_config import StepConfig as StepConfig
-    from moe_groups.step_memory import estimate_step_memory as estimate_step_memory
-    from moe_groups.step_report import StepMemory as StepMemory
+    from moe_groups.checkpoints.convert.convert import (
+        Regrouped as Regrouped,
+        regroup_checkpoint as regroup_checkpoint,
+    )
+    from moe_groups.groups.rules import is_norm_or_bias as is_norm_or_bias
+    from moe_groups.weights.save import save_experts as save_experts
+    from moe_groups.memory.step_config import StepConfig as StepConfig
+    from moe_groups.memory.estimate import estimate_step_memory as estimate_step_memory
+    from moe_groups.memory.estimate import StepMemory as StepMemory
     from moe_groups.tags import (
         ExpertTag as ExpertTag,
         copy_expert_tag as copy_expert_tag,
@@ -89,18 +97,18 @@ if TYPE_CHECKING:
         set_expert_tag as set_expert_tag,
     )
     from moe_groups.topology import Topology as Topology
-    from moe_groups.verify import verify as verify
+    from moe_groups.engine.verification import verify as verify
 
 
 _NAMES = {
-    "attach_loss": ("attach_loss", "gradient_scale"),
-    "aux_loss": ("load_balancing_loss", "router_z_loss"),
-    "carry_loss": ("CarriedLoss", "CarryLoss"),
-    "checkpoint_guard": ("protect_checkpoints",),
-    "checkpoint_report": ("CheckpointReport",),
-    "checkpointing": ("checkpoint_activations",),
-    "compact": ("compact_gradients",),
-    "describe": ("describe",),
+    "checkpoints.convert.convert": ("Regrouped", "regroup_checkpoint"),
+    "checkpoints.guard.guard": ("protect_checkpoints",),
+    "checkpoints.inspect.inspect": ("inspect_checkpoint",),
+    "checkpoints.inspect.report": ("CheckpointReport",),
+    "engine.activation_checkpointing": ("checkpoint_activations",),
+    "engine.compact": ("compact_gradients",),
+    "engine.group_options": ("GroupSchedule", "set_group_options"),
+    "engine.verification": ("verify",),
     "errors": (
         "CheckpointError",
         "CheckpointMismatchError",
@@ -117,38 +125,36 @@ _NAMES = {
         "UnsupportedDeepSpeedError",
         "VerificationError",
     ),
-    "expert_control": ("GroupSchedule", "set_group_options"),
-    "expert_layers": ("tag_experts",),
-    "group_metrics": ("GroupMetrics",),
-    "group_metrics_plot": ("write_expert_map",),
-    "group_plan": ("ParamGroupPlan", "plan_param_groups"),
-    "inspect_checkpoint": ("inspect_checkpoint",),
+    "experts.find": ("mark_experts", "tag_experts"),
+    "groups.description": ("describe",),
+    "groups.muon": ("is_hidden_matrix", "split_for_muon"),
+    "groups.rules": ("is_norm_or_bias",),
     "layer": ("MoE",),
-    "load_experts": ("LoadedExperts", "load_experts"),
-    "loss_tracker": ("BalanceReport", "LayerBalance", "LossTracker"),
-    "mark_experts": ("mark_experts",),
-    "measure": (
+    "losses.attach": ("attach_loss", "gradient_scale"),
+    "losses.balance": ("load_balancing_loss", "router_z_loss"),
+    "losses.carry": ("CarriedLoss", "CarryLoss"),
+    "losses.tracker": ("BalanceReport", "LayerBalance", "LossTracker"),
+    "memory.estimate": ("StepMemory", "estimate_step_memory"),
+    "memory.measure": (
         "MeasuredIteration",
         "MeasuredPhase",
         "MeasuredStep",
         "measure_iteration_memory",
         "measure_step_memory",
     ),
-    "metrics_report": ("GroupStats", "LayerStats", "MetricsReport"),
-    "muon": ("is_hidden_matrix", "split_for_muon"),
+    "memory.plan": ("ParamGroupPlan", "plan_param_groups"),
+    "memory.step_config": ("StepConfig",),
+    "metrics.group_metrics": ("GroupMetrics",),
+    "metrics.plot": ("write_expert_map",),
+    "metrics.report": ("GroupStats", "LayerStats", "MetricsReport"),
     "param_groups": (
         "create_moe_param_groups",
         "split_params_into_different_moe_groups_for_optimizer",
     ),
-    "regroup": ("Regrouped", "regroup_checkpoint"),
-    "rules": ("is_norm_or_bias",),
-    "save_experts": ("save_experts",),
-    "step_config": ("StepConfig",),
-    "step_memory": ("estimate_step_memory",),
-    "step_report": ("StepMemory",),
     "tags": ("ExpertTag", "copy_expert_tag", "get_expert_tag", "set_expert_tag"),
     "topology": ("Topology",),
-    "verify": ("verify",),
+    "weights.load": ("LoadedExperts", "load_experts"),
+    "weights.save": ("save_experts",),
 }
 """Modules, and what is imported from them when somebody first asks for it."""
 

@@ -10,13 +10,13 @@ from moe_groups._deepspeed.ports import PORTS, Arguments, Call
 
 
 def _engine_started(engine: Any) -> None:
-    from moe_groups.checkpoint_guard import guard_from_now_on
+    from moe_groups.checkpoints.guard.guard import guard_from_now_on
 
     guard_from_now_on(engine)
 
 
 def _process_groups_made(model: Any) -> None:
-    from moe_groups.loaded_places import check_places
+    from moe_groups.weights.local_experts import check_places
 
     check_places(model)
 
@@ -24,26 +24,26 @@ def _process_groups_made(model: Any) -> None:
 def _stage_problem(
     layers: Any, loss_fn: Any, partitioned: bool, recomputed: bool, where: str
 ) -> tuple[bool, str | None]:
-    from moe_groups.carry_loss import CarryLoss, carrying_problem
+    from moe_groups.losses.carry import CarryLoss, carrying_problem
 
     carries = any(isinstance(layer, CarryLoss) for layer in layers)
     return carries, carrying_problem(layers, loss_fn, partitioned, recomputed, where)
 
 
 def _save_checkpoint(engine: Any, save: Call, args: Arguments, kwargs: Mapping[str, Any]) -> Any:
-    from moe_groups.checkpoint_guard import guarded_save
+    from moe_groups.checkpoints.guard.guard import guarded_save
 
     return guarded_save(engine, save, args, kwargs)
 
 
 def _load_checkpoint(engine: Any, load: Call, args: Arguments, kwargs: Mapping[str, Any]) -> Any:
-    from moe_groups.checkpoint_guard import guarded_load
+    from moe_groups.checkpoints.guard.guard import guarded_load
 
     return guarded_load(engine, load, args, kwargs)
 
 
 def _checkpoint_loaded(engine: Any) -> None:
-    from moe_groups.step_options import take_up_options
+    from moe_groups.engine.step_options import take_up_options
 
     take_up_options(engine)
 

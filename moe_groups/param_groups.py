@@ -4,21 +4,21 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe_groups._common.arguments import LEVELS, SplitBy, check_one_of
+from moe_groups._common.garbage import no_garbage_collection
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups.arguments import LEVELS, SplitBy, check_one_of
-from moe_groups.caps import DEEPSPEED_MAX_GROUP_SIZE, Caps
-from moe_groups.cost_warning import warn_if_costly
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
-from moe_groups.garbage import no_garbage_collection
-from moe_groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
-from moe_groups.keys import Key, PlannedGroup
-from moe_groups.plan import make_plan
-from moe_groups.rules import NoDecay, Overrides, Rules
-from moe_groups.table import read_table
+from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE, Caps
+from moe_groups.groups.families import read_table
+from moe_groups.groups.grouping import make_plan
+from moe_groups.groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
+from moe_groups.groups.keys import Key, PlannedGroup
+from moe_groups.groups.rules import NoDecay, Overrides, Rules
+from moe_groups.memory.cost_warning import warn_if_costly
 
 if TYPE_CHECKING:
-    from moe_groups.group_plan import ParamGroupPlan
-    from moe_groups.step_config import StepConfig
+    from moe_groups.memory.plan import ParamGroupPlan
+    from moe_groups.memory.step_config import StepConfig
 
 
 def create_moe_param_groups(
@@ -137,7 +137,7 @@ def create_moe_param_groups(
                 "step_memory_budget counts what DeepSpeed's optimizer step takes; these parameters "
                 "are DTensors, which DeepSpeed does not step: leave it out."
             )
-        from moe_groups.group_plan import make_group_plan
+        from moe_groups.memory.plan import make_group_plan
 
         made = make_group_plan(
             given, table, rules, split_by, step, data_parallel_size, step_memory_budget

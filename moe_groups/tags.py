@@ -17,7 +17,7 @@ from moe_groups.errors import TagError
 LABELS = ("expert_group_name", "expert_number")
 """Keys of a MoE param group that say whose parameters it holds."""
 STEP_OPTIONS = "step_options"
-"""Key of a param group for options that hold while it is stepped (``step_options.py``)."""
+"""Key of a param group for options that hold while it is stepped (``engine/step_options.py``)."""
 PARALLEL_GROUP = re.compile(r"ep_size_[1-9]\d*")
 _GROUP_NAME = re.compile(r"(ep_size_[1-9]\d*)_.+")
 _BAD_IN_LABEL = re.compile(r"[\s\x00-\x1f\x7f]")
@@ -195,3 +195,19 @@ def check_label(label: object) -> None:
 def label_from_path(path: str) -> str:
     """A usable label out of a qualified module name (``ModuleDict`` keys may hold spaces)."""
     return _BAD_IN_LABEL.sub("_", path)
+
+
+def addresses(name: str, tag: ExpertTag | None, path: str, inner: str) -> list[str]:
+    """What patterns are compared with: the name, and the expert by label and by module path.
+
+    Args:
+        name: qualified name, "" where not known.
+        path: module path of the expert's layer, "" where not known.
+        inner: name inside the expert.
+    """
+    found = [name] if name else []
+    if tag is not None:
+        number = "" if tag.expert_number is None else f".expert.{tag.expert_number}"
+        end = f".{inner}" if inner else ""
+        found += [f"{base}{number}{end}" for base in (tag.layer, path) if base]
+    return list(dict.fromkeys(found))

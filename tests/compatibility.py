@@ -44,7 +44,7 @@ PACKAGES = ["deepspeed", "torch", "transformers", "accelerate", "lightning", "pe
 
 def run_feature(files: list[str]) -> dict[str, Any]:
     """How many tests passed, failed and were skipped, and the first lines of the errors."""
-    paths = [f"tests/distributed/{name}" for name in files]
+    paths = [str(next((ROOT / "tests/distributed").rglob(name))) for name in files]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *paths, "-m", "not long", f"--junitxml={report}"]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ranks import close_pools
+from tests.support.ranks import close_pools
 
 
 @pytest.fixture(scope="session", autouse=True)

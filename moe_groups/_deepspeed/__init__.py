@@ -25,7 +25,7 @@ train as before, bit for bit, but where its norm was wrong and clipping uses it)
 * parameters under Muon are those of the groups that say ``use_muon``, and what cannot step
   our groups (the config's Muon, ``torch.optim.Muon`` under ZeRO) is refused;
 * ``save_checkpoint`` and ``load_checkpoint`` write and compare what the groups were
-  (``checkpoint_guard.py``);
+  (``checkpoints/guard/``);
 * ``BF16_Optimizer`` collects garbage and prints the memory twice for each group while it
   is set up, 0.3 s a group: not for more groups than a handful.
 

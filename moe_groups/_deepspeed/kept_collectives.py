@@ -1,8 +1,8 @@
 """What the collectives of a checkpointed region gave, kept for its recomputation.
 
-``checkpointing.py`` opens a region, ``_deepspeed/collectives.py`` sends collectives here. In the
-forward pass a region keeps each result; in the recomputation it hands them out in the same order
-and runs none. Regions lie in each other like calls, and belong to a thread, because autograd
+``engine/activation_checkpointing.py`` opens a region, ``collectives.py`` sends collectives here.
+In the forward pass a region keeps each result; in the recomputation it hands them out in the same
+order and runs none. Regions lie in each other like calls, and belong to a thread, because autograd
 recomputes in a thread of its own for each GPU.
 """
 

@@ -75,3 +75,10 @@ def find(owner: str, name: str) -> tuple[Any, Any]:
         return None, None
     holder = getattr(holder, cls, None) if cls else holder
     return holder, getattr(holder, name, None)
+
+
+def deepspeed_version() -> str:
+    """The release that is installed."""
+    import deepspeed
+
+    return str(deepspeed.__version__)

@@ -1,6 +1,6 @@
 """What ``deepspeed.initialize`` does with our groups, on one rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,11 +8,15 @@ import torch
 from moe_groups._deepspeed.engines import remember
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import register_names
-from moe_groups._deepspeed.stale_groups import stale_problem
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.tags import is_expert_parameter
 
 MANY_GROUPS = 8
+MAKE_LATER = (
+    "make groups after the modules were replaced (AutoEP does that inside of "
+    "deepspeed.initialize): deepspeed.initialize(optimizer=lambda params: "
+    "torch.optim.AdamW(create_moe_param_groups(model)), ...)"
+)
 
 
 def wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
@@ -114,3 +118,43 @@ def wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
             namespace["see_memory_usage"] = report
 
     return _setup_for_real_optimizer
+
+
+def stale_problem(
+    model: Iterable[tuple[str, torch.Tensor]], groups: Sequence[Mapping[str, Any]], wrapped: bool
+) -> str | None:
+    """Why experts of ``model`` will not be trained, or not as experts; None if they will.
+
+    DeepSpeed puts what replaces a parameter into the group of that parameter, if it finds it
+    in an optimizer; in the result of a callable it does not look.
+
+    Args:
+        model: names and parameters, as they are now.
+        groups: the optimizer's.
+        wrapped: will ZeRO-1/2 or another wrapper look for groups of experts?
+    """
+    homes = {id(param): group for group in groups for param in group["params"]}
+    live = set()
+    lost, unmarked = [], []
+    for name, param in model:
+        live.add(id(param))
+        if param.requires_grad and is_expert_parameter(param):
+            group = homes.get(id(param))
+            if group is None:
+                lost.append(name)
+            elif wrapped and not group.get("moe"):
+                unmarked.append(name)
+    dead = [key for key in homes if key not in live]
+    if lost and dead:
+        return (
+            f"expert parameter {lost[0]} and {len(lost) - 1} more are in no group, so nothing "
+            f"would train them, and {len(dead)} tensors of the groups are not in the model: "
+            f"{MAKE_LATER}."
+        )
+    if unmarked and not any(group.get("moe") for group in groups):
+        return (
+            f"expert parameter {unmarked[0]} and {len(unmarked) - 1} more are in groups that are "
+            "not marked moe. Make groups with create_moe_param_groups; if you did, "
+            f"{MAKE_LATER}."
+        )
+    return None

@@ -5,10 +5,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from moe_groups._common.arguments import need
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
-from moe_groups.expert_layers import TaggedModel, find_experts
-from moe_groups.inputs import ParamGroup
-from moe_groups.optional import need
+from moe_groups.experts.find import TaggedModel, find_experts
+from moe_groups.groups.inputs import ParamGroup
 from moe_groups.param_groups import create_moe_param_groups
 
 need("accelerate", "hf", "groups for Accelerate")

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from moe_groups._common.arguments import check_one_of, need
 from moe_groups._deepspeed.engines import known_engines
-from moe_groups.arguments import check_one_of
-from moe_groups.checkpoint_guard import Regroup, protect_checkpoints
+from moe_groups.checkpoints.guard.guard import Regroup, protect_checkpoints
+from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.optional import need
-from moe_groups.verify import verify
 
 need("transformers", "hf", "groups for Trainer")
 need("accelerate", "hf", "groups for Trainer")

@@ -4,8 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from moe_groups.arguments import check_one_of
-from moe_groups.optional import need
+from moe_groups._common.arguments import check_one_of, need
 
 need("lightning", "lightning", "curves in Lightning's loggers")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import EXTENSIONS, ROOT, run_program
+from tests.support import ROOT
+from tests.support.ranks import EXTENSIONS, run_program
 
 SMALL = ["--steps", "2", "--batch", "2", "--length", "32"]
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.ranks import ROOT
+from tests.support import ROOT
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_groups.measure import MeasuredStep, measure_iteration_memory, measure_step_memory
+from moe_groups.memory.measure import MeasuredStep, measure_iteration_memory, measure_step_memory
 
 pytestmark = [
     pytest.mark.gpu,

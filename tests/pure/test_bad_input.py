@@ -22,7 +22,7 @@ from moe_groups import (
     set_expert_tag,
     split_params_into_different_moe_groups_for_optimizer,
 )
-from tests.models import TinyMoE
+from tests.support.models import TinyMoE
 
 
 def parameter(size: int = 3) -> nn.Parameter:

@@ -17,16 +17,15 @@ import io
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import moe_groups
 from moe_groups import errors
-from tests.ranks import run_on_ranks
+from tests.support import ROOT
+from tests.support.ranks import run_on_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
 
 _PIECE = re.compile(

@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_groups import ExpertTag, set_expert_tag
 from moe_groups import split_params_into_different_moe_groups_for_optimizer as our_split
-from tests.pure.random_models import Case, cases
+from tests.support.random_models import Case, cases
 
 Groups = list[dict[str, Any]]
 

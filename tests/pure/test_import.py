@@ -18,8 +18,8 @@ from torch import nn
 
 import moe_groups
 from moe_groups import ExpertTag, create_moe_param_groups, describe, set_expert_tag
-from moe_groups.arguments import SplitBy
-from moe_groups.plan import largest_group, padded_partition
+from moe_groups._common.arguments import SplitBy
+from moe_groups.groups.grouping import largest_group, padded_partition
 
 GROUP_A_MODEL = """
 import torch
@@ -116,11 +116,11 @@ def test_names_are_those_that_type_checkers_see() -> None:
 
 def test_a_module_does_not_hide_the_function_of_its_name() -> None:
     run("""
-import moe_groups.describe, moe_groups.verify, moe_groups.load_experts
+import moe_groups.groups.description, moe_groups.engine.verification, moe_groups.weights.load
 import moe_groups
 from moe_groups import describe, verify
 assert callable(describe) and callable(verify) and callable(moe_groups.load_experts)
-from moe_groups.describe import describe as same
+from moe_groups.groups.description import describe as same
 assert describe is same is moe_groups.describe
 assert {"describe", "tag_experts", "__version__"} <= set(dir(moe_groups))
 """)
@@ -156,7 +156,7 @@ for name in moe_groups._NAMES:
 def test_importing_and_grouping_a_dense_model_does_not_import_deepspeed() -> None:
     run("""
 import sys
-import moe_groups.packing, moe_groups.plan, moe_groups.tags, moe_groups.rules
+import moe_groups.groups.packing, moe_groups.groups.grouping, moe_groups.groups.rules
 import torch
 moe_groups.describe(moe_groups.create_moe_param_groups(torch.nn.Linear(4, 4)))
 moe_groups.tag_experts(torch.nn.Linear(4, 4))
@@ -168,7 +168,8 @@ assert "deepspeed" in sys.modules
 
 def test_what_works_offline_does_not_need_an_engine() -> None:
     loaded = loaded_by(
-        "import moe_groups.inspect_checkpoint, moe_groups.regroup, moe_groups.topology"
+        "import moe_groups.checkpoints.inspect.inspect, moe_groups.checkpoints.convert.convert\n"
+        "import moe_groups.topology"
     )
     ours = {name for name in loaded if name.startswith("moe_groups._deepspeed")}
     assert ours == {"moe_groups._deepspeed", "moe_groups._deepspeed.ports"}
@@ -203,7 +204,8 @@ from moe_groups import create_moe_param_groups
 with torch.device("meta"):
     model = torch.nn.ModuleList(torch.nn.Linear(1 << 14, 1 << 14) for _ in range(8))
 create_moe_param_groups(model, max_group_size=1 << 28, data_parallel_size=64)
-assert "moe_groups.step_cost" in sys.modules and "moe_groups.planning" not in sys.modules
+assert "moe_groups.memory.step_cost" in sys.modules
+assert "moe_groups.memory.search" not in sys.modules
 """)
 
 

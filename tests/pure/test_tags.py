@@ -21,7 +21,7 @@ from moe_groups import (
     set_expert_tag,
     tag_experts,
 )
-from tests.models import FFN, HIDDEN, TinyMoE
+from tests.support.models import FFN, HIDDEN, TinyMoE
 
 
 def layer(label: str | None = "a", ep_size: int = 2, **options: Any) -> MoE:

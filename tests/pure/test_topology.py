@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_groups import InvalidArgumentError, Topology, cli
+from moe_groups.cli.topology import show_ranks
+from moe_groups.cli.topology_plot import letters
 from moe_groups.topology import GroupKind
-from moe_groups.topology_plot import letters
-from moe_groups.topology_text import show_ranks
 
 KINDS: tuple[GroupKind, ...] = get_args(GroupKind)
 SIZES = st.sampled_from((1, 2, 3, 4))

@@ -1,0 +1,38 @@
+"""Arguments that several functions take: their values, and their checks."""
+
+import importlib
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
+
+from moe_groups.errors import InvalidArgumentError
+
+
+def need(package: str, extra: str, what: str) -> None:
+    """Raise InvalidArgumentError unless ``package`` of the optional ``extra`` is there.
+
+    Args:
+        what: a plural that the sentence "... need rich" starts with.
+    """
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise InvalidArgumentError(
+            f"{what} need {package}, which cannot be imported: pip install 'moe-groups[{extra}]'."
+        ) from error
+
+
+SplitBy: TypeAlias = Literal["parallel_group", "module", "expert"]
+LEVELS: tuple[SplitBy, ...] = get_args(SplitBy)
+OptimizerKind: TypeAlias = Literal["for-loop", "foreach", "fused", "FusedAdam", "CPUAdam"]
+
+
+def check_one_of(name: str, value: object, known: Sequence[object]) -> None:
+    """Refuse a value that is not among the known ones.
+
+    Raises:
+        InvalidArgumentError: with the values that there are.
+    """
+    if value not in known:
+        raise InvalidArgumentError(
+            f"{name}={value!r} is unknown: use one of {', '.join(map(repr, known))}."
+        )

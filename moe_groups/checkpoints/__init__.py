@@ -1,0 +1,1 @@
+"""Checkpoints that say what their groups were: layout, manifest and files."""

@@ -1,0 +1,118 @@
+"""Convert the optimizer states of a checkpoint from one grouping to another, offline."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_groups._common.own_folder import finished_file, own
+from moe_groups.checkpoints.convert.copying import Copier, Sums
+from moe_groups.checkpoints.convert.job import Job, Report
+from moe_groups.checkpoints.convert.source import RegroupSource
+from moe_groups.checkpoints.convert.target import check_same_parameters, read_target, size_in_groups
+from moe_groups.checkpoints.convert.workdir import Unfinished, writing
+from moe_groups.checkpoints.files import LATEST, check_whole, find_checkpoint
+from moe_groups.checkpoints.layout import Layout
+from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
+from moe_groups.checkpoints.read_layout import read_layout
+
+
+@dataclass(frozen=True, slots=True)
+class Regrouped:
+    """What :func:`regroup_checkpoint` did.
+
+    Attributes:
+        destination: the new checkpoint.
+        files: number of files in it.
+        bytes: of all files.
+        seconds: that it took.
+    """
+
+    destination: Path
+    files: int
+    bytes: int
+    seconds: float
+
+
+def regroup_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    to: str | Path | Layout,
+    *,
+    max_group_size: int | None = None,
+    tag: str | None = None,
+    workers: int | None = None,
+    progress: Report | None = None,
+) -> Regrouped:
+    """Write a checkpoint of ZeRO-1, ZeRO-2 or BF16_Optimizer anew, in other groups.
+
+    Needs no GPU and no process group. Master weights and optimizer state stay bit-equal for each
+    parameter; hyperparameters, loss scaler, counters and the learning-rate schedule are kept. The
+    number of data-parallel ranks may change too, where ``to`` says so. Bytes go from file to file
+    through a buffer of 1 MiB for each worker; what the files state about their bytes (CRC-32) is
+    checked on the way. Unpickles, as DeepSpeed does: only for checkpoints that you trust.
+
+    Args:
+        source: what ``load_checkpoint`` is given; it is only read.
+        destination: a directory that does not exist yet. It appears when everything is written;
+            until then the work is in ``<destination>.incomplete``, where the same call goes on
+            after it was stopped.
+        to: the new groups: a file that a refused load wrote, a ``moe_groups.json``, a checkpoint
+            that has one, or "stock" (DeepSpeed's split), "parallel_group", "module" or "expert" for
+            what :func:`create_moe_param_groups` would make with it.
+        max_group_size: cap in elements, for a name.
+        tag: of the checkpoint; None for the one in the file ``latest``.
+        workers: threads; None for four.
+        progress: called with bytes done and bytes in all, from any thread.
+
+    Raises:
+        CheckpointError: the source is incomplete or damaged, the new groups do not fit it, groups
+            with different hyperparameters would become one, the destination is there already, or
+            the disk is full. The source is whole, and no destination is there.
+
+    Example:
+        >>> regroup_checkpoint("run/checkpoints", "run/regrouped", "expert")  # doctest: +SKIP
+    """
+    start = time.monotonic()
+    files = find_checkpoint(source, tag)
+    check_whole(files)
+    layout = read_layout(files)
+    target = read_target(to, files, layout, max_group_size)
+    check_same_parameters(layout, target)
+    copied = [*files.others(), *files.beside()]
+    size = size_in_groups(files, layout, target) + sum(path.stat().st_size for path in copied)
+    with Unfinished(files, Path(destination), target, size) as work:
+        job = Job(files, RegroupSource(files, layout), target, work.path)
+        job.run(workers or 4, progress or (lambda done, total: None))
+        with writing(work.path):
+            _finish(job)
+        work.publish()
+    sizes = [path.stat().st_size for path in work.destination.rglob("*") if path.is_file()]
+    return Regrouped(Path(destination), len(sizes), sum(sizes), time.monotonic() - start)
+
+
+def _finish(job: Job) -> None:
+    """Write what makes the folder a checkpoint."""
+    files, directory = job.files, job.directory
+    sizes = {
+        str(path.relative_to(job.folder)): path.stat().st_size
+        for path in sorted(job.folder.rglob("*"))
+        if path.is_file() and path.name != FILE_NAME
+    }
+    about: dict[str, Any] = {}
+    wrapper = "ZeRO or BF16_Optimizer"
+    if files.manifest.is_file():
+        saved = read_manifest(files.manifest)
+        about, wrapper = dict(saved.about), saved.wrapper
+    about["converted_from"] = str(files.folder.resolve())
+    write_manifest(
+        Manifest(job.target, wrapper, about, sizes), own(directory, job.folder / FILE_NAME)
+    )
+    with contextlib.closing(Copier(Sums(), lambda count: None)) as copier:
+        for path in files.beside():
+            with finished_file(directory / path.name, directory) as part:
+                copier.copy_file(path, part)
+    if not (directory / LATEST).is_dir():  # the tag of some trainers
+        with finished_file(directory / LATEST, directory) as part:
+            part.write_text(files.tag)

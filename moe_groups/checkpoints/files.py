@@ -1,0 +1,210 @@
+"""The files of a DeepSpeed checkpoint, found by their names (``runtime/engine.py``)."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_groups._common.own_folder import is_plain
+from moe_groups.checkpoints.layout import Rank
+from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, read_manifest
+from moe_groups.errors import CheckpointError
+
+_SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_TARGETS = "moe_groups_*.json"
+LATEST = "latest"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """What is in the folder of one tag.
+
+    Attributes:
+        directory: what ``load_checkpoint`` is given.
+        tag: name of the folder in it.
+        shards: optimizer states by rank.
+        models: dense weights and counters by model-parallel rank.
+    """
+
+    directory: Path
+    tag: str
+    shards: Mapping[Rank, Path]
+    models: Mapping[int, Path]
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self.directory / self.tag
+
+    @property
+    def manifest(self) -> Path:
+        """Our file, whether it is there or not."""
+        return self.folder / FILE_NAME
+
+    def others(self) -> list[Path]:
+        """Files that hold no optimizer state and no groups: experts' weights, scripts."""
+        known = {*self.shards.values(), *self.models.values(), self.manifest}
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        return sorted(path for path in found if path not in known)
+
+    def beside(self) -> list[Path]:
+        """Files of a trainer in the directory, of which the tag is the newest checkpoint."""
+        latest = self.directory / LATEST
+        found = self.directory.iterdir() if latest.is_file() else ()
+        return [p for p in found if p.is_file() and p != latest and not p.match(_TARGETS)]
+
+
+def find_checkpoint(directory: str | Path, tag: str | None = None) -> CheckpointFiles:
+    """The checkpoint in ``directory``, or the one whose own folder that is.
+
+    Args:
+        directory: as for ``load_checkpoint``, or the folder of a tag.
+        tag: None for what the file ``latest`` says.
+
+    Raises:
+        CheckpointError: no checkpoint is there, or it cannot be read.
+    """
+    try:
+        return _find(Path(directory), tag)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or directory} cannot be read: {error.strerror}."
+        ) from error
+
+
+def _find(directory: Path, tag: str | None) -> CheckpointFiles:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory.")
+    if tag is None:
+        tag = read_latest(directory)
+    if tag is None:
+        if any(map(_is_optimizer_state, directory.iterdir())):
+            whole = directory.resolve()
+            return list_files(whole.parent, whole.name)
+        raise CheckpointError(
+            f"{directory} is no checkpoint of DeepSpeed: it has neither the file {LATEST!r} nor "
+            "optimizer states. A checkpoint that was not saved to its end has no such file; give "
+            "the tag if you know it."
+        )
+    check_tag(tag)
+    if not (directory / tag).is_dir():
+        raise CheckpointError(f"{directory} has no checkpoint {tag!r}: there is no such folder.")
+    return list_files(directory, tag)
+
+
+def read_latest(directory: Path) -> str | None:
+    """The tag that the file ``latest`` names; None where there is no such file.
+
+    Raises:
+        CheckpointError: the file is empty or damaged, or what it holds is no tag.
+        OSError: it cannot be read.
+    """
+    path = directory / LATEST
+    if not path.is_file():
+        return None
+    try:
+        tag = path.read_text().strip()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
+    if not tag:
+        raise CheckpointError(
+            f"{path} is empty: a save was stopped while it was written. Give the tag of a "
+            "checkpoint that was saved to its end."
+        )
+    check_tag(tag, f" in {path}")
+    return tag
+
+
+def check_tag(tag: str, where: str = "") -> None:
+    """Does the tag name a folder below the directory of a checkpoint, and nothing else?
+
+    Args:
+        tag: from an argument, ``latest`` or anywhere else.
+        where: it was found, for the message.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    try:
+        tag.encode()  # as it is kept in the file
+        plain = is_plain(tag)
+    except UnicodeEncodeError:
+        plain = False
+    if not plain:
+        raise CheckpointError(
+            f"the tag {tag!r}{where} is not the name of a folder in the checkpoint's directory (or "
+            "of one deeper in it, like 'a/b'). For a folder that is elsewhere, give the directory "
+            "that it is in, and its name as the tag."
+        )
+
+
+def _is_optimizer_state(path: Path) -> bool:
+    return _SHARD.fullmatch(path.name) is not None
+
+
+def list_files(directory: Path, tag: str) -> CheckpointFiles:
+    """The files of this checkpoint, whatever is missing.
+
+    Raises:
+        CheckpointError: the tag leads elsewhere.
+        OSError: the folder cannot be read.
+    """
+    check_tag(tag)
+    shards: dict[Rank, Path] = {}
+    models: dict[int, Path] = {}
+    for path in sorted(path for path in (directory / tag).iterdir() if path.is_file()):
+        if match := _SHARD.fullmatch(path.name):
+            shards[Rank(int(match[2]), int(match[1]))] = path
+        elif match := _MODEL.fullmatch(path.name):
+            models[int(match[1])] = path
+    return CheckpointFiles(directory, tag, shards, models)
+
+
+def shard_name(like: Path, rank: Rank) -> str:
+    """The file name of another rank's optimizer state in the same checkpoint."""
+    match = _SHARD.fullmatch(like.name)
+    assert match is not None
+    prefix = like.name[: match.start(1)]
+    middle = like.name[match.end(1) : match.start(2)]
+    return f"{prefix}{rank.data}{middle}{rank.model:02d}{like.name[match.end(2) :]}"
+
+
+STATES = "_states.pt"
+"""How names of DeepSpeed's files end."""
+
+
+def check_saved(files: CheckpointFiles) -> None:
+    """Was the save that began last finished? Files of an earlier one may be among the rest.
+
+    Raises:
+        CheckpointError: it was not.
+    """
+    marker = files.folder / UNFINISHED
+    if marker.exists() and not files.manifest.is_file():  # which comes last
+        raise CheckpointError(
+            f"{files.folder} was not saved to its end: its files may be of different steps, or cut "
+            f"off. Load another tag. If you know that it is whole, remove {marker.name} from it."
+        )
+
+
+def check_whole(files: CheckpointFiles) -> None:
+    """Are all files there that the manifest lists, with their sizes?
+
+    Raises:
+        CheckpointError: names a file that is not, or the save was not finished.
+    """
+    check_saved(files)
+    if not files.manifest.is_file():
+        return
+    for name, size in read_manifest(files.manifest).files.items():
+        path = files.folder / name
+        if not name.endswith(STATES):
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: {files.manifest.name} lists it.")
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes, but had {size:,} when it was saved: it "
+                f"is cut off, or of another save. Without {FILE_NAME}, sizes are not compared."
+            )

@@ -1,0 +1,170 @@
+"""Before a checkpoint is loaded: were its groups those that the engine has?"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import distributed
+
+from moe_groups._deepspeed.engines import wrapper_name
+from moe_groups.checkpoints.files import (
+    CheckpointFiles,
+    check_saved,
+    check_tag,
+    check_whole,
+    find_checkpoint,
+    read_latest,
+)
+from moe_groups.checkpoints.guard.engine_layout import own_groups
+from moe_groups.checkpoints.guard.refuse import refuse
+from moe_groups.checkpoints.layout import FlatGroup, Rank
+from moe_groups.checkpoints.layout_diff import compare_groups
+from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest
+from moe_groups.checkpoints.shard import WRAPPERS, read_shard, step_of_shard
+from moe_groups.errors import CheckpointError, CheckpointWarning
+
+_SHOWN = 8
+
+Kind = Literal["same", "absent", "unknown", "other", "world", "unreadable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one rank sees.
+
+    Attributes:
+        kind: "same" (names may differ); "absent" (there is no such checkpoint, as DeepSpeed will
+            say); "unknown" (nothing says what the groups were); "other" groups; another "world";
+            "unreadable".
+        text: what is wrong.
+        tag: of the checkpoint that this rank would load.
+        step: of this rank's optimizer state.
+    """
+
+    kind: Kind
+    text: str = ""
+    tag: str | None = None
+    step: float | None = None
+
+
+@contextlib.contextmanager
+def checked(
+    engine: Any, load_dir: Path, tag: str | None, *, convert: bool, scratch_dir: Path | None
+) -> Iterator[Path]:
+    """The directory to load from; all ranks enter together, and all raise if one has to.
+
+    Args:
+        convert: turn a checkpoint of other groups into one of the engine's, in ``scratch_dir``.
+
+    Raises:
+        CheckpointMismatchError: the checkpoint was saved with other groups, parameters or ranks.
+        CheckpointError: it is damaged, or ranks do not see the same.
+    """
+    findings: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(findings, _examine(engine, load_dir, tag))
+    if problem := _problem(load_dir, findings):
+        raise CheckpointError(f"{problem} Nothing was loaded.")
+    kinds, tag = {finding.kind for finding in findings}, findings[0].tag
+    if tag is not None and kinds & {"other", "world"}:
+        if convert:
+            from moe_groups.checkpoints.guard.convert_on_load import regrouped
+
+            with regrouped(engine, load_dir, tag, scratch_dir) as directory:
+                yield directory
+            return
+        refuse(engine, load_dir, tag)
+    if tag is not None and "unknown" in kinds:
+        warnings.warn(
+            f"{load_dir / tag} has no {FILE_NAME}, and {wrapper_name(engine)} does not "
+            "write which parameters its groups hold: it is loaded by position, right only if the "
+            "groups are the same.",
+            CheckpointWarning,
+            stacklevel=5,
+        )
+    yield load_dir
+
+
+def _problem(load_dir: Path, findings: list[Finding]) -> str | None:
+    """What keeps all ranks from loading, in a sentence; None if nothing does."""
+    for finding in findings:
+        if finding.kind == "unreadable":
+            return finding.text
+    if len({finding.tag for finding in findings}) > 1:
+        tags = [f"rank {rank}: {finding.tag!r}" for rank, finding in enumerate(findings)]
+        return f"ranks would load different checkpoints of {load_dir} ({', '.join(tags[:_SHOWN])})."
+    steps = {finding.step: rank for rank, finding in enumerate(findings)}
+    if len(steps.keys() - {None}) > 1:
+        told = [f"rank {rank}'s after {step:g} steps" for step, rank in steps.items() if step]
+        return (
+            f"the optimizer states in {load_dir / str(findings[0].tag)} are of different saves "
+            f"({', '.join(told[:_SHOWN])}): a save over an older checkpoint was not finished. "
+            "Use another tag."
+        )
+    absent = [rank for rank, finding in enumerate(findings) if finding.kind == "absent"]
+    if absent and len(absent) < len(findings):
+        ranks = ", ".join(map(str, absent[:_SHOWN]))
+        return f"rank {ranks} of {len(findings)} ranks: {findings[0].tag} is not in {load_dir}."
+    return None
+
+
+def _examine(engine: Any, load_dir: Path, tag: str | None) -> Finding:
+    """This rank's view; never raises, as the others wait for it."""
+    try:
+        if tag is None:
+            tag = read_latest(load_dir)
+        if tag is None:
+            return Finding("absent")
+        check_tag(tag)
+        if not (load_dir / tag).is_dir():
+            return Finding("absent", tag=tag)
+        files = find_checkpoint(load_dir, tag)
+        (check_whole if distributed.get_rank() == 0 else check_saved)(files)
+        return replace(_compare(engine, files), tag=tag)
+    except CheckpointError as error:
+        return Finding("unreadable", str(error))
+    except Exception as error:
+        return Finding("unreadable", f"{load_dir} ({tag}): {type(error).__name__}: {error}.")
+
+
+def _compare(engine: Any, files: CheckpointFiles) -> Finding:
+    rank, running = own_groups(engine)
+    maps = wrapper_name(engine) in WRAPPERS
+    if files.manifest.is_file():
+        found = _by_manifest(read_manifest(files.manifest), rank, running)
+        return _by_shard(files, rank, running) if maps and found.kind == "same" else found
+    return _by_shard(files, rank, running) if maps else Finding("unknown")
+
+
+def _by_manifest(manifest: Manifest, rank: Rank, running: list[FlatGroup]) -> Finding:
+    if rank not in manifest.layout.order:
+        return Finding("world")
+    saved = manifest.layout.of(rank)
+    if compare_groups(saved, running).verdict not in ("same", "renamed"):
+        return Finding("other")
+    shared = all(a.ranks == b.ranks for a, b in zip(saved, running, strict=True))
+    return Finding("same" if shared else "world")
+
+
+def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> Finding:
+    """Compare with what DeepSpeed's own file of this rank holds."""
+    if rank not in files.shards:
+        if not files.shards or files.manifest.is_file():
+            return Finding(
+                "unreadable",
+                f"{files.folder} has no optimizer state of data-parallel rank {rank.data} "
+                f"(model-parallel rank {rank.model}).",
+            )
+        return Finding("world")
+    shard = read_shard(files.shards[rank], elastic=True)
+    if shard.holds(rank, running):
+        return Finding("same", step=step_of_shard(shard))
+    if files.manifest.is_file():
+        return Finding(
+            "unreadable",
+            f"{files.manifest} says that the groups are those of this run, but {shard.path.name} "
+            "holds others: the files are not of one checkpoint.",
+        )
+    return Finding("other")

@@ -1,0 +1,161 @@
+"""Convert a checkpoint while an engine loads it; each rank writes its own part."""
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import distributed
+
+from moe_groups._common.own_folder import own
+from moe_groups._deepspeed.checkpoints import checkpoint_rank
+from moe_groups.checkpoints.convert.copying import Copier, Sums
+from moe_groups.checkpoints.convert.model import write_model
+from moe_groups.checkpoints.convert.shard import new_shard, write_shard
+from moe_groups.checkpoints.convert.source import RegroupSource
+from moe_groups.checkpoints.convert.target import check_same_parameters, size_in_groups
+from moe_groups.checkpoints.convert.workdir import check_space
+from moe_groups.checkpoints.files import (
+    LATEST,
+    STATES,
+    CheckpointFiles,
+    find_checkpoint,
+    shard_name,
+)
+from moe_groups.checkpoints.guard.engine_layout import gather_layout
+from moe_groups.checkpoints.layout import Layout, Rank
+from moe_groups.checkpoints.read_layout import read_layout
+from moe_groups.checkpoints.torch_file import read_mapped
+from moe_groups.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def regrouped(engine: Any, load_dir: Path, tag: str, scratch_dir: Path | None) -> Iterator[Path]:
+    """A directory with the checkpoint in the engine's groups, while the context is open.
+
+    All ranks enter and leave together. The weights of experts are links to the source.
+
+    Raises:
+        CheckpointError: on all ranks, if the checkpoint cannot be converted, or a rank does not
+            reach the files.
+    """
+    gathered = gather_layout(engine)
+    layouts, target, directory = _on_first_rank(
+        lambda: _begin(load_dir, tag, gathered, scratch_dir)
+    )
+    try:
+        _on_all_ranks(lambda: _convert(engine, load_dir, tag, layouts, target, directory))
+        yield directory
+    finally:
+        distributed.barrier()
+        if distributed.get_rank() == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _begin(
+    load_dir: Path, tag: str, target: Layout | None, scratch_dir: Path | None
+) -> tuple[Layout, Layout, Path]:
+    assert target is not None
+    files = find_checkpoint(load_dir, tag)
+    source = read_layout(files)
+    check_same_parameters(source, target)
+    parent = load_dir if scratch_dir is None else scratch_dir
+    directory = parent / f".moe_groups_{target.fingerprint()[:8]}_{uuid.uuid4().hex[:8]}"
+    if directory.resolve().is_relative_to(files.folder.resolve()):
+        raise CheckpointError(f"{parent} is inside of the checkpoint: give another scratch_dir.")
+    try:
+        own(directory, directory / tag).mkdir(parents=True)
+        check_space(directory, size_in_groups(files, source, target))
+        if not (directory / LATEST).is_dir():  # the tag of some trainers
+            (directory / LATEST).write_text(tag)
+        for path in files.others():
+            link = own(directory, directory / tag / path.relative_to(files.folder))
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+    except (OSError, CheckpointError) as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"{directory} cannot be written: {why} Give protect_checkpoints a scratch_dir that all "
+            "ranks can write to, and that has room for the optimizer states."
+        ) from error
+    return source, target, directory
+
+
+def _convert(
+    engine: Any, load_dir: Path, tag: str, layout: Layout, target: Layout, directory: Path
+) -> None:
+    """This rank's optimizer state, and on the first of each model-parallel rank the rest."""
+    folder = directory / tag
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"this rank does not see {directory}: give protect_checkpoints a scratch_dir that all "
+            "ranks share."
+        )
+    rank = Rank(*checkpoint_rank(engine))
+    files = find_checkpoint(load_dir, tag)
+    source, sums = RegroupSource(files, layout), Sums()
+    copier = Copier(sums, lambda count: None)
+    try:
+        like = next(iter(files.shards.values()))
+        path = own(directory, folder / shard_name(like, rank))
+        path.unlink(missing_ok=True)  # a link to a file of the source that is called so too
+        write_shard(new_shard(source, target, rank), path, copier)
+        if rank.data == 0 and rank.model in files.models:
+            sums.check(files.models[rank.model], copier)
+            write_model(source, target, rank.model, folder / files.models[rank.model].name)
+        for path in _checked_here(files, target, rank):
+            read_mapped(path)  # torch has to be able to read experts' weights too
+            sums.check(path, copier)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}.") from error
+    finally:
+        copier.close()
+
+
+def _checked_here(files: CheckpointFiles, target: Layout, rank: Rank) -> list[Path]:
+    """Files of which this rank compares the bytes with their CRCs: all are somebody's."""
+    ranks = target.data_parallel_size
+    shards = [
+        path
+        for saved, path in files.shards.items()
+        if saved.model == rank.model and saved.data % ranks == rank.data
+    ]
+    experts = [path for path in files.others() if path.name.endswith(STATES)]
+    return shards + experts[sorted(target.order).index(rank) :: len(target.order)]
+
+
+def _on_first_rank(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives on the first rank, on all of them; its error is raised on all."""
+    box: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            box = [work()]
+        except Exception as error:  # the others wait for it
+            box = [_as_ours(error)]
+    distributed.broadcast_object_list(box)
+    if isinstance(box[0], CheckpointError):
+        raise box[0]
+    return box[0]
+
+
+def _on_all_ranks(work: Callable[[], None]) -> None:
+    """Do the work everywhere; if it fails on one rank, all raise that rank's error."""
+    problem: CheckpointError | None = None
+    try:
+        work()
+    except Exception as error:  # the others wait for it
+        problem = _as_ours(error)
+    problems: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise CheckpointError(f"rank {rank}: {found} Nothing was loaded.")
+
+
+def _as_ours(error: Exception) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    return CheckpointError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,271 @@
+"""Checkpoints that say what their groups were, and are not loaded into other groups."""
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from torch import distributed
+
+from moe_groups._common.arguments import check_one_of
+from moe_groups._common.own_folder import is_plain
+from moe_groups._common.ranks import together
+from moe_groups._deepspeed.checkpoints import checkpoint_tag
+from moe_groups._deepspeed.contract import support_our_groups
+from moe_groups._deepspeed.engines import is_engine
+from moe_groups.checkpoints.files import check_tag, list_files
+from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout, with_options_of
+from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
+from moe_groups.checkpoints.layout import Layout
+from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, Manifest, write_manifest
+from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
+from moe_groups.tags import LABELS
+
+_GUARD = "_moe_groups_guard"
+Regroup: TypeAlias = Literal["refuse", "auto", "off"]
+
+
+@dataclass(slots=True)
+class Guard:
+    """What is done with the checkpoints of an engine.
+
+    Attributes:
+        regroup: see :func:`protect_checkpoints`.
+        scratch_dir: where a converted checkpoint is kept while it is loaded.
+        layout: of all ranks, on the ranks that write it; gathered at the first save.
+    """
+
+    regroup: Regroup = "refuse"
+    scratch_dir: Path | None = None
+    layout: Layout | None = None
+    gathered: bool = False
+
+
+def protect_checkpoints(
+    engine: Any, *, regroup: Regroup = "refuse", scratch_dir: str | Path | None = None
+) -> None:
+    """Choose what happens to the engine's checkpoints; all ranks call it alike.
+
+    Engines that are initialized after :func:`create_moe_param_groups` was called are protected
+    with "refuse" without a call, whoever saves and loads (HF Trainer, Lightning). Another
+    engine, over DeepSpeed's own split, becomes so with this call.
+
+    A protected engine writes ``moe_groups.json`` beside DeepSpeed's files when it saves. When it
+    loads, every rank compares what the checkpoint says about its groups with the groups that it
+    has, before DeepSpeed reads anything.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned first.
+        regroup: what to do with a checkpoint of other groups: "refuse" raises; "auto" converts it
+            first, each rank its own part, where all ranks reach the files; "off" leaves all to
+            DeepSpeed, which loads by position.
+        scratch_dir: for "auto": where the converted checkpoint is kept while it is loaded; all
+            ranks must see it. None: beside the checkpoint.
+
+    Raises:
+        InvalidArgumentError: not an engine with an optimizer, or no such ``regroup``.
+
+    Example:
+        >>> protect_checkpoints(engine, regroup="auto")                   # doctest: +SKIP
+        >>> engine.load_checkpoint("checkpoints")                         # doctest: +SKIP
+    """
+    check_one_of("regroup", regroup, ("refuse", "auto", "off"))
+    if not is_engine(engine) or not hasattr(engine.optimizer, "param_groups"):
+        raise InvalidArgumentError(
+            "protect_checkpoints takes an engine that deepspeed.initialize made with an optimizer, "
+            f"not {type(engine).__name__}."
+        )
+    support_our_groups(moe=True)
+    guard = Guard(regroup, None if scratch_dir is None else Path(scratch_dir))
+    set_guard(engine, guard)
+
+
+def guard_of(engine: Any) -> Guard | None:
+    """None where the engine's checkpoints are not guarded."""
+    guard: Guard | None = getattr(engine, _GUARD, None)
+    return guard
+
+
+def set_guard(engine: Any, guard: Guard | None) -> None:
+    """Guard the engine's checkpoints with this; None leaves them to DeepSpeed."""
+    setattr(engine, _GUARD, guard)
+
+
+def guard_from_now_on(engine: Any) -> None:
+    """Guard the checkpoints of an engine that is initialized over our groups."""
+    if guard_of(engine) is None:
+        set_guard(engine, Guard())
+
+
+def guarded_save(
+    engine: Any, save: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """DeepSpeed's ``save_checkpoint``, with our file beside its files."""
+    guard = guard_of(engine)
+    call = inspect.signature(save).bind(*args, **kwargs)
+    save_dir = call.arguments.get("save_dir")
+    if not save_dir:
+        return save(*args, **kwargs)
+    call.arguments["tag"] = tag = checkpoint_tag(engine, call.arguments.get("tag"))
+    folder = Path(save_dir) / tag
+    if guard is not None and guard.regroup == "off":
+        guard = None
+    if guard is not None:
+        together(lambda: check_tag(tag))
+    if guard is None or engine.checkpoint_engine.is_decoupled():
+        return _save_unmarked(engine, guard, folder, call, save)
+    layout, writes = _layout(engine, guard), _writes(engine)
+    announces = call.arguments.get("save_latest", True) and distributed.get_rank() == 0
+    call.arguments["save_latest"] = False  # DeepSpeed does not wait for the other ranks
+    together(lambda: mark_unfinished(folder) if writes else None)
+    result = save(*call.args, **call.kwargs)
+    try:
+        if layout is not None and writes:
+            _write(engine, layout, folder)
+    finally:  # the others wait, also for what a filter makes of a warning
+        together(lambda: mark_finished(folder) if writes else None)
+        together(lambda: announce(Path(save_dir), tag) if announces else None)
+    return result
+
+
+def _save_unmarked(
+    engine: Any,
+    guard: Guard | None,
+    folder: Path,
+    call: inspect.BoundArguments,
+    save: Callable[..., Any],
+) -> Any:
+    """Save without a guard, or with a checkpoint engine that goes on writing after the call."""
+    layout = None if guard is None else _layout(engine, guard)
+    tag = call.arguments["tag"]
+    if _writes(engine) and is_plain(tag):  # what is there of an older save is wrong from now on
+        for name in (FILE_NAME, UNFINISHED):
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+    result = save(*call.args, **call.kwargs)
+    if guard is not None:
+        try:
+            if layout is not None and _writes(engine):
+                _write(engine, layout, folder)
+        finally:
+            distributed.barrier()
+    return result
+
+
+def _writes(engine: Any) -> bool:
+    """Does this rank write the file?"""
+    rank = engine.local_rank if engine.use_node_local_storage() else distributed.get_rank()
+    return bool(rank == 0)
+
+
+def _layout(engine: Any, guard: Guard) -> Layout | None:
+    """Of all ranks, on the ranks that write it; nobody raises, as DeepSpeed can save without."""
+    if not guard.gathered:
+        guard.gathered = True
+        try:
+            guard.layout = gather_layout(engine)
+        except CheckpointError as error:
+            _warn(f"{FILE_NAME} is not written, as {error}")
+        if engine.use_node_local_storage():
+            box = [guard.layout]
+            distributed.broadcast_object_list(box)
+            guard.layout = box[0]
+    return guard.layout
+
+
+def _write(engine: Any, layout: Layout, folder: Path) -> None:
+    try:
+        manifest = describe_run(engine, with_options_of(engine, layout))
+        write_manifest(_with_files(engine, manifest, folder), folder / FILE_NAME)
+    except Exception as error:
+        _warn(f"{folder} was saved, but {FILE_NAME} could not be written ({error})")
+    if not engine.checkpoint_engine.is_decoupled():
+        _warn_of_missing_weights(layout, folder)
+
+
+def _warn_of_missing_weights(layout: Layout, folder: Path) -> None:
+    """DeepSpeed saves dense weights on ranks that are first among those that share experts."""
+    saved = list_files(folder.parent, folder.name).models
+    if missing := [rank for rank in layout.model_ranks if rank not in saved]:
+        warnings.warn(
+            f"DeepSpeed wrote no weights of the model-parallel rank(s) {missing} into {folder} "
+            "(mp_rank_*_model_states.pt), as tensor-parallel ranks share all experts: the "
+            "checkpoint cannot be loaded. Use an ep_size that is a multiple of the "
+            "tensor-parallel size.",
+            CheckpointWarning,
+            stacklevel=5,
+        )
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"{what.rstrip('.')}: the checkpoint can be loaded and converted as one of a run without "
+        "moe-groups.",
+        CheckpointWarning,
+        stacklevel=5,  # the caller of save_checkpoint
+    )
+
+
+def _with_files(engine: Any, manifest: Manifest, folder: Path) -> Manifest:
+    if engine.checkpoint_engine.is_decoupled():  # it is still writing
+        return manifest
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (FILE_NAME, UNFINISHED)
+    }
+    return Manifest(manifest.layout, manifest.wrapper, manifest.about, files)
+
+
+def guarded_load(
+    engine: Any, load: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """DeepSpeed's ``load_checkpoint`` for a checkpoint that was saved with the same groups."""
+    guard = guard_of(engine)
+    call = inspect.signature(load).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    if guard is None or guard.regroup == "off" or not _loads_state(engine, given):
+        return load(*args, **kwargs)
+    from moe_groups.checkpoints.guard.check import checked
+
+    names = _names(engine)
+    load_dir, tag = given["load_dir"], given["tag"]
+    convert, tag = guard.regroup == "auto", None if tag is None else str(tag)
+    folder = Path(load_dir)
+    with checked(engine, folder, tag, convert=convert, scratch_dir=guard.scratch_dir) as directory:
+        given["load_dir"] = str(directory)
+        path, client_state = load(*call.args, **call.kwargs)
+    _restore_names(engine, names)
+    if path is not None:  # of the converted checkpoint, which is gone
+        path = str(path).replace(str(directory), str(load_dir), 1)
+    return path, client_state
+
+
+def _loads_state(engine: Any, given: Mapping[str, Any]) -> bool:
+    """Does this call put optimizer state into groups?"""
+    return bool(
+        given["load_optimizer_states"]
+        and not given["load_module_only"]
+        and not engine.load_universal_checkpoint()
+        and hasattr(engine.optimizer, "param_groups")
+    )
+
+
+_NAMES = ("name", *LABELS)
+
+
+def _names(engine: Any) -> list[dict[str, Any]]:
+    groups = engine.optimizer.param_groups
+    return [{key: group[key] for key in _NAMES if key in group} for group in groups]
+
+
+def _restore_names(engine: Any, names: list[dict[str, Any]]) -> None:
+    """DeepSpeed takes the names from the checkpoint; those of the run are registered."""
+    for group, own in zip(engine.optimizer.param_groups, names, strict=True):
+        for key in _NAMES:
+            group.pop(key, None)
+        group.update(own)

@@ -1,0 +1,157 @@
+"""A load that is refused: what differs from the engine's groups, and what can be done."""
+
+import shlex
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import distributed
+
+from moe_groups.checkpoints.files import find_checkpoint
+from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout
+from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank
+from moe_groups.checkpoints.layout_diff import compare_groups, moved_parameters
+from moe_groups.checkpoints.manifest import Manifest, write_manifest
+from moe_groups.checkpoints.read_layout import read_layout
+from moe_groups.checkpoints.shard import WRAPPERS
+from moe_groups.errors import CheckpointError, CheckpointMismatchError
+
+_SHOWN = 8
+
+
+def refuse(engine: Any, load_dir: Path, tag: str) -> NoReturn:
+    """Raise what differs, the same on all ranks; the first one reads all files for it.
+
+    Raises:
+        CheckpointMismatchError: the checkpoint was saved with other groups, parameters or ranks.
+        CheckpointError: what the groups were cannot be read.
+    """
+    layout = gather_layout(engine)
+    box: list[Any] = [None]
+    if layout is not None:
+        try:
+            box = [_refusal(describe_run(engine, layout), load_dir, tag)]
+        except CheckpointError as error:
+            box = [CheckpointError(f"{error} Nothing was loaded.")]
+        except Exception as error:
+            text = f"{load_dir / tag}: {type(error).__name__}: {error}. Nothing was loaded."
+            box = [CheckpointError(text)]
+    distributed.broadcast_object_list(box)
+    raise box[0]
+
+
+def _refusal(run: Manifest, load_dir: Path, tag: str) -> CheckpointMismatchError:
+    files = find_checkpoint(load_dir, tag)
+    saved = read_layout(files)
+    lines, convertible = differences(saved, run.layout)
+    convertible &= not (saved.problem() or run.layout.problem())
+    where = f"{load_dir} ({tag})"
+    target = None
+    if convertible and files.shards and run.wrapper in WRAPPERS:
+        target = _write_target(run, load_dir)
+        source, made = shlex.quote(str(load_dir)), shlex.quote(f"{load_dir}-regrouped")
+        way_out = (
+            "Nothing was loaded. Convert it, and load the result:\n"
+            f"  moe-groups regroup-checkpoint {source} {made} --tag {shlex.quote(tag)} "
+            f"--to {shlex.quote(target)}\n"
+            'or convert while loading: moe_groups.protect_checkpoints(engine, regroup="auto").'
+        )
+    else:
+        way_out = (
+            "Nothing was loaded. Converting does not help; load_module_only=True loads the weights "
+            "alone."
+        )
+    shown = [*lines[: _SHOWN + 1]]
+    if len(lines) > len(shown):
+        shown.append(f"... and {len(lines) - len(shown)} more (see .lines)")
+    message = f"{where} was saved with other groups.\n  " + "\n  ".join(shown) + f"\n{way_out}"
+    return CheckpointMismatchError(message, lines, target)
+
+
+def differences(saved: Layout, running: Layout) -> tuple[list[str], bool]:
+    """What differs, a headline first, and whether converting can repair it."""
+    if saved.model_ranks != running.model_ranks:
+        return [
+            f"it was saved by {len(saved.model_ranks)} model-parallel ranks, the run has "
+            f"{len(running.model_ranks)}"
+        ], False
+    kinds = _parallel_groups(saved), _parallel_groups(running)
+    if kinds[0] != kinds[1]:
+        was, now = (", ".join(sorted(kind)) or "no parallel group" for kind in kinds)
+        return [f"it was saved with experts of {was}, the run has experts of {now}"], False
+    worlds = saved.data_parallel_size, running.data_parallel_size
+    lines = []
+    if worlds[0] != worlds[1]:
+        lines.append(f"it was saved by {worlds[0]} data-parallel ranks, the run has {worlds[1]}")
+    told: dict[str, None] = {}
+    model = False
+    most = 0, 0
+    for old, new in _pairs(saved, running):
+        difference = compare_groups(old, new)
+        model |= difference.verdict == "model"
+        if difference.verdict in ("model", "regrouped"):
+            told.update(dict.fromkeys(difference.lines))
+        if difference.verdict == "regrouped":
+            most = max(most, moved_parameters(old, new))
+    if most[0] and not model:
+        lines.append(
+            f"{most[0]} of {most[1]} parameters of a rank are in another place, and would get the "
+            "state of what was there"
+        )
+    return lines + list(told or dict.fromkeys(_other_ranks(saved, running))), not model
+
+
+def _other_ranks(saved: Layout, running: Layout) -> Iterator[str]:
+    """Experts that other ranks share than before: ``use_data_before_expert_parallelism``."""
+    before = {(g.model_rank, g.parallel_group, g.ep_rank): g.ranks for g in saved.groups}
+    for group in running.groups:
+        ranks = before.get((group.model_rank, group.parallel_group, group.ep_rank))
+        if ranks != group.ranks and saved.data_parallel_size == running.data_parallel_size:
+            yield (
+                f"the experts of expert-parallel rank {group.ep_rank} of {group.parallel_group} "
+                f"were on data-parallel ranks {_some(ranks)}, and are on {_some(group.ranks)}"
+            )
+
+
+def _some(ranks: tuple[int, ...] | None) -> str:
+    shown = list(map(str, (ranks or ())[:_SHOWN]))
+    return ", ".join(shown + ["..."] * (len(ranks or ()) > _SHOWN))
+
+
+def _parallel_groups(layout: Layout) -> set[str]:
+    return {group.parallel_group for group in layout.groups if group.parallel_group}
+
+
+def _pairs(saved: Layout, running: Layout) -> Iterator[tuple[list[FlatGroup], list[FlatGroup]]]:
+    """Each rank with one that had its experts, alike ones once; without those nobody had."""
+    had: dict[tuple[int, frozenset[Any]], Rank] = {}
+    for rank in sorted(saved.order):
+        had.setdefault(_experts_of(saved, rank), rank)
+    seen = set()
+    for rank in sorted(running.order):
+        old = had.get(_experts_of(running, rank))
+        pair = old and saved.order[old], running.order[rank]
+        if old is not None and pair not in seen:
+            seen.add(pair)
+            yield saved.of(old), running.of(rank)
+
+
+def _experts_of(layout: Layout, rank: Rank) -> tuple[int, frozenset[Any]]:
+    groups = layout.of(rank)
+    return rank.model, frozenset((g.parallel_group, g.ep_rank) for g in groups if g.parallel_group)
+
+
+def _write_target(run: Manifest, load_dir: Path) -> str:
+    """The run's groups in a file beside the checkpoint, or where that cannot be in a temporary one.
+
+    Its name comes from the groups, so that the same refusal again makes no second file.
+    """
+    name = f"moe_groups_{run.layout.fingerprint()[:8]}.json"
+    try:
+        write_manifest(run, load_dir / name)
+        return str(load_dir / name)
+    except OSError:
+        path = Path(tempfile.mkdtemp(prefix="moe-groups-")) / name
+        write_manifest(run, path)
+        return str(path)

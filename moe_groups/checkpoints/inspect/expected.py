@@ -1,0 +1,161 @@
+"""What a checkpoint ought to hold, also where some of its files are missing or damaged."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from moe_groups.checkpoints.files import CheckpointFiles
+from moe_groups.checkpoints.inspect.partial_layout import partial_layout
+from moe_groups.checkpoints.inspect.report import Problem
+from moe_groups.checkpoints.inspect.scan import sound_pickle
+from moe_groups.checkpoints.inspect.slim_shard import read_slim_shard
+from moe_groups.checkpoints.inspect.weights import EngineState
+from moe_groups.checkpoints.layout import Layout, Rank
+from moe_groups.checkpoints.manifest import Manifest, read_manifest
+from moe_groups.checkpoints.read_layout import check_states, layout_of_shards
+from moe_groups.checkpoints.shard import Shard, read_shard
+from moe_groups.checkpoints.torch_file import read_records, read_skeleton
+from moe_groups.errors import CheckpointError
+
+T = TypeVar("T")
+WRAPPERS = ("ZeRO-1", "ZeRO-2", "BF16_Optimizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the files ought to be.
+
+    Attributes:
+        ranks: whose optimizer states belong to the checkpoint.
+        layout: of the groups; of those ranks alone that could be read, where not complete.
+        complete: does the layout hold every parameter of every rank?
+        manifest: None where there is none that can be used.
+        shards: what had to be read for it, without a manifest.
+        data_parallel_size: ranks of the run.
+        problems: what was found on the way.
+    """
+
+    ranks: frozenset[Rank]
+    layout: Layout
+    complete: bool
+    data_parallel_size: int
+    manifest: Manifest | None = None
+    shards: Mapping[Rank, Shard] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+
+    def said(self, key: str, kind: type[T]) -> T | None:
+        """What the manifest says beside the layout; None where it says nothing usable."""
+        value = None if self.manifest is None else self.manifest.about.get(key)
+        return value if isinstance(value, kind) else None
+
+
+def expected_layout(files: CheckpointFiles, engines: Mapping[int, EngineState]) -> Expected:
+    """From the manifest, or from those of DeepSpeed's files that can be read.
+
+    Args:
+        files: the checkpoint.
+        engines: counters by model-parallel rank.
+
+    Raises:
+        CheckpointError: no checkpoint of ZeRO-1, ZeRO-2 or BF16_Optimizer.
+    """
+    manifest, problems = None, []
+    if files.manifest.is_file():
+        try:
+            manifest = read_manifest(files.manifest)
+        except CheckpointError as error:
+            text = without_folder(files, str(error))
+            problems.append(Problem("manifest", files.manifest.name, text))
+    if manifest is None or files.shards:
+        check_states(files)
+    if manifest is not None:
+        return _from_manifest(files, manifest)
+    return _from_shards(files, engines, problems)
+
+
+def _from_manifest(files: CheckpointFiles, manifest: Manifest) -> Expected:
+    if manifest.wrapper not in WRAPPERS:
+        raise CheckpointError(
+            f"{files.folder} was saved by {manifest.wrapper}; checkpoints of ZeRO-1, ZeRO-2 and "
+            "BF16_Optimizer can be inspected."
+        )
+    layout = manifest.layout
+    if problem := layout.problem():
+        raise CheckpointError(problem)
+    ranks = frozenset(layout.order)
+    return Expected(ranks, layout, True, layout.data_parallel_size, manifest)
+
+
+def _from_shards(
+    files: CheckpointFiles, engines: Mapping[int, EngineState], problems: list[Problem]
+) -> Expected:
+    shards = _readable(files)
+    size = _data_parallel_size(shards, engines) or len({rank.data for rank in files.shards})
+    models = {rank.model for rank in files.shards} | set(files.models)
+    for engine in engines.values():
+        models |= set(range(engine.model_parallel_size or 1))
+    ranks = frozenset(Rank(model, data) for model in models for data in range(size))
+    used = {rank: shard for rank, shard in shards.items() if rank in ranks and _says(shard) == size}
+    layout, complete = Layout((), {}), used.keys() == ranks
+    try:
+        if complete:
+            layout = layout_of_shards(used)
+    except Exception as error:  # files that contradict each other in any way
+        complete = False
+        problems.append(Problem("content", "", _no_fit(files, error)))
+    if not complete:
+        with contextlib.suppress(Exception):
+            layout = partial_layout(used)
+    return Expected(ranks, layout, complete, size, None, shards, tuple(problems))
+
+
+def _no_fit(files: CheckpointFiles, error: Exception) -> str:
+    if isinstance(error, CheckpointError):
+        return without_folder(files, str(error))
+    return f"the optimizer states do not fit together ({type(error).__name__}: {error})."
+
+
+def _readable(files: CheckpointFiles) -> dict[Rank, Shard]:
+    shards: dict[Rank, Shard] = {}
+    for rank, path in sorted(files.shards.items()):
+        try:
+            if sound_pickle(path, read_records(path)):
+                shards[rank] = read_slim_shard(path)
+        except CheckpointError:
+            if not shards:
+                _check_supported(files, rank)
+        except Exception:  # a damaged file that can be unpickled may hold anything
+            continue
+    return shards
+
+
+def _check_supported(files: CheckpointFiles, rank: Rank) -> None:
+    """Raise where a shard is sound, but of another wrapper."""
+    try:
+        read_skeleton(files.shards[rank])
+    except CheckpointError:
+        return
+    read_shard(files.shards[rank])
+
+
+def _says(shard: Shard) -> int | None:
+    try:
+        return shard.data_parallel_size
+    except Exception:
+        return None
+
+
+def _data_parallel_size(
+    shards: Mapping[Rank, Shard], engines: Mapping[int, EngineState]
+) -> int | None:
+    """As the first rank's file says, which the last save wrote for sure."""
+    first = sorted(shards, key=lambda rank: (rank.data, rank.model))
+    said = [_says(shards[rank]) for rank in first]
+    said += [engine.data_parallel_size for engine in engines.values()]
+    return next((size for size in said if size), None)
+
+
+def without_folder(files: CheckpointFiles, message: str) -> str:
+    """An error's message with file names alone."""
+    return message.replace(f"{files.folder}/", "").replace(str(files.folder), files.tag)

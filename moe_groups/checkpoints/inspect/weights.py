@@ -1,0 +1,148 @@
+"""Are the files sound that hold the model's weights and the engine's counters?"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_groups.checkpoints.files import CheckpointFiles
+from moe_groups.checkpoints.inspect.report import Problem, unreadable
+from moe_groups.checkpoints.inspect.scan import (
+    FLOATS,
+    PICKLE,
+    Scan,
+    Segment,
+    changed_text,
+    scan_file,
+    sound_pickle,
+)
+from moe_groups.checkpoints.inspect.slim_shard import Extent, extent_of
+from moe_groups.checkpoints.torch_file import Record, read_records, read_skeleton
+
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What ``mp_rank_<NN>_model_states.pt`` says of the run; None where it does not say.
+
+    Attributes:
+        global_steps: steps of the engine.
+        skipped_steps: those in which nothing was stepped because gradients overflowed.
+        data_parallel_size: ranks.
+        model_parallel_size: pipeline stages times tensor-parallel ranks.
+        num_experts: of each of the rank's MoE layers, in order.
+        version: of DeepSpeed.
+    """
+
+    global_steps: int | None = None
+    skipped_steps: int | None = None
+    data_parallel_size: int | None = None
+    model_parallel_size: int | None = None
+    num_experts: tuple[int, ...] = ()
+    version: str | None = None
+
+
+def read_engine_state(path: Path) -> EngineState:
+    """Read the counters.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    content = read_skeleton(path)
+    if not isinstance(content, Mapping):
+        return EngineState()
+    sizes = content.get("checkpoint_parallel_dimensions") or {}
+    both = _number(sizes.get("pp_degree")), _number(sizes.get("tp_degree"))
+    experts = map(_number, content.get("num_experts") or ())
+    return EngineState(
+        global_steps=_number(content.get("global_steps")),
+        skipped_steps=_number(content.get("skipped_steps")),
+        data_parallel_size=_number(content.get("dp_world_size")),
+        model_parallel_size=None if None in both else both[0] * both[1],  # type: ignore[operator]
+        num_experts=tuple(count for count in experts if count is not None),
+        version=content.get("ds_version"),
+    )
+
+
+def _number(value: Any) -> int | None:
+    return value if type(value) is int else None
+
+
+def parameters_in(path: Path) -> dict[str, Extent]:
+    """The parameters of a file of weights by name, without buffers.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    content = read_skeleton(path)
+    module = content.get("module", content) if isinstance(content, Mapping) else None
+    if not isinstance(module, Mapping):
+        return {}
+    buffers = set(content.get("buffer_names") or ())  # a mask may be infinite
+    return {
+        str(name): extent_of(tensor)
+        for name, tensor in module.items()
+        if isinstance(tensor, torch.Tensor) and tensor.is_contiguous() and name not in buffers
+    }
+
+
+def missing_experts(
+    names: Iterable[str], model_rank: int, num_experts: Iterable[int]
+) -> Iterator[str]:
+    """Files of experts that DeepSpeed's naming asks for, where it names any file so."""
+    found = {match[0]: int(match[3]) for match in map(_EXPERT.fullmatch, names) if match}
+    if model_rank not in found.values():
+        return
+    for layer, count in enumerate(num_experts):
+        for expert in range(count):
+            name = f"layer_{layer}_expert_{expert}_mp_rank_{model_rank:02d}_model_states.pt"
+            if name not in found:
+                yield name
+
+
+def examine_engines(
+    files: CheckpointFiles,
+) -> tuple[dict[int, EngineState], list[Problem]]:
+    """The engine's counters by model-parallel rank, and what is wrong with their files."""
+    engines, problems = {}, []
+    for model, path in files.models.items():
+        try:
+            pickle = [record for record in read_records(path) if record.name == PICKLE]
+            if sound_pickle(path, pickle):
+                engines[model] = read_engine_state(path)
+            else:
+                problems.append(Problem("checksum", path.name, changed_text(path.name, pickle[0])))
+        except Exception as error:
+            problems.append(unreadable(path, path.name, error))
+    return engines, problems
+
+
+def examine_file(
+    path: Path, name: str, data: bool, progress: Callable[[int], None]
+) -> tuple[list[Problem], int]:
+    """Problems of a file of weights, and its number of records without a CRC."""
+    try:
+        records = read_records(path)
+        scan = _scan_weights(path, records, progress) if data else Scan()
+    except Exception as error:
+        return [unreadable(path, name, error)], 0
+    problems = [Problem("checksum", name, changed_text(name, record)) for record in scan.changed]
+    problems += [
+        Problem("not finite", name, f"{name}: {count:,} values of {param} are NaN or infinite.")
+        for (_, param, _), count in scan.broken.items()
+    ]
+    return problems, scan.unstated
+
+
+def _scan_weights(path: Path, records: list[Record], progress: Callable[[int], None]) -> Scan:
+    found = parameters_in(path) if sound_pickle(path, records) else {}
+    segments = [
+        Segment(extent.start, extent.size, extent.dtype, (0, name, "weights"))
+        for name, extent in found.items()
+        if extent.dtype in FLOATS and extent.size
+    ]
+    return scan_file(path, records, segments, progress)

@@ -1,0 +1,110 @@
+"""What differs between the groups of a checkpoint and those of a run, in words."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_groups.checkpoints.layout import FlatGroup, FlatParam
+
+Verdict = Literal["same", "renamed", "regrouped", "model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The result of :func:`compare_groups`.
+
+    Attributes:
+        verdict: "same"; "renamed" (every element is in its place, groups have other names);
+            "regrouped" (the same parameters in other places, which converting can repair);
+            "model" (other parameters, or of other sizes).
+        lines: one for each thing that differs; empty for "same".
+    """
+
+    verdict: Verdict
+    lines: tuple[str, ...] = ()
+
+
+def compare_groups(saved: Sequence[FlatGroup], running: Sequence[FlatGroup]) -> Difference:
+    """Compare one rank's groups, both in the order of its optimizer."""
+    if other := list(_other_parameters(saved, running)):
+        return Difference("model", tuple(other))
+    if [_rows(group) for group in saved] != [_rows(group) for group in running]:
+        return Difference("regrouped", tuple(_moves(saved, running)))
+    renamed = [
+        f"group {index} was {old.name!r}, is {new.name!r}"
+        for index, (old, new) in enumerate(zip(saved, running, strict=True))
+        if old.name != new.name
+    ]
+    return Difference("renamed" if renamed else "same", tuple(renamed))
+
+
+def _rows(group: FlatGroup) -> tuple[tuple[str, int, int], ...]:
+    return group.place()[-1]  # type: ignore[no-any-return]
+
+
+def _other_parameters(saved: Sequence[FlatGroup], running: Sequence[FlatGroup]) -> Iterator[str]:
+    old = {param.name: param for group in saved for param in group.params}
+    new = {param.name: param for group in running for param in group.params}
+    for name in old:
+        if name not in new:
+            yield f"{name} is in the checkpoint, but no group of the engine steps it"
+    for name, other in new.items():
+        one = old.get(name)
+        if one is None:
+            yield f"{name} is stepped by the engine, but is not in the checkpoint"
+            continue
+        shapes = one.shape is not None and other.shape is not None and one.shape != other.shape
+        if shapes or one.numel != other.numel:
+            yield f"{name} was saved with {_size(one)}, the model has {_size(other)}"
+
+
+def _size(param: FlatParam) -> str:
+    return f"{param.numel} elements" if param.shape is None else f"shape {list(param.shape)}"
+
+
+def _moves(saved: Sequence[FlatGroup], running: Sequence[FlatGroup]) -> Iterator[str]:
+    """Whole groups that stand elsewhere in one line each, then single parameters."""
+    was = {_rows(group): index for index, group in enumerate(saved)}
+    homes = {
+        param.name: (index, param.offset)
+        for index, group in enumerate(saved)
+        for param in group.params
+    }
+    for index, group in enumerate(running):
+        before = was.get(_rows(group))
+        if before == index:
+            continue
+        if before is not None:
+            yield (
+                f"group {_named(index, group)} was saved as group {_named(before, saved[before])}"
+            )
+            continue
+        for param in group.params:
+            home, offset = homes[param.name]
+            if home != index or offset != param.offset:
+                yield (
+                    f"{_param(param)}: saved in group {_named(home, saved[home])} from element "
+                    f"{offset}, now in group {_named(index, group)} from element {param.offset}"
+                )
+
+
+def _named(index: int, group: FlatGroup) -> str:
+    return f"{index} ({group.name!r})"
+
+
+def _param(param: FlatParam) -> str:
+    return param.name if param.expert is None else f"{param.name} (expert {param.expert})"
+
+
+def moved_parameters(saved: Sequence[FlatGroup], running: Sequence[FlatGroup]) -> tuple[int, int]:
+    """How many parameters would get the state of another place, and how many there are."""
+    places = [
+        {
+            param.name: (index, param.offset)
+            for index, group in enumerate(groups)
+            for param in group.params
+        }
+        for groups in (saved, running)
+    ]
+    moved = sum(places[0].get(name) != place for name, place in places[1].items())
+    return moved, len(places[1])

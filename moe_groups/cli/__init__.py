@@ -1,0 +1,199 @@
+"""The command line ``moe-groups``, and its command ``plan``: the step's memory, foretold."""
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+from moe_groups._common.arguments import LEVELS, OptimizerKind
+from moe_groups._common.units import parse_bytes
+from moe_groups.cli.checkpoints import add_commands
+from moe_groups.cli.progress import quiet
+from moe_groups.cli.topology import add_topology
+from moe_groups.errors import InvalidArgumentError, MoEGroupsError
+
+if TYPE_CHECKING:
+    from moe_groups.cli.plan import PlanRequest
+
+_OPTIONS = {
+    "step_memory_budget": "--budget",
+    "max_groups": "--max-groups",
+    "max_group_size": "--cap",
+    "split_by": "--split-by",
+    "ep_size": "--ep",
+    "tp_size": "--tp",
+    "pp_size": "--pp",
+    "pp_rank": "--pp-rank",
+    "compact_gradients": "--compact-gradients",
+    "optimizer": "--optimizer",
+}
+"""Arguments of the library that messages name, and what they are called here."""
+
+_DESCRIPTION = """\
+Predict the memory of the optimizer step and plan the param groups, with no GPU, no process
+group and no weights. SOURCE is a Hugging Face config.json or a directory with one, a model
+type of the installed transformers (mixtral, qwen3_moe, deepseek_v3, olmoe, gpt_oss, ...), or
+module:function, called to build one rank's model on the meta device."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad input gives one line; ``--help`` has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``moe-groups`` with these arguments, or those of the process.
+
+    Returns:
+        The exit status: 0, 1 for a checkpoint that was inspected and is damaged, or 2 for input
+        that cannot be used, with one line on stderr.
+        Options that cannot be parsed raise ``SystemExit(2)``, as argparse does.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except BrokenPipeError:  # the reader has seen enough
+        sys.stderr.close()
+        return 0
+    except MoEGroupsError as error:
+        message = _in_options(str(error), args.names)
+    except OSError as error:
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}."
+    print(f"moe-groups {args.command}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _in_options(message: str, options: Mapping[str, str]) -> str:
+    """The message in one line, with options where it names arguments of the library."""
+    names = "|".join(options)
+    message = re.sub(rf"\b({names})=True\b", lambda found: options[found[1]], message)
+    message = re.sub(rf"\b({names})=", lambda found: f"{options[found[1]]} ", message)
+    return " ".join(message.split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="moe-groups", description="Param groups for MoE models on DeepSpeed.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    plan = commands.add_parser(
+        "plan",
+        help="memory of the optimizer step and the groups that lower it",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.set_defaults(run=_plan, names=_OPTIONS)
+    plan.add_argument("source", metavar="SOURCE", help="config.json, model type, module:function")
+    _add_topology(plan)
+    _add_step(plan)
+    _add_groups(plan)
+    output = plan.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    output.add_argument("--plot", metavar="FILE", help="draw the curve: .png or .html")
+    add_topology(commands, _count)
+    add_commands(commands, _count)
+    return parser
+
+
+def _add_topology(plan: argparse.ArgumentParser) -> None:
+    group = plan.add_argument_group("topology", "data-parallel size = world size / (tp * pp)")
+    group.add_argument("--world-size", type=_count, required=True, metavar="N", help="all ranks")
+    group.add_argument("--ep", type=_count, metavar="N", help="expert-parallel size (1)")
+    group.add_argument("--tp", type=_count, default=1, metavar="N", help="tensor-parallel size (1)")
+    group.add_argument("--pp", type=_count, default=1, metavar="N", help="pipeline stages (1)")
+    group.add_argument(
+        "--pp-rank", type=int, metavar="N", help="stage to plan (the one with most parameters)"
+    )
+    group.add_argument(
+        "--experts", choices=("list", "fused"), help="a module per expert, or one tensor (list)"
+    )
+
+
+def _add_step(plan: argparse.ArgumentParser) -> None:
+    group = plan.add_argument_group("step")
+    group.add_argument("--zero-stage", type=int, choices=(1, 2), default=2, help="(2)")
+    group.add_argument("--bf16-optimizer", action="store_true", help="BF16_Optimizer, not ZeRO")
+    group.add_argument(
+        "--optimizer",
+        choices=get_args(OptimizerKind),
+        default="foreach",
+        help="AdamW's kind (foreach)",
+    )
+    group.add_argument("--grad-accum-dtype", choices=("bf16", "fp32"), default="bf16")
+    group.add_argument(
+        "--compact-gradients", action="store_true", help="compact_gradients(engine) is called"
+    )
+
+
+def _add_groups(plan: argparse.ArgumentParser) -> None:
+    group = plan.add_argument_group("groups")
+    group.add_argument("--split-by", choices=LEVELS, default="module", help="(module)")
+    limit = group.add_mutually_exclusive_group()
+    limit.add_argument(
+        "--budget",
+        default="auto",
+        metavar="SIZE",
+        help="most that the step may need, as 2GiB: the fewest groups that fit (auto: the "
+        "lowest peak that is worth its groups)",
+    )
+    limit.add_argument("--max-groups", type=_count, metavar="N", help="the lowest peak with those")
+    limit.add_argument("--cap", type=_count, metavar="N", help="elements of a group; no planning")
+
+
+def _count(text: str) -> int:
+    value = int(text.replace("_", ""))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+_count.__name__ = "number"  # argparse names it where int() fails
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from moe_groups.cli.plan import make_report
+    from moe_groups.cli.plan_plot import check_plot, write_plot
+    from moe_groups.cli.plan_report import as_json, print_tables
+    from moe_groups.cli.render import check_tables
+
+    if not args.json:
+        check_tables()
+    if args.plot is not None:
+        check_plot(args.plot)
+    with quiet():
+        report = make_report(_request(args))
+    if args.plot is not None:
+        write_plot(report, args.plot)
+    if args.json:
+        print(as_json(report))
+    else:
+        print_tables(report)
+
+
+def _request(args: argparse.Namespace) -> "PlanRequest":
+    from moe_groups.cli.plan import PlanRequest
+    from moe_groups.memory.step_config import StepConfig
+
+    step = StepConfig(
+        zero_stage=args.zero_stage,
+        bf16_optimizer=args.bf16_optimizer,
+        optimizer=args.optimizer,
+        grad_accum_dtype=args.grad_accum_dtype,
+        compact_gradients=args.compact_gradients,
+        tp_size=args.tp,
+    )
+    if args.world_size % (args.tp * args.pp):
+        raise InvalidArgumentError(
+            f"--world-size {args.world_size} is no multiple of --tp {args.tp} times --pp {args.pp}."
+        )
+    taken: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("source", "world_size", "ep", "tp", "pp", "pp_rank", "experts", "split_by")
+    }
+    budget = args.budget if args.budget == "auto" else parse_bytes(args.budget, "--budget")
+    return PlanRequest(**taken, step=step, budget=budget, max_groups=args.max_groups, cap=args.cap)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

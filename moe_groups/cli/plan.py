@@ -1,0 +1,230 @@
+"""What ``moe-groups plan`` computes: the plan, and the splits that it is compared with."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from moe_groups._common.arguments import SplitBy
+from moe_groups.errors import InvalidArgumentError
+from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
+from moe_groups.groups.families import read_table
+from moe_groups.groups.grouping import lines, make_plan
+from moe_groups.groups.inputs import read_input
+from moe_groups.groups.rules import Rules
+from moe_groups.memory.estimate import StepMemory, estimate
+from moe_groups.memory.plan import TradeOff, plan_param_groups
+from moe_groups.memory.step_config import StepConfig
+from moe_groups.meta_models.rank import shard_for_rank
+from moe_groups.meta_models.source import load_model, names_function
+from moe_groups.topology import ep_size_of
+
+_Sized = tuple[str, tuple[int, ...], str | None]
+"""Name, sizes of the parameters and parallel group of a group."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """The arguments of ``moe-groups plan``; None where nothing was said."""
+
+    source: str
+    world_size: int
+    step: StepConfig
+    ep: int | None = None
+    tp: int = 1
+    pp: int = 1
+    pp_rank: int | None = None
+    experts: Literal["list", "fused"] | None = None
+    split_by: SplitBy = "module"
+    budget: int | str = "auto"
+    max_groups: int | None = None
+    cap: int | None = None
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // (self.tp * self.pp)
+
+
+@dataclass(frozen=True, slots=True)
+class RankModel:
+    """One rank's model.
+
+    Attributes:
+        model: on meta.
+        pp_rank: its pipeline stage; None where the source decided.
+        total: parameters of the whole model, where it is known.
+        held: parameters on the rank.
+        in_experts: those of them that are experts'.
+        ep_sizes: expert-parallel sizes, ascending.
+    """
+
+    model: nn.Module
+    pp_rank: int | None
+    total: int | None
+    held: int
+    in_experts: int
+    ep_sizes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A split that is marked on the trade-off curve."""
+
+    key: Literal["stock", "no_cap", "plan"]
+    label: str
+    memory: StepMemory
+
+    @property
+    def groups(self) -> int:
+        return len(self.memory.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """Everything that is shown; ``marks`` end with the groups that were asked for."""
+
+    request: PlanRequest
+    rank: RankModel
+    marks: list[Mark]
+    curve: list[TradeOff]
+    hints: list[str]
+
+    @property
+    def memory(self) -> StepMemory:
+        return self.marks[-1].memory
+
+
+def make_report(request: PlanRequest) -> PlanReport:
+    """Build the model, plan, and cost the other splits.
+
+    Raises:
+        MoEGroupsError: the source, the topology or the budget cannot be used.
+    """
+    if request.step.offloads and (request.budget != "auto" or request.max_groups is not None):
+        raise InvalidArgumentError(
+            "with the optimizer on the host its step takes nothing on the device: leave out the "
+            "budget and the number of groups."
+        )
+    rank = _rank_model(request)
+    _check_fits(rank, request)
+    curve: list[TradeOff] = []
+    hints: list[str] = []
+    if request.cap is not None or request.step.offloads:
+        label = "no cap" if request.cap is None else f"cap {request.cap:,}"
+        chosen = Mark("plan", label, _capped(rank, request, request.cap))
+    else:
+        plan = plan_param_groups(
+            rank.model,
+            step_memory_budget=request.budget,
+            max_groups=request.max_groups,
+            split_by=request.split_by,
+            step=request.step,
+            data_parallel_size=request.data_parallel_size,
+        )
+        chosen = Mark("plan", "the plan", plan.memory)
+        curve, hints = plan.curve, plan.hints
+    others = [
+        Mark(
+            "stock",
+            f"DeepSpeed's split, cap {DEEPSPEED_MAX_GROUP_SIZE:,}",
+            estimate(_stock(rank.model), request.step, request.data_parallel_size),
+        ),
+        Mark("no_cap", f"by {request.split_by}, no cap", _capped(rank, request, None)),
+    ]
+    return PlanReport(request, rank, [*others, chosen], curve, hints)
+
+
+# ---- the rank's model -----------------------------------------------------------------
+
+
+def _rank_model(request: PlanRequest) -> RankModel:
+    if names_function(request.source):
+        given = {"--ep": request.ep, "--pp-rank": request.pp_rank, "--experts": request.experts}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise InvalidArgumentError(
+                f"{', '.join(unused)}: not with module:function, which builds one rank's model "
+                "as it is."
+            )
+        return _measured(load_model(request.source), None, None)
+    whole = load_model(request.source)
+    total = sum(param.numel() for param in whole.parameters())
+    best: RankModel | None = None
+    for stage in range(request.pp) if request.pp_rank is None else [request.pp_rank]:
+        model = shard_for_rank(
+            whole,
+            ep_size=request.ep or 1,
+            tp_size=request.tp,
+            pp_size=request.pp,
+            pp_rank=stage,
+            experts=request.experts or "list",
+        )
+        found = _measured(model, stage, total)
+        if best is None or found.held > best.held:
+            best = found
+    assert best is not None
+    return best
+
+
+def _measured(model: nn.Module, pp_rank: int | None, total: int | None) -> RankModel:
+    held = sum(param.numel() for param in model.parameters())
+    table = read_table(read_input(model), Rules(None, None, ()), "parallel_group")
+    in_experts: Counter[str] = Counter()
+    for key, _, rows in lines(table.families):
+        if key.parallel_group:
+            in_experts[key.parallel_group] += sum(table.sizes_of(rows))
+    sizes = sorted(ep_size_of(name) for name in in_experts)
+    return RankModel(model, pp_rank, total, held, in_experts.total(), sizes)
+
+
+def _check_fits(rank: RankModel, request: PlanRequest) -> None:
+    stage = request.world_size // request.pp
+    for size in rank.ep_sizes:
+        if stage % size:
+            raise InvalidArgumentError(
+                f"expert-parallel size {size} does not divide the {stage} ranks of a pipeline "
+                "stage (world size / pp), which share out the experts."
+            )
+
+
+# ---- splits to compare with -----------------------------------------------------------
+
+
+def _capped(rank: RankModel, request: PlanRequest, cap: int | None) -> StepMemory:
+    """As ``create_moe_param_groups`` cuts with ``max_group_size=cap``."""
+    given = read_input(rank.model)
+    table = read_table(given, Rules(None, None, ()), request.split_by)
+    named = [
+        (name, table.sizes_of(rows), key.parallel_group)
+        for name, key, _, rows in make_plan(table, lambda key: cap, given.groups)
+    ]
+    return estimate(named, request.step, request.data_parallel_size)
+
+
+def _stock(model: nn.Module) -> list[_Sized]:
+    """As DeepSpeed cuts: all experts of a size together, filled up to its default cap.
+
+    ``split_params_into_different_moe_groups_for_optimizer`` in ``deepspeed/moe/utils.py``
+    leaves the dense parameters in one group; its own order is taken to be the model's.
+    """
+    table = read_table(read_input(model), Rules(None, None, ()), "parallel_group")
+    found: list[_Sized] = []
+    for key, _, rows in lines(table.families):
+        sizes = table.sizes_of(rows)
+        name = key.parallel_group or "dense"
+        tiles = _filled(sizes, DEEPSPEED_MAX_GROUP_SIZE) if key.parallel_group else [sizes]
+        found += [(name, tuple(tile), key.parallel_group) for tile in tiles]
+    return found
+
+
+def _filled(sizes: Iterable[int], cap: int) -> list[list[int]]:
+    tiles: list[list[int]] = []
+    filled = 0
+    for size in sizes:
+        if not tiles or filled + size > cap:
+            tiles.append([])
+            filled = 0
+        tiles[-1].append(size)
+        filled += size
+    return tiles

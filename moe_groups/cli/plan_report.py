@@ -1,0 +1,234 @@
+"""What ``moe-groups plan`` prints: tables for people, or JSON."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from moe_groups._common.units import show_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moe_groups.cli.plan import PlanReport
+    from moe_groups.memory.estimate import GroupMemory
+
+_WIDTH = 100
+_BAR = 24
+_MOST_ROWS = 24
+_MOST_POINTS = 14
+
+
+def headline(report: "PlanReport") -> str:
+    """Model, topology and step."""
+    asked, rank = report.request, report.rank
+    total = "" if rank.total is None else f" ({_count(rank.total)})"
+    experts = ", ".join(map(str, rank.ep_sizes)) or "1"
+    stage = "" if rank.pp_rank is None or asked.pp == 1 else f", stage {rank.pp_rank}"
+    return (
+        f"{asked.source}{total} on {asked.world_size} ranks: DP {asked.data_parallel_size}, "
+        f"EP {experts}, TP {asked.tp}, PP {asked.pp}{stage}; {asked.step.label}"
+    )
+
+
+# ---- JSON -----------------------------------------------------------------------------
+
+
+def as_json(report: "PlanReport") -> str:
+    """One JSON object; sizes in bytes, ``partition`` and ``elements`` in elements."""
+    asked, rank, memory = report.request, report.rank, report.memory
+    found = asdict(memory)
+    del found["groups"], found["step"], found["data_parallel_size"]
+    shown = {
+        "source": asked.source,
+        "topology": {
+            "world_size": asked.world_size,
+            "data_parallel_size": asked.data_parallel_size,
+            "expert_parallel_sizes": rank.ep_sizes,
+            "tensor_parallel_size": asked.tp,
+            "pipeline_stages": asked.pp,
+            "pipeline_stage": rank.pp_rank,
+        },
+        "parameters": {"model": rank.total, "rank": rank.held, "rank_experts": rank.in_experts},
+        "step": asdict(asked.step),
+        "split_by": asked.split_by,
+        "memory": found,
+        "groups": [asdict(row) for row in memory.groups],
+        "curve": [asdict(point) for point in report.curve],
+        "marks": {
+            mark.key: {
+                "label": mark.label,
+                "groups": mark.groups,
+                "step_peak": mark.memory.step_peak,
+                "transient": mark.memory.transient,
+                "held": mark.memory.held,
+                "first_step_peak": mark.memory.first_step_peak,
+            }
+            for mark in report.marks
+        },
+        "hints": report.hints,
+    }
+    return json.dumps(shown, indent=2)
+
+
+# ---- tables ---------------------------------------------------------------------------
+
+
+def print_tables(report: "PlanReport") -> None:
+    """Print the report, for a terminal or a file of 100 columns."""
+    from rich.console import Console
+
+    width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns)
+    console = Console(width=width if sys.stdout.isatty() else _WIDTH)
+    with console.capture() as shown:
+        _print(report, console)
+    print(re.sub(r" +$", "", shown.get(), flags=re.MULTILINE), end="")
+
+
+def _print(report: "PlanReport", console: "Console") -> None:
+    console.print(headline(report), markup=False, highlight=False, soft_wrap=True)
+    for table in (_memory(report), _groups(report), _curve(report)):
+        console.print()
+        console.print(table, highlight=False)
+    if report.hints:
+        console.print()
+    for hint in report.hints:
+        console.print(f"hint: {hint}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, columns: Iterable[str]) -> "Table":
+    """An empty table; columns that start with ``>`` are aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
+    table.show_edge = table.pad_edge = False
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="fold",
+        )
+    return table
+
+
+def _memory(report: "PlanReport") -> "Table":
+    memory, rank = report.memory, report.rank
+    table = _table("Memory on the worst rank", ("", ">bytes", ""))
+    resident = sum(memory.resident.values())
+    experts = f"{_count(rank.held)} parameters, {_count(rank.in_experts)} of them in experts"
+    rows: list[tuple[str, int, str]] = [("resident", resident, experts)]
+    rows += [(f"  {kind}", size, "") for kind, size in memory.resident.items()]
+    ranks, least = len(memory.rank_peaks), show_bytes(memory.least)
+    spread = f"rank {memory.worst_rank} of {ranks}; the least needs {least}"
+    cause = ", ".join(filter(None, (memory.phase, memory.group)))
+    rows += [
+        ("step peak T + R", memory.step_peak, spread),
+        ("  T, transient", memory.transient, f"set by: {cause}"),
+        ("  R, gradients", memory.held, "held when the step begins"),
+        ("first step's peak", memory.first_step_peak, "creates the optimizer state"),
+        ("resident + step peak", resident + memory.step_peak, ""),
+    ]
+    rows += [(f"host: {kind}", size, "") for kind, size in memory.host.items()]
+    for name, size, note in rows:
+        table.add_row(name, show_bytes(size), note, style=None if name[0] == " " else "bold")
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """Groups whose names differ in numbers alone; each figure is that of the largest."""
+
+    name: str
+    count: int
+    elements: int
+    ranks: int
+    partition: int
+    held: int
+    peak: int
+
+
+def _groups(report: "PlanReport") -> "Table":
+    memory = report.memory
+    folds = fold(memory.groups)
+    columns = (">groups", ">elements", ">ranks", ">partition", ">held, R", ">peak", "name")
+    title = f"{len(memory.groups)} groups, split by {report.request.split_by}"
+    same = all(fold.count == 1 for fold in folds)
+    table = _table(title if same else f"{title} (each as its row's largest)", columns)
+    width = memory.step.weight_bytes
+    for row in folds[:_MOST_ROWS]:
+        sizes = map(show_bytes, (row.partition * width, row.held, row.peak))
+        table.add_row(str(row.count), _count(row.elements), str(row.ranks), *sizes, row.name)
+    if rest := folds[_MOST_ROWS:]:
+        table.add_row(str(sum(row.count for row in rest)), *[""] * 5, "... more, see --json")
+    return table
+
+
+def fold(groups: Sequence["GroupMemory"]) -> list[_Fold]:
+    """Groups whose names differ in numbers alone as one, in the order of the first of each."""
+    alike: dict[tuple[str, ...], list[GroupMemory]] = {}
+    for group in groups:
+        alike.setdefault((*re.split(r"\d+", group.name), str(group.ranks)), []).append(group)
+    return [
+        _Fold(
+            _pattern([row.name for row in rows]),
+            len(rows),
+            *(
+                max(getattr(row, figure) for row in rows)
+                for figure in ("elements", "ranks", "partition", "held", "peak")
+            ),
+        )
+        for rows in alike.values()
+    ]
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """``layers.{0..31}.mlp`` for names that differ in a number."""
+    words = re.split(r"\d+", names[0])
+    numbers = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
+    shown = []
+    for found in numbers:
+        least, most = min(found), max(found)
+        shown.append(str(least) if least == most else f"{{{least}..{most}}}")
+    return "".join(word + number for word, number in zip(words, [*shown, ""], strict=True))
+
+
+def _curve(report: "PlanReport") -> "Table":
+    """The curve's points and the marked splits, with bars as long as the peaks."""
+    labels: dict[tuple[int, int], list[str]] = {
+        (point.groups, point.step_peak): [] for point in thinned(report)
+    }
+    for mark in report.marks:
+        labels.setdefault((mark.groups, mark.memory.step_peak), []).append(mark.label)
+    most = max(peak for _, peak in labels) or 1
+    table = _table("Trade-off: step peak against number of groups", (">groups", ">peak", "", ""))
+    for (groups, peak), marks in sorted(labels.items()):
+        chosen = report.marks[-1].label in marks
+        bar = ("#" if chosen else "-") * max(1, round(_BAR * peak / most))
+        style = "bold" if chosen else None
+        table.add_row(str(groups), show_bytes(peak), bar, "; ".join(marks), style=style)
+    return table
+
+
+def thinned(report: "PlanReport") -> list[Any]:
+    """Points of the curve, evenly chosen where there are many."""
+    points = report.curve
+    if len(points) <= _MOST_POINTS:
+        return points
+    last = len(points) - 1
+    return [points[round(i * last / (_MOST_POINTS - 1))] for i in range(_MOST_POINTS)]
+
+
+def _count(number: int) -> str:
+    """Three significant digits: ``46.7 B`` for billions."""
+    for size, unit in ((10**12, " T"), (10**9, " B"), (10**6, " M")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,}"

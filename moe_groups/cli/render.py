@@ -1,0 +1,60 @@
+"""Tables of rich as the commands print them."""
+
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from moe_groups._common.arguments import need
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+MOST_ROWS = 24
+"""More than these are folded."""
+
+_WIDTH = 100
+
+
+def check_tables() -> None:
+    """Raise InvalidArgumentError where the tables cannot be printed."""
+    need("rich", "cli", "tables (--json does without)")
+
+
+def print_with(draw: Callable[["Console"], None]) -> None:
+    """Print what is drawn, for a terminal or a file of 100 columns, without trailing blanks."""
+    from rich.console import Console
+
+    width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns)
+    console = Console(width=width if sys.stdout.isatty() else _WIDTH)
+    with console.capture() as shown:
+        draw(console)
+    print(re.sub(r" +$", "", shown.get(), flags=re.MULTILINE), end="")
+
+
+def new_table(title: str, columns: Iterable[str]) -> "Table":
+    """An empty table; columns that start with ``>`` are aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
+    table.show_edge = table.pad_edge = False
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="fold",
+        )
+    return table
+
+
+def say_hidden(table: "Table", rows: int) -> None:
+    """Say below the table how many rows it leaves out."""
+    if rows:
+        table.caption = f"... and {rows:,} more; --all or --json shows them"
+        table.caption_justify = "left"

@@ -1,0 +1,204 @@
+"""Give layers and experts other options, or freeze them, in the middle of a run."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import distributed
+
+from moe_groups._deepspeed.around_step import check_steps_partitions
+from moe_groups._deepspeed.contract import support_our_groups
+from moe_groups._deepspeed.engines import stepped_groups
+from moe_groups._deepspeed.process_groups import expert_parallel_rank
+from moe_groups.engine.step_options import Options, write_options
+from moe_groups.errors import InvalidArgumentError, OverrideError
+from moe_groups.experts.find import TaggedModel, find_experts
+from moe_groups.groups.rules import compile_pattern
+from moe_groups.tags import ExpertTag
+
+
+def select_groups(engine: Any, patterns: Sequence[str]) -> list[list[int]]:
+    """For each pattern the places of this rank's groups, all ranks together.
+
+    A pattern is compared with what ``overrides`` are compared with, but experts have their
+    numbers over all ranks.
+
+    Raises:
+        OverrideError: on all ranks, where a pattern selects nothing on any of them, or a part of
+            a group on one of them.
+    """
+    found = find_experts(engine.module)
+    selected, problem = _select(engine, patterns, found)
+    everywhere: list[Any] = [None] * distributed.get_world_size()
+    own = ([len(groups) for groups in selected], problem, _examples(found))
+    distributed.all_gather_object(everywhere, own)
+    for rank, (_, problem, _) in enumerate(everywhere):
+        if problem is not None:
+            raise OverrideError(f"rank {rank}: {problem}")
+    for index, pattern in enumerate(patterns):
+        if not any(counts[index] for counts, _, _ in everywhere):
+            examples = dict.fromkeys(one for _, _, some in everywhere for one in some)
+            raise OverrideError(
+                f"pattern {pattern!r} selects no parameter of any group. It is compared with the "
+                "qualified name and the modules above, and for experts with '<layer>.expert."
+                f"<number over all ranks>'; here these are for example: {', '.join(examples)}."
+            )
+    return selected
+
+
+def _select(
+    engine: Any, patterns: Sequence[str], found: TaggedModel
+) -> tuple[list[list[int]], str | None]:
+    """Places of the selected groups, and what is wrong with the first that is cut in two."""
+    names = {
+        id(param): (found.names[row], _addresses(found, row))
+        for row, param in enumerate(found.params)
+    }
+    selected: list[list[int]] = []
+    for pattern in patterns:
+        matcher = compile_pattern(pattern)
+        places: list[int] = []
+        for place, (group, params) in enumerate(stepped_groups(engine)):
+            sides: dict[bool, list[str]] = {True: [], False: []}
+            for param in params:
+                name, known = names.get(id(param), ("a parameter of no module", []))
+                sides[any(map(matcher.fullmatch, known))].append(name)
+            if sides[True] and sides[False]:
+                return [], (
+                    f"pattern {pattern!r} selects a part of group {str(group.get('name', ''))!r}: "
+                    f"{sides[True][0]}, but not {sides[False][0]}. Options hold for whole groups: "
+                    "make the groups with split_by='expert' (and an override for what is to be a "
+                    "group of its own), or widen the pattern."
+                )
+            if sides[True]:
+                places.append(place)
+        selected.append(places)
+    return selected, None
+
+
+def _addresses(found: TaggedModel, row: int) -> list[str]:
+    expert = found.experts[row]
+    return found.addresses(row, _with_global_number(expert.tag) if expert else None)
+
+
+def _with_global_number(tag: ExpertTag) -> ExpertTag:
+    rank = expert_parallel_rank(tag.parallel_group) or 0
+    return tag._replace(expert_number=tag.global_number(rank))
+
+
+def _examples(found: TaggedModel) -> list[str]:
+    """The first dense parameter's address and the first expert's."""
+    shown: dict[bool, str] = {}
+    for row, expert in enumerate(found.experts):
+        shown.setdefault(expert is not None, _addresses(found, row)[-1])
+    return list(shown.values())
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "lr": (int, float),
+    "lr_multiplier": (int, float),
+    "weight_decay": (int, float),
+    "frozen": (bool,),
+}
+
+Schedule: TypeAlias = Callable[[int], Options]
+"""Number of optimizer steps done so far to the options of the next one."""
+
+
+def set_group_options(engine: Any, pattern: str, **options: float | bool | None) -> None:
+    """Set options of the groups that a pattern selects, from the next step on.
+
+    All ranks call it together, between ``engine.step()`` and the next forward. The options
+    stay until they are set again; those that are not given stay as they are, and None gives
+    a group its own value back. They are saved and loaded with DeepSpeed's checkpoints. They
+    hold inside of the optimizer's step only: a learning-rate scheduler does not see them, and
+    goes on as without them.
+
+    Args:
+        engine: from ``deepspeed.initialize``.
+        pattern: a glob pattern as in ``overrides`` of :func:`create_moe_param_groups`, with one
+            difference: the number in ``<layer>.expert.<number>`` is the expert's number over
+            *all* ranks. Ranks that hold other experts leave their groups as they are.
+        **options: ``lr`` in place of the group's (and the scheduler's); ``lr_multiplier``, a
+            factor of it; ``weight_decay``; ``frozen``: True leaves weights and optimizer state
+            as they are, bit for bit, and takes the group out of the gradient norm.
+
+    Raises:
+        InvalidArgumentError: an unknown option or a value out of range, or an engine that
+            does not step with ZeRO-1, ZeRO-2, BF16_Optimizer or without a wrapper.
+        OverrideError: on all ranks, where the pattern selects nothing on any rank, or a part
+            of a group on one of them. Nothing has been changed then.
+
+    Example:
+        >>> set_group_options(engine, "blocks.1.moe.expert.5", frozen=True)    # doctest: +SKIP
+        >>> set_group_options(engine, "*.expert.*", lr_multiplier=0.1)         # doctest: +SKIP
+    """
+    _check_engine(engine, "set_group_options")
+    _check_options(pattern, options)
+    selected = select_groups(engine, [pattern])[0]
+    write_options(engine, dict.fromkeys(selected, options))
+
+
+class GroupSchedule:
+    """Options that depend on the step; call :meth:`apply` before each forward.
+
+    All ranks make one together. It says anew before each step what holds there, so that a run
+    that was resumed has the options of its step.
+
+    Args:
+        engine: from ``deepspeed.initialize``.
+        schedules: pairs of a pattern, as in :func:`set_group_options`, and a function that makes
+            options of the number of optimizer steps done so far, the same on all ranks; an
+            option that it gives once it gives at every step. Where two select the same group,
+            the later one wins.
+
+    Raises:
+        InvalidArgumentError: as :func:`set_group_options`; :meth:`apply` too.
+        OverrideError: as :func:`set_group_options`.
+
+    Example:
+        >>> schedule = GroupSchedule(engine, [                                 # doctest: +SKIP
+        ...     ("*.expert.*", lambda step: {"frozen": step >= 1000}),
+        ...     ("*.gate.*", lambda step: {"lr_multiplier": min(1.0, step / 100)}),
+        ... ])
+        >>> schedule.apply()  # in the training loop, first of all             # doctest: +SKIP
+    """
+
+    def __init__(self, engine: Any, schedules: Sequence[tuple[str, Schedule]]) -> None:
+        _check_engine(engine, "GroupSchedule")
+        self.engine, self.schedules = engine, list(schedules)
+        self._selected = select_groups(engine, [pattern for pattern, _ in self.schedules])
+
+    def apply(self) -> None:
+        """Set the options of the next step; no communication."""
+        wanted: dict[int, dict[str, float | bool | None]] = {}
+        for (pattern, schedule), selected in zip(self.schedules, self._selected, strict=True):
+            options = schedule(self.engine.global_steps)
+            _check_options(pattern, options)
+            for index in selected:
+                wanted.setdefault(index, {}).update(options)
+        write_options(self.engine, wanted)
+
+
+def _check_engine(engine: Any, what: str) -> None:
+    check_steps_partitions(engine, what)
+    support_our_groups(moe=True)  # load_checkpoint takes the options up
+
+
+def _check_options(pattern: str, options: Mapping[str, object]) -> None:
+    for key, value in options.items():
+        if key not in _KINDS:
+            raise InvalidArgumentError(
+                f"{pattern!r}: there is no option {key!r}; use {', '.join(_KINDS)}."
+            )
+        if value is None:
+            continue
+        boolean = key == "frozen"
+        if not isinstance(value, _KINDS[key]) or isinstance(value, bool) != boolean:
+            wanted = "True, False or None" if boolean else "a number or None"
+            raise InvalidArgumentError(f"{pattern!r}: {key}={value!r} must be {wanted}.")
+        assert isinstance(value, int | float)
+        if not (math.isfinite(value) and value >= 0):
+            raise InvalidArgumentError(
+                f"{pattern!r}: {key}={value!r} must be finite and at least 0."
+            )

@@ -1,0 +1,1 @@
+"""Finding and marking the experts of a model."""

@@ -1,0 +1,1 @@
+"""Parameters to keys, keys to groups, names and tiles: pure, without DeepSpeed."""

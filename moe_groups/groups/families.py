@@ -1,0 +1,218 @@
+"""Size, dtype, place and variant of each parameter: what the plan needs to know."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from moe_groups._common.arguments import SplitBy
+from moe_groups.errors import ParameterInputError, TagError
+from moe_groups.groups.inputs import GroupInput
+from moe_groups.groups.keys import NO_EXPERT, Families, Key, Rows, Table
+from moe_groups.groups.rules import Rules, Variant
+from moe_groups.tags import (
+    addresses,
+    check_label,
+    check_number,
+    get_expert_tag,
+    is_expert_parameter,
+    shape_of,
+)
+
+Place: TypeAlias = tuple[Any, Any, Any, Any]
+"""An expert's parallel group, layer, number and layer id, as found and not yet checked."""
+
+_DENSE: Place = (None, None, None, None)
+_NAME = (str, type(None))
+
+
+Run: TypeAlias = tuple[int, int, Place, torch.dtype]
+"""Rows from the first up to the second that have place and dtype in common."""
+
+
+def read_table(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
+    """The table of all parameters; the rows in its families are those to be stepped.
+
+    Raises:
+        ParameterInputError: nothing is trainable, or all experts are frozen.
+        TagError: an expert parameter has no layer name, or two layers have the same.
+        OverrideError: a pattern matches nothing, or two set different values.
+    """
+    reader = _Reader(given, split_by)
+    families = reader.read()
+    _check_trainable(given, families)
+    if rules.active:
+        families = _split(families, "variant", _apply(rules, given, families))
+    elif len(given.groups) > 1:
+        families = _split(families, "variant", [Variant(source) for source in given.sources])
+    if any(hasattr(kind, "device_mesh") for kind in set(map(type, given.params))):
+        meshes = [getattr(param, "device_mesh", None) for param in given.params]
+        families = _split(families, "mesh", meshes)
+    return Table(reader.sizes, families)
+
+
+class _Reader:
+    """Looks at each parameter once, and checks each distinct tag once.
+
+    With tens of thousands of parameters, reading attributes of tensors is what grouping
+    costs.
+    """
+
+    def __init__(self, given: GroupInput, split_by: SplitBy) -> None:
+        self.given = given
+        self.by_layer, self.by_expert = split_by != "parallel_group", split_by == "expert"
+        self.sizes: list[int] = []
+        self.families: Families = {}
+        self.layers: dict[str, tuple[int, int]] = {}
+
+    def read(self) -> Families:
+        """Put the runs of one family and expert together."""
+        known: dict[Any, dict[int, Rows]] = {}
+        last: Any = None
+        experts: dict[int, Rows] = {}
+        for start, stop, (group, label, number, layer_id), dtype in self._runs():
+            around = group, label, layer_id, dtype
+            if around != last:
+                if not (isinstance(group, _NAME) and isinstance(label, _NAME)):
+                    self._check(start, label, layer_id)  # no key of a dict, maybe
+                last = around
+                if around not in known:
+                    known[around] = self._family(start, *around)
+                experts = known[around]
+            if number is None:
+                number = NO_EXPERT
+            elif type(number) is not int or number < 0:
+                check_number(number, _row_name(self.given, start))
+            if number not in experts:
+                experts[number] = range(start, stop)
+                continue
+            rows = experts[number]
+            if not isinstance(rows, list):
+                rows = experts[number] = list(rows)
+            rows.extend(range(start, stop))
+        return self.families
+
+    def _runs(self) -> Iterator[Run]:
+        """Runs of trainable parameters; fills in the sizes on the way."""
+        sizes, params = self.sizes, self.given.params
+        sizes += map(torch.Tensor.numel, params)
+        start, here, here_dtype = 0, _DENSE, None
+        for row, (param, place) in enumerate(zip(params, self._places(), strict=True)):
+            size = sizes[row]
+            if not size:  # ZeRO-3 leaves an empty placeholder
+                size = sizes[row] = param.__dict__.get("ds_numel", 0)
+            dtype = param.dtype if size and param.requires_grad else None
+            if place != here or dtype is not here_dtype:
+                if here_dtype is not None:
+                    yield start, row, here, here_dtype
+                start, here, here_dtype = row, place, dtype
+        if here_dtype is not None:
+            yield start, len(sizes), here, here_dtype
+
+    def _places(self) -> Iterator[Place]:
+        """Where each parameter is, as the model or the parameter itself says."""
+        if self.given.model is not None:
+            last, place = None, _DENSE
+            for expert in self.given.model.experts:
+                if expert is not last:
+                    last, place = expert, _DENSE
+                    if expert is not None:
+                        group, label, number, *_ = expert.tag
+                        place = group, label, number if self.by_expert else None, None
+                yield place
+            return
+        for param in self.given.params:
+            get = param.__dict__.get
+            if get("allreduce", True):
+                yield _DENSE
+            else:
+                number = get("expert_number") if self.by_expert else None
+                group, label = get("group_name") or "", get("expert_group_name")
+                yield group, label, number, get("expert_layer_id")
+
+    def _family(
+        self, row: int, group: Any, label: Any, layer_id: Any, dtype: torch.dtype
+    ) -> dict[int, Rows]:
+        """Where rows like ``row`` go, by expert number."""
+        if group is not None and self.given.model is None:
+            self._check(row, label, layer_id)
+        key = Key(group, label if self.by_layer else None, Variant(0), dtype)
+        return self.families.setdefault(key, {})
+
+    def _check(self, row: int, label: Any, layer_id: Any) -> None:
+        """Check an expert's tag, and that no two layers of ours have one label."""
+        param, name = self.given.params[row], _row_name(self.given, row)
+        get_expert_tag(param, name)  # raises where DeepSpeed's attributes are unusable
+        if label is None:
+            if self.by_layer:
+                raise TagError(
+                    f"{name}, an expert of shape {tuple(shape_of(param))}, does not know its "
+                    "layer: pass the module instead of its parameters (also inside of an "
+                    "optimizer=lambda params: ...), call tag_experts(module) before, or give the "
+                    "layer an expert_group_name."
+                )
+            return
+        check_label(label)
+        if layer_id is None:
+            return
+        other_id, other = self.layers.setdefault(label, (layer_id, row))
+        if other_id != layer_id:
+            raise TagError(
+                f"two MoE layers are called {label!r}: that of {_row_name(self.given, other)} "
+                f"and that of {name}. Give each layer an expert_group_name of its own."
+            )
+
+
+def _split(families: Families, field: str, values: Sequence[Any]) -> Families:
+    """The families with one part for each value that rows have of this field of the key."""
+    parts: dict[Key, dict[int, list[int]]] = {}
+    for key, experts in families.items():
+        for number, rows in experts.items():
+            for row in rows:
+                part = parts.setdefault(key._replace(**{field: values[row]}), {})
+                part.setdefault(number, []).append(row)
+    return cast(Families, parts)
+
+
+def _row_name(given: GroupInput, row: int) -> str:
+    return given.names[row] or f"parameter {row} of the input"
+
+
+def _check_trainable(given: GroupInput, families: Families) -> None:
+    if not families:
+        raise ParameterInputError(
+            f"none of the {len(given.params)} parameters is trainable: set requires_grad on those "
+            "that the optimizer shall step."
+        )
+    if any(key.parallel_group for key in families):
+        return
+    experts = given.model.experts if given.model else map(is_expert_parameter, given.params)
+    for row, expert in enumerate(experts):
+        if expert:
+            raise ParameterInputError(
+                f"all expert parameters are frozen (the first is {_row_name(given, row)}), and "
+                "DeepSpeed's ZeRO-1/2 and BF16_Optimizer refuse a model with MoE layers but no "
+                "MoE group. Leave one expert parameter trainable; lr=0 and weight_decay=0 in "
+                "overrides keep its value."
+            )
+
+
+def _apply(rules: Rules, given: GroupInput, families: Families) -> list[Variant]:
+    """The variant of each parameter."""
+    found = [Variant(source) for source in given.sources]
+    example: list[str] = []
+    for row in sorted(chain(*(rows for experts in families.values() for rows in experts.values()))):
+        param, name, source = given.params[row], given.names[row], given.sources[row]
+        if given.model is None:
+            tag = get_expert_tag(param, name)
+            names = addresses(name, tag, "", "")
+        else:
+            expert = given.model.experts[row]
+            tag = expert.tag if expert else None
+            names = given.model.addresses(row, tag)
+        if tag is not None and not example:
+            example = names
+        found[row] = rules.variant(source, given.groups[source], name, param, names)
+    rules.check_all_matched([*example, *list(filter(None, given.names))[:2]])
+    return found

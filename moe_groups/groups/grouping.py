@@ -1,0 +1,112 @@
+"""The ordered plan: which parameter goes to which group. Pure, without DeepSpeed."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moe_groups.groups.keys import NO_EXPERT, Families, Key, Line, PlannedGroup, Rows, Table, Tiles
+from moe_groups.groups.names import GroupNames
+from moe_groups.groups.packing import pack
+
+
+def make_plan(
+    table: Table,
+    cap_of: Callable[[Key], int | None],
+    sources: Sequence[Mapping[str, Any]],
+) -> list[PlannedGroup]:
+    """Cut the families by size and put them in order; dense groups first, then experts.
+
+    Expert groups stand in the order in which their parallel group and layer first appear,
+    then by expert number, variant, dtype and mesh, so order and names depend on the order of
+    the input alone.
+
+    Args:
+        cap_of: largest number of elements of a group with this key, None for no cap.
+        sources: the caller's groups, for their names.
+    """
+    size_of = table.sizes.__getitem__
+    last: Key | None = None
+    cap: int | None = None
+
+    def tiles(key: Key, rows: Rows) -> Tiles | None:
+        nonlocal last, cap
+        if key is not last:
+            last, cap = key, cap_of(key)
+        if cap is None or len(rows) == 1 or sum(map(size_of, rows)) <= cap:
+            return None
+        return pack(list(map(size_of, rows)), cap)
+
+    return name_groups(
+        ((line, tiles(line[0], line[2])) for line in lines(table.families)), table, sources
+    )
+
+
+def name_groups(
+    cut_lines: Iterable[tuple[Line, Tiles | None]],
+    table: Table,
+    sources: Sequence[Mapping[str, Any]],
+) -> list[PlannedGroup]:
+    """The groups that are the tiles of these lines; a line without tiles is one group."""
+    names = GroupNames([source.get("name") for source in sources], table.families)
+    plan: list[PlannedGroup] = []
+    for (key, expert, rows), tiles in cut_lines:
+        if tiles is None:
+            plan.append((names.of(key, expert), key, expert, rows))
+            continue
+        for tile, (start, stop) in enumerate(tiles):
+            plan.append((names.of(key, expert, tile), key, expert, rows[start:stop]))
+    return plan
+
+
+def lines(families: Families) -> Iterator[Line]:
+    """What would be one group each without a cap, in the order that the plan promises."""
+    for cell in _cells(families):
+        for number, rank, rows in _by_expert(cell):
+            yield cell[rank][0], None if number == NO_EXPERT else number, rows
+
+
+def _cells(families: Families) -> list[list[tuple[Key, dict[int, Rows]]]]:
+    """The families of each layer together, in the order that the plan promises."""
+    groups: dict[str | None, int] = {None: 0}
+    layers: dict[str | None, int] = {None: 0}
+    dtypes: dict[tuple[torch.dtype, Any], int] = {}
+    for key in families:
+        groups.setdefault(key.parallel_group, len(groups))
+        layers.setdefault(key.layer, len(layers))
+        dtypes.setdefault(key[3:], len(dtypes))
+    cells: dict[tuple[int, int], list[tuple[Key, dict[int, Rows]]]] = {}
+    for key, experts in sorted(families.items(), key=lambda f: (f[0].variant, dtypes[f[0][3:]])):
+        cell = groups[key.parallel_group], layers[key.layer]
+        cells.setdefault(cell, []).append((key, experts))
+    return [cells[cell] for cell in sorted(cells)]
+
+
+def _by_expert(cell: list[tuple[Key, dict[int, Rows]]]) -> list[tuple[int, int, Rows]]:
+    """``(expert number, index of the family, rows)``, sorted."""
+    return sorted(
+        (number, rank, rows)
+        for rank, (_, experts) in enumerate(cell)
+        for number, rows in experts.items()
+    )
+
+
+def padded_partition(numel: int, ranks: int) -> int:
+    """Elements of one rank's partition: DeepSpeed pads a group to a multiple of 2 x ranks."""
+    return math.ceil(numel / (2 * ranks)) * 2
+
+
+def largest_group(partition_bytes: int, itemsize: int, ranks: int) -> int:
+    """Most elements of a group whose padded partition takes at most ``partition_bytes``."""
+    return partition_bytes // itemsize // 2 * 2 * ranks
+
+
+def fingerprint(parts: Iterable[object]) -> bytes:
+    """A digest of ``parts`` that is the same in every process; 16 bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(repr(part).encode())
+        digest.update(b"\0")
+    return digest.digest()

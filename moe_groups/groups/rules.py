@@ -1,0 +1,188 @@
+"""Rules that give parameters hyperparameters of their own: weight decay and overrides."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from moe_groups.errors import InvalidArgumentError, OverrideError
+from moe_groups.tags import is_expert_parameter, shape_of
+
+NoDecay: TypeAlias = Callable[[str, torch.Tensor], bool]
+"""``(qualified name, parameter) -> True`` where weight decay is to be 0."""
+
+Overrides: TypeAlias = Sequence[tuple[str, Mapping[str, Any]]]
+"""Glob pattern to the options of the parameters it selects."""
+
+_NORM = re.compile(r"(^|\.)(\w*norm\d*|ln(_\w+|\d+)?)(\.|$)")
+_RESERVED = ("params", "param_names", "name", "moe", "expert_group_name", "expert_number")
+
+
+def is_norm_or_bias(name: str, param: torch.Tensor) -> bool:
+    """The usual ``no_decay`` rule: True for biases, norms and 1-D parameters.
+
+    Knows that experts held in one tensor have one dimension more: a bias of all experts,
+    shape ``(experts, features)``, is a bias, and so is a norm. ZeRO-3 placeholders are judged
+    by their ``ds_shape``.
+
+    Args:
+        name: qualified name; "" judges by the shape alone.
+        param: the parameter; its values are not read.
+
+    Example:
+        >>> is_norm_or_bias("experts.down_proj_bias", torch.empty(8, 64))
+        True
+        >>> is_norm_or_bias("experts.down_proj", torch.empty(8, 64, 32))
+        False
+    """
+    own_dims = len(shape_of(param)) - bool(getattr(param, "fused_experts", False))
+    leaf = name.rpartition(".")[2].lower()
+    is_bias = leaf.endswith("bias") or leaf.startswith("bias_")
+    owner = ".".join(name.lower().split(".")[-2:])
+    is_norm = is_expert_parameter(param) and own_dims == 2 and _NORM.search(owner)
+    return own_dims <= 1 or is_bias or bool(is_norm)
+
+
+class Variant(NamedTuple):
+    """What sets one part of a caller's group apart from its other parts.
+
+    Attributes:
+        source: index of the caller's group.
+        no_decay: the decay rule made its weight decay 0.
+        overrides: indices of the overrides that apply.
+    """
+
+    source: int
+    no_decay: bool = False
+    overrides: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Rules:
+    """Decay rule and overrides, applied to one parameter after the other.
+
+    Raises:
+        InvalidArgumentError: an override that is no ``(pattern, options)`` pair, or that
+            sets a key which belongs to the grouping.
+    """
+
+    weight_decay: float | None = None
+    no_decay: NoDecay | None = None
+    overrides: Overrides = ()
+    _patterns: list[re.Pattern[str]] = field(default_factory=list, init=False)
+    _matched: set[int] = field(default_factory=set, init=False)
+    _agree: set[tuple[int, ...]] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        if self.no_decay is not None and not callable(self.no_decay):
+            raise InvalidArgumentError(
+                f"no_decay={self.no_decay!r} is not callable: give a function of (name, parameter) "
+                "that says True where weight decay is to be 0, as is_norm_or_bias."
+            )
+        items = self.overrides
+        self.overrides = list(items.items() if isinstance(items, Mapping) else items)
+        for index, item in enumerate(self.overrides):
+            self._patterns.append(compile_pattern(_pattern_of(index, item)))
+
+    @property
+    def active(self) -> bool:
+        return self.no_decay is not None or bool(self.overrides)
+
+    def variant(
+        self,
+        source: int,
+        options: Mapping[str, Any],
+        name: str,
+        param: torch.Tensor,
+        names: Sequence[str],
+    ) -> Variant:
+        """The variant of ``options`` (the caller's group) that ``param`` belongs to.
+
+        ``names`` are its :func:`addresses`.
+        """
+        matched = self._matching(names)
+        self._matched.update(matched)
+        self._check_conflict(matched, name, param)
+        no_decay = (
+            self.no_decay is not None
+            and "weight_decay" not in options
+            and bool(self.no_decay(name, param))
+        )
+        return Variant(source, no_decay, matched)
+
+    def options(self, variant: Variant, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the groups of ``variant``: override over caller's group over defaults."""
+        options = {key: value for key, value in given.items() if key not in _RESERVED}
+        if variant.no_decay:
+            options["weight_decay"] = 0.0
+        elif self.weight_decay is not None:
+            options.setdefault("weight_decay", self.weight_decay)
+        for index in variant.overrides:
+            options.update(self.overrides[index][1])
+        return options
+
+    def check_all_matched(self, examples: Sequence[str]) -> None:
+        """Raise OverrideError for patterns that selected nothing."""
+        missing = [p for i, (p, _) in enumerate(self.overrides) if i not in self._matched]
+        if missing:
+            shown = ", ".join(map(repr, dict.fromkeys(examples))) or "parameters without names"
+            raise OverrideError(
+                f"override pattern(s) {', '.join(map(repr, missing))} match no trainable "
+                "parameter. A pattern is compared with the qualified name and the modules above, "
+                "and for experts with '<layer>.expert.<number on this rank>'; here these are for "
+                f"example: {shown}."
+            )
+
+    def _matching(self, names: Sequence[str]) -> tuple[int, ...]:
+        return tuple(
+            index
+            for index, pattern in enumerate(self._patterns)
+            if any(map(pattern.fullmatch, names))
+        )
+
+    def _check_conflict(self, matched: tuple[int, ...], name: str, param: torch.Tensor) -> None:
+        if len(matched) < 2 or matched in self._agree:
+            return
+        by_key: dict[str, int] = {}
+        for index in matched:
+            for key, value in self.overrides[index][1].items():
+                other = by_key.setdefault(key, index)
+                before = self.overrides[other][1][key]
+                if before != value:
+                    raise OverrideError(
+                        f"overrides {self.overrides[other][0]!r} ({key}={before!r}) and "
+                        f"{self.overrides[index][0]!r} ({key}={value!r}) both select parameter "
+                        f"{name or tuple(shape_of(param))}: make one of the patterns narrower."
+                    )
+        self._agree.add(matched)
+
+
+def _pattern_of(index: int, item: object) -> str:
+    if not (
+        isinstance(item, tuple | list)
+        and len(item) == 2
+        and isinstance(item[0], str)
+        and isinstance(item[1], Mapping)
+    ):
+        raise InvalidArgumentError(
+            f"override {index} is {item!r}: expected (pattern, options), as in "
+            "('*.moe.*', {'lr': 1e-5})."
+        )
+    reserved = [key for key in item[1] if key in _RESERVED]
+    if reserved:
+        raise InvalidArgumentError(
+            f"override {item[0]!r} sets {reserved}, which the grouping itself sets: override "
+            "hyperparameters only."
+        )
+    return item[0]
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A glob pattern as a regular expression, for ``fullmatch`` with :func:`addresses`.
+
+    A pattern that matches a module selects everything in it.
+    """
+    return re.compile(f"{fnmatch.translate(pattern)}|{fnmatch.translate(pattern + '.*')}")

@@ -1,0 +1,1 @@
+"""Load-balancing losses, carried along a pipeline or attached, and tracked."""

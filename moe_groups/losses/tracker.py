@@ -1,0 +1,252 @@
+"""See load-balancing losses and experts' loads of all ranks, in one collective now and then.
+
+A log of the last pipeline stage knows nothing of the layers before it. Here every rank adds up
+what its own layers do, on its device and without waiting; once in an interval one all-reduce over
+the world brings it all together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+
+from moe_groups._deepspeed.engines import stage_of
+from moe_groups._deepspeed.layers import routed, routers_of
+from moe_groups._deepspeed.monitor import send
+from moe_groups.errors import InvalidArgumentError
+
+_LOSS, _DROPPED, _FORWARDS, _HEAD = 0, 1, 2, 3
+"""Columns of a layer's row, in front of the tokens of each expert."""
+
+
+@dataclass(frozen=True)
+class LayerBalance:
+    """How a layer's router did since the last report, over all ranks and micro-batches.
+
+    Attributes:
+        loss: mean of the layer's load-balancing loss over its forwards, without a coefficient.
+        shares: for each expert the part of all assignments that chose it; their sum is 1.
+        dropped: part of all assignments that found no room in their expert's capacity.
+    """
+
+    loss: float
+    shares: tuple[float, ...]
+    dropped: float
+
+    @property
+    def imbalance(self) -> float:
+        """Load of the busiest expert, divided by the mean load: 1 where all do the same."""
+        return max(self.shares) * len(self.shares)
+
+
+@dataclass(frozen=True)
+class BalanceReport:
+    """What :meth:`LossTracker.step` found, the same on all ranks.
+
+    Attributes:
+        step: optimizer steps so far.
+        total: mean loss that was trained on, auxiliary losses included.
+        lm: the same without them.
+        aux: the coefficient times the sum of the layers' mean losses; that of the loss where
+            each layer runs once in a micro-batch.
+        layers: by label, or by module path where a layer has none; in the order of the model.
+    """
+
+    step: int
+    total: float
+    lm: float
+    aux: float
+    layers: Mapping[str, LayerBalance]
+
+    def as_dict(self, per_expert: bool = False) -> dict[str, float]:
+        """Names and numbers for a logger; ``per_expert`` adds each expert's share."""
+        values = {"loss/total": self.total, "loss/lm": self.lm, "loss/aux": self.aux}
+        for name, layer in self.layers.items():
+            values |= {
+                f"aux_loss/{name}": layer.loss,
+                f"imbalance/{name}": layer.imbalance,
+                f"dropped/{name}": layer.dropped,
+            }
+            if per_expert:
+                shares = enumerate(layer.shares)
+                values |= {f"share/{name}/expert_{number}": share for number, share in shares}
+        return values
+
+
+class LossTracker:
+    """Collects losses and loads of all MoE layers; call :meth:`step` after each optimizer step.
+
+    All ranks make one together, and report together. DeepSpeed's ``MoE`` layers are found and
+    watched (also ours); for another router call :meth:`record` in its forward. What activation
+    checkpointing computes again is not counted, nor what is not training.
+
+    Args:
+        engine: from ``deepspeed.initialize``, of a pipeline or not.
+        coefficient: of the load-balancing losses in the loss.
+        interval: optimizer steps between reports.
+        in_loss: does the loss that is given to :meth:`step` contain the load-balancing losses
+            (added up, or carried)? False where they are attached (:func:`attach_loss`).
+        experts: of routers that are not DeepSpeed's: their names and numbers of experts.
+        per_expert: send each expert's share to the monitor too.
+
+    Raises:
+        InvalidArgumentError: no layer was found, or two have one name.
+
+    Example:
+        >>> tracker = LossTracker(engine, coefficient=0.01, interval=50)     # doctest: +SKIP
+        >>> report = tracker.step(engine.train_batch(batches))               # doctest: +SKIP
+        >>> if report: print(report.lm, report.layers["layers.3.moe"].imbalance)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        coefficient: float,
+        interval: int = 50,
+        in_loss: bool = True,
+        experts: Mapping[str, int] | None = None,
+        per_expert: bool = False,
+    ) -> None:
+        if interval < 1:
+            raise InvalidArgumentError(f"interval is {interval}: give 1 or more steps.")
+        self.engine, self.coefficient, self.interval = engine, coefficient, interval
+        self.in_loss, self.per_expert = in_loss, per_expert
+        found = routers_of(engine.module)
+        own = [(label, count) for label, count, _ in found]
+        self._experts = _of_all_ranks(own, dict(experts or {}), stage_of(engine.module))
+        width = _HEAD + max(self._experts.values())
+        rows = len(self._experts) + 1  # the first has the loss that is reported
+        self._sums = torch.zeros(rows, width, device=engine.device)
+        self._row_of = {name: row for row, name in enumerate(self._experts, 1)}
+        self._reported = 0
+        self._handles = [self._watch(label, gate) for label, _, gate in found]
+
+    def _watch(self, label: str, gate: torch.nn.Module) -> Any:
+        def hook(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+            if module.training:
+                self.record(label, *routed(outputs))
+
+        return gate.register_forward_hook(hook)
+
+    def record(
+        self,
+        name: str,
+        loss: torch.Tensor,
+        counts: torch.Tensor,
+        dropped: torch.Tensor | int = 0,
+    ) -> None:
+        """Add what one forward of a router did.
+
+        Args:
+            name: of the layer, one of ``experts``.
+            loss: its load-balancing loss, without the coefficient.
+            counts: assignments to each expert, those that are dropped included, of shape (E,).
+            dropped: how many of them found no room.
+
+        Raises:
+            InvalidArgumentError: there is no layer of this name, or it has another number of
+                experts, or the loss is not one number.
+        """
+        if _recomputes() or not self.engine.module.training:
+            return
+        if name not in self._row_of:
+            raise InvalidArgumentError(
+                f"LossTracker.record: no layer {name!r} among {[*self._row_of]}: name your "
+                "routers in experts={name: number of experts}."
+            )
+        experts = self._experts[name]
+        if len(counts) != experts:
+            raise InvalidArgumentError(
+                f"LossTracker.record: {len(counts)} counts for the {experts} experts of {name!r}."
+            )
+        row = self._sums[self._row_of[name]]
+        row[_LOSS] += _number(loss)
+        row[_DROPPED] += dropped
+        row[_FORWARDS] += 1
+        row[_HEAD : _HEAD + experts] += counts
+
+    def step(self, loss: torch.Tensor | float) -> BalanceReport | None:
+        """Count a loss; at the end of an interval of optimizer steps all ranks get the report.
+
+        Args:
+            loss: of the step, as ``train_batch`` returns it, or, in calls after each
+                ``engine.step()``, of one of its micro-batches.
+
+        Raises:
+            InvalidArgumentError: the loss is not one number.
+        """
+        self._sums[0, _LOSS] += _number(loss) if isinstance(loss, torch.Tensor) else loss
+        self._sums[0, _FORWARDS] += 1
+        step = self.engine.global_steps
+        return None if step == self._reported or step % self.interval else self.report()
+
+    def report(self) -> BalanceReport:
+        """What happened since the last report, over all ranks, which call it together."""
+        self._reported = self.engine.global_steps
+        distributed.all_reduce(self._sums)
+        head, *rows = self._sums.tolist()
+        self._sums.zero_()
+        layers = {
+            name: _layer(row, count)
+            for (name, count), row in zip(self._experts.items(), rows, strict=True)
+        }
+        aux = self.coefficient * sum(layer.loss for layer in layers.values())
+        given = head[_LOSS] / max(head[_FORWARDS], 1)
+        lm = given - aux if self.in_loss else given
+        report = BalanceReport(self.engine.global_steps, lm + aux, lm, aux, layers)
+        send(self.engine, report, self.per_expert)
+        return report
+
+    def close(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _layer(row: list[float], experts: int) -> LayerBalance:
+    counts = row[_HEAD : _HEAD + experts]
+    total = max(sum(counts), 1.0)
+    shares = tuple(count / total for count in counts)
+    return LayerBalance(row[_LOSS] / max(row[_FORWARDS], 1.0), shares, row[_DROPPED] / total)
+
+
+def _number(loss: torch.Tensor) -> torch.Tensor:
+    if loss.numel() != 1:
+        raise InvalidArgumentError(
+            f"LossTracker: the loss has shape {tuple(loss.shape)}: give one number, as its mean."
+        )
+    return loss.detach().reshape(())
+
+
+def _of_all_ranks(
+    found: list[tuple[str, int]], given: dict[str, int], stage: int
+) -> dict[str, int]:
+    """Names and experts of every stage's layers, in the order of the stages."""
+    everywhere: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everywhere, (stage, found, given))
+    known: dict[str, int] = {}
+    stages: dict[str, int] = {}
+    for rank, (stage, layers, routers) in enumerate(everywhere):
+        names = [name for name, _ in layers] + list(routers)
+        for name, count in [*layers, *routers.items()]:
+            # One name on two ranks of a stage is one layer.
+            other = name not in routers and stages.setdefault(name, stage) != stage
+            if other or names.count(name) > 1 or known.setdefault(name, count) != count:
+                raise InvalidArgumentError(
+                    f"rank {rank}: two MoE layers are called {name!r}: give each an "
+                    "expert_group_name of its own."
+                )
+    if not known:
+        raise InvalidArgumentError(
+            "LossTracker found no MoE layer of DeepSpeed in the model: name your routers in "
+            "experts={name: number of experts}, and call record in their forward."
+        )
+    return known
+
+
+def _recomputes() -> bool:
+    """Is this forward part of a backward, as activation checkpointing repeats it?"""
+    return torch._C._current_graph_task_id() != -1

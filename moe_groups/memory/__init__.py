@@ -1,0 +1,1 @@
+"""What an optimizer step takes, plans that take less, and measuring it."""

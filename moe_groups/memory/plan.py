@@ -1,0 +1,290 @@
+"""Plan param groups by what their optimizer step costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from moe_groups._common.arguments import LEVELS, SplitBy, check_one_of
+from moe_groups._common.units import parse_bytes, show_bytes
+from moe_groups.errors import InvalidArgumentError, PlanError
+from moe_groups.groups.families import read_table
+from moe_groups.groups.grouping import fingerprint, lines, name_groups
+from moe_groups.groups.inputs import GroupInput, ParamsInput, read_input
+from moe_groups.groups.keys import Line, PlannedGroup, Table
+from moe_groups.groups.rules import NoDecay, Overrides, Rules
+from moe_groups.memory.estimate import (
+    SizedGroup,
+    StepMemory,
+    data_parallel_world,
+    estimate_step_memory,
+    on_ranks,
+)
+from moe_groups.memory.step_config import StepConfig
+
+if TYPE_CHECKING:
+    from moe_groups.memory.cuts import Line as CostLine
+    from moe_groups.memory.search import Candidate
+
+
+def hints(
+    given: GroupInput,
+    rules: tuple[float | None, NoDecay | None, Overrides],
+    split_by: SplitBy,
+    step: StepConfig,
+    world: int,
+    chosen: "Candidate",
+    costed: list["CostLine"],
+) -> list[str]:
+    """What else would lower the peak, with no more groups than were chosen."""
+    from moe_groups.memory.search import price, trade_off
+
+    def best(config: StepConfig, lines_: list["CostLine"]) -> int:
+        curve = trade_off(lines_, config.settings)
+        return min((c.peak for c in curve if c.groups <= chosen.groups), default=chosen.peak)
+
+    others: list[tuple[str, int]] = []
+    if split_by != "parallel_group":
+        table = read_table(given, Rules(*rules), "parallel_group")
+        coarse = cost_lines(list(lines(table.families)), table, world, step.tensor_ranks)
+        others.append(("split_by='parallel_group' (mixes layers)", best(step, coarse)))
+    if step.optimizer in ("for-loop", "foreach"):
+        fused = replace(step, optimizer="fused")
+        peak = min(price(costed, chosen.cuts, fused.settings).peak, best(fused, costed))
+        others.append(("AdamW(fused=True)", peak))
+    if not (step.compact_gradients or step.uses_bf16_optimizer or step.grad_accum_dtype == "fp32"):
+        compact = replace(step, compact_gradients=True)
+        others.append(("compact_gradients(engine)", best(compact, costed)))
+    return [
+        f"{what} would peak at {show_bytes(peak)}, {show_bytes(chosen.peak - peak)} less"
+        for what, peak in others
+        if peak < 0.95 * chosen.peak
+    ]
+
+
+def cost_lines(found: list[Line], table: Table, world: int, tensor_ranks: int) -> list["CostLine"]:
+    """The lines as the search wants them: sizes, and where their partitions are."""
+    from moe_groups.memory.cuts import Line as CostLine
+
+    places: dict[str | None, Any] = {}
+    costed = []
+    for key, _, rows in found:
+        if key.parallel_group not in places:
+            places[key.parallel_group] = on_ranks(
+                (1,), key.parallel_group, world, tensor_ranks=tensor_ranks
+            )
+        place = places[key.parallel_group]
+        dense = key.parallel_group is None
+        sizes = table.sizes_of(rows)
+        costed.append(CostLine(sizes, place.ranks, place.partition_of, dense=dense))
+    return costed
+
+
+GROUP_PRICE = 64 << 20
+"""Bytes that one more group must save for "auto".
+
+A group costs about 1.7 ms of a step under ZeRO (``benchmarks/group_cost.py``): a tenth of a
+percent of a step of two seconds, priced like a tenth of a percent of 64 GiB of memory.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class TradeOff:
+    """A point of the trade-off curve.
+
+    Attributes:
+        groups: number of groups.
+        step_peak: T + R on the worst rank, bytes.
+    """
+
+    groups: int
+    step_peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParamGroupPlan:
+    """Ordered groups, before any optimizer exists; ``create_moe_param_groups`` takes it.
+
+    Attributes:
+        groups: name, key, expert number and rows of the parameters of each group.
+        sizes: elements of each parameter of the model, by row.
+        split_by: the level at which groups are kept apart.
+        step: how the model will be stepped.
+        data_parallel_size: ranks of the data-parallel world.
+        curve: the best plans found with this ``split_by``, from few groups to low peaks.
+        hints: what else would lower the peak, and what ``split_by`` costs.
+        rules: weight decay, decay rule and overrides that the groups were made with.
+        made_for: digest of the parameters' sizes, tags and dtypes.
+    """
+
+    groups: list[PlannedGroup]
+    sizes: list[int] = field(repr=False)
+    split_by: SplitBy
+    step: StepConfig
+    data_parallel_size: int
+    curve: list[TradeOff]
+    hints: list[str]
+    rules: tuple[float | None, NoDecay | None, Overrides] = field(repr=False)
+    made_for: bytes = field(repr=False)
+
+    def sized(self) -> list[SizedGroup]:
+        """Name, sizes and parallel group of each group, as the estimate takes them."""
+        return [
+            (name, tuple(self.sizes[row] for row in rows), key.parallel_group)
+            for name, key, _, rows in self.groups
+        ]
+
+    @property
+    def memory(self) -> StepMemory:
+        """The predicted memory of the step with these groups."""
+        return estimate_step_memory(self)
+
+    def check_made_for(self, table: Table) -> None:
+        """Raise PlanError unless the parameters in ``table`` are those of the plan."""
+        if made_for(table) == self.made_for:
+            return
+        rows = sum(len(rows) for experts in table.families.values() for rows in experts.values())
+        planned = sum(len(rows) for *_, rows in self.groups)
+        what = f"{rows} trainable parameters where it had {planned}"
+        if rows == planned:
+            what = "the same number of parameters, with other sizes, tags, dtypes or order"
+        raise PlanError(
+            f"the plan was made for another model: this one has {what}. Plan again, with the model "
+            "as this rank trains it."
+        )
+
+    def __str__(self) -> str:
+        lines_ = [str(self.memory), *(f"hint: {hint}" for hint in self.hints)]
+        return "\n".join(lines_)
+
+
+def plan_param_groups(
+    params: ParamsInput,
+    *,
+    step_memory_budget: int | str = "auto",
+    max_groups: int | None = None,
+    split_by: SplitBy = "module",
+    step: StepConfig | None = None,
+    data_parallel_size: int | None = None,
+    weight_decay: float | None = None,
+    no_decay: NoDecay | None = None,
+    overrides: Overrides | None = None,
+) -> ParamGroupPlan:
+    """Cut and order the groups for the memory of ``engine.step()``.
+
+    Args:
+        params: as for :func:`create_moe_param_groups`; meta parameters will do.
+        step_memory_budget: bytes, or a string like "2GiB": the fewest groups whose step
+            peak T + R fits on every rank. "auto": the lowest peak that is worth its groups
+            (each one more must save ``GROUP_PRICE``).
+        max_groups: the lowest peak with at most so many groups.
+        split_by: groups never mix more than this, whatever that costs.
+        step: wrapper, optimizer and dtypes; None: ZeRO-2, foreach AdamW, bf16 gradients.
+        data_parallel_size: ranks that share dense parameters; None: the world size of
+            ``torch.distributed``.
+        weight_decay: as for :func:`create_moe_param_groups`, like the next two.
+
+    Raises:
+        PlanError: no plan fits; the message has the smallest budget, or the smallest number
+            of groups, that works.
+        InvalidArgumentError: an argument is out of range.
+        MoEGroupsError: as :func:`create_moe_param_groups`.
+
+    Example:
+        >>> plan = plan_param_groups(model, step_memory_budget="2GiB",
+        ...                          data_parallel_size=64)              # doctest: +SKIP
+        >>> groups = create_moe_param_groups(model, plan=plan)           # doctest: +SKIP
+    """
+    check_one_of("split_by", split_by, LEVELS)
+    if max_groups is not None and (step_memory_budget != "auto" or max_groups < 1):
+        raise InvalidArgumentError(
+            f"max_groups={max_groups!r} must be at least 1, and goes without step_memory_budget."
+        )
+    rules = (weight_decay, no_decay, overrides or ())
+    given = read_input(params)
+    table = read_table(given, Rules(*rules), split_by)
+    return make_group_plan(
+        given, table, rules, split_by, step, data_parallel_size, step_memory_budget, max_groups
+    )
+
+
+def make_group_plan(
+    given: GroupInput,
+    table: Table,
+    rules: tuple[float | None, NoDecay | None, Overrides],
+    split_by: SplitBy,
+    step: StepConfig | None,
+    data_parallel_size: int | None,
+    budget: int | str,
+    max_groups: int | None = None,
+) -> ParamGroupPlan:
+    """:func:`plan_param_groups` for parameters that have been read."""
+    from moe_groups.memory.search import best_order, trade_off
+
+    step, world = step or StepConfig(), data_parallel_world(data_parallel_size)
+    if step.offloads:
+        raise InvalidArgumentError(
+            "with the optimizer on the host ('CPUAdam') the step holds next to nothing on the "
+            "device, and grouping changes nothing there: see estimate_step_memory."
+        )
+    found = list(lines(table.families))
+    costed = cost_lines(found, table, world, step.tensor_ranks)
+    curve = trade_off(costed, step.settings)
+    chosen = _choose(curve, budget, max_groups, split_by)
+    named = name_groups(zip(found, map(_tiles, chosen.cuts), strict=True), table, given.groups)
+    tiles = [
+        line.tile(*ends) for line, cut in zip(costed, chosen.cuts, strict=True) for ends in cut
+    ]
+    return ParamGroupPlan(
+        groups=[named[index] for index in best_order(tiles, step.settings)[1]],
+        sizes=table.sizes,
+        split_by=split_by,
+        step=step,
+        data_parallel_size=world,
+        curve=[TradeOff(candidate.groups, candidate.peak) for candidate in curve],
+        hints=hints(given, rules, split_by, step, world, chosen, costed),
+        rules=rules,
+        made_for=made_for(table),
+    )
+
+
+def _tiles(cut: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]] | None:
+    return cut if len(cut) > 1 else None
+
+
+def _choose(
+    curve: list["Candidate"], budget: int | str, max_groups: int | None, split_by: str
+) -> "Candidate":
+    if max_groups is not None:
+        within = [candidate for candidate in curve if candidate.groups <= max_groups]
+        if not within:
+            raise PlanError(
+                f"split_by={split_by!r} needs at least {curve[0].groups} groups, more than "
+                f"max_groups={max_groups}: raise it, or use a coarser split_by."
+            )
+        return within[-1]
+    if budget == "auto":
+        return min(curve, key=lambda c: (c.peak + GROUP_PRICE * c.groups, c.groups))
+    most = parse_bytes(budget, "step_memory_budget")
+    for candidate in curve:
+        if candidate.peak <= most:
+            return candidate
+    least = curve[-1]
+    raise PlanError(
+        f"no groups with split_by={split_by!r} step in {show_bytes(most)} on every rank: the "
+        f"lowest peak found is {show_bytes(least.peak)} with {least.groups} groups. Give "
+        f"step_memory_budget={least.peak}, and see the hints of that plan for what lowers it."
+    )
+
+
+def made_for(table: Table) -> bytes:
+    """A digest of what a plan depends on: sizes, tags, variants and dtypes."""
+    return fingerprint(
+        [
+            table.sizes,
+            *(
+                (key, number, [*rows][:1], len(rows))
+                for key, experts in table.families.items()
+                for number, rows in experts.items()
+            ),
+        ]
+    )

@@ -1,0 +1,268 @@
+"""What one optimizer step allocates and releases, from sizes alone: pure integers.
+
+Follows ``DeepSpeedZeroOptimizer.step`` (``deepspeed/runtime/zero/stage_1_and_2.py``) and
+``BF16_Optimizer.step`` (``deepspeed/runtime/bf16_optimizer.py``) allocation by
+allocation. All ranks of a data-parallel world are computed at once, as numpy vectors.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_groups.groups.grouping import padded_partition
+
+Wrapper: TypeAlias = Literal["zero", "bf16_optimizer"]
+Ints: TypeAlias = NDArray[np.int64]
+
+MASTER = 4
+"""Bytes of an fp32 element: master weights, each of Adam's moments, upcast gradients."""
+NORM = 8
+"""Bytes of an element while its norm is taken: ZeRO's norms accumulate in fp64."""
+TEMPORARIES = {"for-loop": 2 * MASTER, "foreach": MASTER, "fused": 0}
+"""Bytes per element that AdamW allocates beside its state (``torch/optim/adam.py``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """What decides the cost of a step beside the groups.
+
+    Attributes:
+        wrapper: DeepSpeed's ZeRO-1/2 optimizer or ``BF16_Optimizer``.
+        temporaries: bytes per element that the optimizer allocates beside its state.
+        weight_bytes: bytes of an element of the model's weights.
+        grad_bytes: bytes of an element of the accumulated gradients.
+        compact: gradients are kept as exact partitions of the groups
+            (:func:`compact_gradients`, or fp32 accumulation, where DeepSpeed does so itself).
+        keeps_low_precision: ``BF16_Optimizer`` without ``immediate_grad_update`` holds the
+            bf16 gradients of all parameters until the step ends.
+        gather_copies: the all-gather copies what it receives (gloo does, NCCL does not).
+        state_bytes: bytes per element of optimizer state.
+    """
+
+    wrapper: Wrapper = "zero"
+    temporaries: int = TEMPORARIES["foreach"]
+    weight_bytes: int = 2
+    grad_bytes: int = 2
+    compact: bool = False
+    keeps_low_precision: bool = False
+    gather_copies: bool = False
+    state_bytes: int = 2 * MASTER
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one group lies on the ranks that share it; vectors have an entry per partition.
+
+    Attributes:
+        partition: elements of a partition, padding included.
+        touched: elements of all parameters that reach into the partition, in their whole size.
+        padding: elements of the partition that belong to no parameter.
+        tensors: gradients and padding tensors that make up the partition.
+        largest_slice: elements of the largest piece of one parameter.
+    """
+
+    partition: int
+    touched: Ints
+    padding: Ints
+    tensors: Ints
+    largest_slice: Ints
+
+
+@lru_cache(maxsize=4096)
+def layout(sizes: tuple[int, ...], ranks: int) -> Layout:
+    """The layout of parameters of these sizes (elements, in order) on ``ranks`` ranks."""
+    partition = padded_partition(sum(sizes), ranks)
+    ends = np.cumsum(np.array(sizes, dtype=np.int64))
+    begins = np.concatenate([[0], ends[:-1]])
+    left = np.arange(ranks, dtype=np.int64) * partition
+    right = left + partition
+    first = np.searchsorted(ends, left, side="right")
+    behind = np.searchsorted(begins, right, side="left")
+    some = behind > first
+    touched = np.where(some, ends[np.maximum(behind - 1, 0)], 0) - np.where(
+        some, begins[np.minimum(first, len(sizes) - 1)], 0
+    )
+    padding = np.clip(right - np.maximum(left, ends[-1]), 0, None)
+    tensors = np.where(some, behind - first, 0) + (padding > 0)
+    cuts = np.union1d(ends, np.minimum(right, ends[-1]))
+    pieces = np.diff(cuts, prepend=0)
+    largest = np.zeros(ranks, dtype=np.int64)
+    np.maximum.at(largest, (cuts - pieces) // partition, pieces)
+    return Layout(partition, touched, padding, tensors, largest)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOnRanks:
+    """A group with its place in the data-parallel world.
+
+    Attributes:
+        sizes: elements of each parameter, in order.
+        partition_of: the partition that each rank of the data-parallel world owns.
+        ranks: number of partitions.
+        count: neighbouring groups that are all like this one.
+    """
+
+    sizes: tuple[int, ...]
+    partition_of: Ints
+    ranks: int
+    count: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        return layout(self.sizes, self.ranks)
+
+
+@dataclass(slots=True)
+class StepCost:
+    """The cost of a step on each rank, in bytes; vectors have an entry per rank.
+
+    Attributes:
+        held: R, gradients held when the step begins.
+        peak: T + R, the peak above what remains afterwards without new state.
+        phase: index into ``phases`` of what sets the peak.
+        group: index of the group that sets it; -1 for none.
+        group_peaks: the peak while each group is stepped, worst rank.
+    """
+
+    held: Ints
+    peak: Ints
+    phase: Ints
+    group: Ints
+    group_peaks: list[int] = field(default_factory=list)
+
+    @property
+    def transient(self) -> Ints:
+        """T: what is allocated on top of the gradients held at the beginning."""
+        return self.peak - self.held
+
+    def raise_to(self, bytes_: Ints, phase: int, group: int) -> None:
+        """Note that ``bytes_`` are there at once, above the floor."""
+        higher = bytes_ > self.peak
+        self.peak = np.where(higher, bytes_, self.peak)
+        self.phase = np.where(higher, phase, self.phase)
+        self.group = np.where(higher, group, self.group)
+
+
+PHASES = ("gradients held", "norm", "flatten and upcast", "optimizer", "all-gather")
+_HELD, _NORM, _UPCAST, _OPTIMIZER, _GATHER = range(len(PHASES))
+
+
+def step_cost(
+    groups: Sequence[GroupOnRanks], settings: StepSettings, first: bool = False
+) -> StepCost:
+    """The cost of one step over ``groups``, in their order.
+
+    Args:
+        first: the step that creates the optimizer's state; needs groups of count 1.
+    """
+    assert groups
+    assert not first or all(group.count == 1 for group in groups)
+    cost = _bf16_optimizer if settings.wrapper == "bf16_optimizer" else _zero
+    return cost(groups, settings, first)
+
+
+def _begin(held: Ints) -> StepCost:
+    nothing = np.zeros_like(held)
+    return StepCost(held, held, nothing, nothing - 1)
+
+
+def _zero(groups: Sequence[GroupOnRanks], settings: StepSettings, first: bool) -> StepCost:
+    """ZeRO-1 and ZeRO-2: the norm of all, group after group, then the all-gather."""
+    own, shared, last_user = _gradients(groups, settings)
+    now = shared + sum(group.count * part for group, part in zip(groups, own, strict=True))
+    cost = _begin(now)
+    for index, group in enumerate(groups):
+        slices = group.layout.largest_slice[group.partition_of]
+        cost.raise_to(now + NORM * slices, _NORM, index)
+    state, flat = 0, np.zeros_like(now)
+    upcasts = settings.grad_bytes != MASTER
+    for index, group, copies, final in _in_turn(groups):
+        partition = group.layout.partition
+        upcast = MASTER * partition if upcasts else 0
+        if not settings.compact:  # one tensor alone is not copied to be flattened
+            several = group.layout.tensors[group.partition_of] > 1
+            flat = np.where(several, settings.grad_bytes * partition, 0)
+        before = now + flat + upcast + state
+        cost.raise_to(before, _UPCAST, index)
+        last = np.where((last_user == index) & final, shared, 0)
+        state += settings.state_bytes * partition if first else 0
+        during = now + upcast + settings.temporaries * partition + state
+        if upcasts:  # the copy is made, the gradients are let go
+            during = during - own[index] - last
+        cost.raise_to(during, _OPTIMIZER, index)
+        now = now - copies * own[index] - last
+        cost.group_peaks.append(int(np.max(np.maximum(before, during))))
+    _gather(cost, groups, settings, now + state)
+    return cost
+
+
+def _in_turn(groups: Sequence[GroupOnRanks]) -> Iterator[tuple[int, GroupOnRanks, int, bool]]:
+    """``(index, group, copies, whether the last is among them)``.
+
+    Of several alike all but the last are taken at once: the first of them needs most, since
+    each lets go of its gradients, and only the last may let go of what all groups share.
+    """
+    for index, group in enumerate(groups):
+        if group.count > 1:
+            yield index, group, group.count - 1, False
+        yield index, group, 1, True
+
+
+def _gradients(
+    groups: Sequence[GroupOnRanks], settings: StepSettings
+) -> tuple[list[Ints], Ints, Ints]:
+    """Bytes that each group holds alone, that all hold together, and who lets go of those last.
+
+    Without exact partitions the gradients of a rank are pieces of one buffer
+    (``grads_in_partition``), which is there until the last group with a piece of it has
+    stepped; only tensors of padding are a group's own.
+    """
+    ranks = len(groups[0].partition_of)
+    own: list[Ints] = []
+    touched = np.zeros(ranks, dtype=np.int64)
+    last_user = np.full(ranks, -1)
+    for index, group in enumerate(groups):
+        if settings.compact:
+            exact = settings.grad_bytes * group.layout.partition
+            own.append(np.full(ranks, exact, dtype=np.int64))
+            continue
+        own.append(settings.grad_bytes * group.layout.padding[group.partition_of])
+        mine = group.count * group.layout.touched[group.partition_of]
+        touched = touched + mine
+        last_user = np.where(mine > 0, index, last_user)
+    return own, settings.grad_bytes * touched, last_user
+
+
+def _bf16_optimizer(
+    groups: Sequence[GroupOnRanks], settings: StepSettings, first: bool
+) -> StepCost:
+    """BF16_Optimizer: fp32 gradients stay, and the optimizer steps over all groups at once."""
+    ranks = len(groups[0].partition_of)
+    elements = sum(group.count * sum(group.sizes) for group in groups)
+    low = settings.weight_bytes * elements if settings.keeps_low_precision else 0
+    now = np.full(ranks, low, dtype=np.int64)
+    cost = _begin(now)
+    state = 0
+    for index, group in enumerate(groups):
+        partition = group.layout.partition
+        state += settings.state_bytes * partition if first else 0
+        during = now + settings.temporaries * partition + state
+        cost.raise_to(during, _OPTIMIZER, index)
+        cost.group_peaks.append(int(during.max()))
+    _gather(cost, groups, settings, now + state)
+    return cost
+
+
+def _gather(
+    cost: StepCost, groups: Sequence[GroupOnRanks], settings: StepSettings, now: Ints
+) -> None:
+    if not settings.gather_copies:
+        return
+    for index, group in enumerate(groups):
+        if group.ranks > 1:
+            whole = settings.weight_bytes * group.ranks * group.layout.partition
+            cost.raise_to(now + whole, _GATHER, index)

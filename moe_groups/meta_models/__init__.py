@@ -1,0 +1,1 @@
+"""One rank's model on the meta device, for ``moe-groups plan``."""

@@ -1,0 +1,1 @@
+"""Norms and learning rates by layer and expert, with pictures."""

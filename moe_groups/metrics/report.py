@@ -1,0 +1,131 @@
+"""What :class:`GroupMetrics` reports: the numbers of one step by block, layer and expert."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_groups.metrics.rows import Row
+from moe_groups.metrics.sums import ELEMENTS, GRAD, LR, PARAM, UPDATE
+
+METRICS = ("lr", "grad_norm", "param_norm", "update_ratio")
+"""Names of the numbers of a :class:`GroupStats` that are reported."""
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """Numbers of one optimizer step, of all parameters of a block, a layer or an expert.
+
+    Attributes:
+        lr: learning rate of the step; the mean over the elements where parameters differ.
+        grad_norm: L2 norm of the gradient that is averaged over ranks and micro-batches, before
+            clipping.
+        param_norm: L2 norm of the parameters after the step, in the optimizer's precision.
+        update_norm: L2 norm of what the step changed; NaN if it was not asked for.
+        elements: trained parameters, each counted once.
+    """
+
+    lr: float
+    grad_norm: float
+    param_norm: float
+    update_norm: float
+    elements: int
+
+    @property
+    def update_ratio(self) -> float:
+        """Norm of the step's change, divided by the norm of the parameters."""
+        return self.update_norm / self.param_norm if self.param_norm else self.update_norm
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """The experts of one MoE layer.
+
+    Attributes:
+        total: of all its experts together.
+        experts: of each, by its number over all ranks; None where nothing of it is trained, or
+            where the layer does not tell its experts apart.
+    """
+
+    total: GroupStats
+    experts: tuple[GroupStats | None, ...]
+
+
+@dataclass(frozen=True)
+class MetricsReport:
+    """What :meth:`GroupMetrics.step` found, the same on all ranks.
+
+    Attributes:
+        step: optimizer steps so far.
+        total: of all trained parameters; its ``grad_norm`` is DeepSpeed's global norm.
+        dense: dense parameters by block, such as ``model.layers.3``.
+        layers: experts by the label of their MoE layer.
+    """
+
+    step: int
+    total: GroupStats
+    dense: Mapping[str, GroupStats]
+    layers: Mapping[str, LayerStats]
+
+    def as_dict(self, per_expert: bool = False) -> dict[str, float]:
+        """Names and numbers for a logger; ``per_expert`` adds those of each expert.
+
+        Names are as ``grad_norm/dense/blocks.3``, ``grad_norm/moe/blocks.3.moe`` and
+        ``grad_norm/moe/blocks.3.moe/expert_5``. An ``update_ratio`` that is NaN is left out.
+        """
+        found = {"total": self.total}
+        found |= {f"dense/{block}": stats for block, stats in self.dense.items()}
+        for label, layer in self.layers.items():
+            found[f"moe/{label}"] = layer.total
+            if per_expert:
+                experts = enumerate(layer.experts)
+                found |= {f"moe/{label}/expert_{n}": stats for n, stats in experts if stats}
+        values = {
+            f"{metric}/{name}": getattr(stats, metric)
+            for name, stats in found.items()
+            for metric in METRICS
+        }
+        return {
+            name: value
+            for name, value in values.items()
+            if not (name.startswith("update_ratio/") and math.isnan(value))
+        }
+
+
+def make_report(
+    step: int, rows: Sequence[Row], sums: Sequence[Sequence[float]], updates: bool
+) -> MetricsReport:
+    """The report of the sums over all ranks, one line for each row."""
+    found = dict(zip(rows, sums, strict=True))
+
+    def stats(chosen: Iterable[Row]) -> GroupStats | None:
+        lines = [found[row] for row in chosen]
+        return _stats([sum(column) for column in zip(*lines, strict=True)], updates)
+
+    layers: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.moe:
+            layers.setdefault(row.layer, []).append(row)
+    total = stats(rows)
+    assert total is not None
+    return MetricsReport(
+        step,
+        total,
+        {row.layer: one for row in rows if not row.moe and (one := stats([row]))},
+        {
+            layer: LayerStats(whole, tuple(stats([row]) for row in own if row.expert is not None))
+            for layer, own in layers.items()
+            if (whole := stats(own))
+        },
+    )
+
+
+def _stats(sums: Sequence[float], updates: bool) -> GroupStats | None:
+    if not (elements := sums[ELEMENTS]):
+        return None
+    return GroupStats(
+        lr=sums[LR] / elements,
+        grad_norm=sums[GRAD] ** 0.5,
+        param_norm=sums[PARAM] ** 0.5,
+        update_norm=sums[UPDATE] ** 0.5 if updates else math.nan,
+        elements=round(elements),
+    )

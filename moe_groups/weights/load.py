@@ -1,0 +1,165 @@
+"""``load_experts``: each rank reads its own experts out of a Hugging Face checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_groups._deepspeed.contract import support_our_groups
+from moe_groups._deepspeed.engines import has_engine, is_pipeline, refresh_master_weights
+from moe_groups.errors import CheckpointError, InvalidArgumentError
+from moe_groups.topology import Topology
+from moe_groups.weights.load_plan import LoadPlan, NamesGiven, plan_load
+from moe_groups.weights.local_experts import find_local_experts, module_of, note_places
+from moe_groups.weights.names import ROUTER
+from moe_groups.weights.safetensors_files import SafetensorsFiles
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class LoadedExperts:
+    """What :func:`load_experts` did on this rank.
+
+    Attributes:
+        experts: path of each MoE layer to the numbers, over all ranks, of the experts here.
+        filled: the model's parameters that have values of the checkpoint now;
+            ``<layer>.experts.*.<name>`` for a matrix of all experts, ``<layer>.router.<name>``.
+        not_filled: those for which the checkpoint has nothing; they are as they were.
+        unused: tensors of the checkpoint that no rank has read.
+        bytes_read: by this rank.
+    """
+
+    experts: dict[str, range]
+    filled: list[str]
+    not_filled: list[str]
+    unused: list[str]
+    bytes_read: int
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.filled)} names filled, {self.bytes_read:,} bytes read"]
+        for path, here in self.experts.items():
+            lines.append(f"  {path}: experts {here.start} to {here.stop - 1}")
+        for what, names in (("not filled", self.not_filled), ("not used", self.unused)):
+            lines += [f"{what}: {', '.join(names)}"] if names else []
+        return "\n".join(lines)
+
+
+def load_experts(
+    model: Any,
+    directory: str | Path,
+    *,
+    strict: bool = True,
+    layers: Mapping[str, str] | None = None,
+    matrices: Mapping[str, str] | None = None,
+    router: str = ROUTER,
+    topology: Topology | None = None,
+) -> LoadedExperts:
+    """Fill a model from a dense checkpoint; of the experts each rank reads its own alone.
+
+    Call it on all ranks, before ``deepspeed.initialize`` with the model, or after it with the
+    engine: its full-precision weights are then refreshed too. The layers are DeepSpeed's
+    ``MoE`` (or :class:`moe_groups.MoE`) and, once the engine has made them, AutoEP's. Their
+    experts, each a module with ``w1``, ``w2``, ``w3`` or ``gate_proj``, ``down_proj``,
+    ``up_proj``, and their routers are filled from Mixtral, Qwen3-MoE and DeepSeek checkpoints
+    and others with such names, per expert or with one tensor for all. Everything else is
+    filled where a tensor of the checkpoint has the same name. Plain floating-point values are
+    converted to the parameter's dtype.
+
+    Everything is checked first, in the files' headers. Weights are copied out of mapped files, a
+    matrix at a time, so that no memory is needed beside the model's own.
+
+    Args:
+        model: the module, not wrapped by another one; or a DeepSpeed engine without ZeRO-3.
+        directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files.
+        strict: refuse a checkpoint that leaves a parameter or saved buffer of the model
+            without a value, or has a tensor for which the model has no place.
+        layers: path of a MoE layer in the model to what its names in the checkpoint begin
+            with, ``{}`` standing for a number: ``{"blocks.{}.moe": "model.layers.{}.mlp"}``.
+            None: the layer of the same path, or with the same number.
+        matrices: name of a parameter inside the model's expert to its name inside the
+            checkpoint's, where these are not the known ones: ``{"up.weight": "up_proj.weight"}``.
+        router: name of the router in the checkpoint, below the layer's.
+        topology: which ranks there are, where it is not DeepSpeed's default: with tensor or
+            pipeline parallelism, or ``use_data_before_expert_parallelism``. Not needed after
+            ``deepspeed.initialize``, which refuses experts that are not the rank's.
+
+    Returns:
+        What was filled, and what was not.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; names, shapes, dtypes or numbers of
+            experts do not fit. Nothing has been changed.
+        InvalidArgumentError: an argument does not fit the model, the rank's experts are not
+            known, or the package ``safetensors`` is missing.
+        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on.
+
+    Example:
+        >>> loaded = load_experts(model, "Mixtral-8x7B-v0.1")            # doctest: +SKIP
+        >>> loaded.experts["model.layers.0.moe"]                          # doctest: +SKIP
+        range(4, 8)
+    """
+    module = module_of(model, "load_experts")
+    _check_module(module, model is module, layers)
+    local = find_local_experts(module, topology)
+    given = NamesGiven(layers, matrices or {}, router)
+    with SafetensorsFiles(directory) as files:
+        plan = plan_load(files, module, local, given)
+        unused = sorted(set(files.tensors) - plan.used)
+        _refuse(plan, unused, strict, files.directory)
+        if local and model is module:
+            support_our_groups(moe=True)  # deepspeed.initialize looks at the places
+        read = _copy(plan, files)
+    if model is module:
+        note_places(module, local)
+    else:
+        refresh_master_weights(model)
+    experts = {layer.path: layer.numbers for layer in local}
+    return LoadedExperts(experts, plan.filled, plan.not_filled, unused, read)
+
+
+def _check_module(module: nn.Module, alone: bool, layers: Mapping[str, str] | None) -> None:
+    if alone and has_engine(module):
+        raise InvalidArgumentError(
+            "this model belongs to a DeepSpeed engine, which steps weights of its own: give "
+            "load_experts the engine, or call it before deepspeed.initialize."
+        )
+    if is_pipeline(module) and layers is None:
+        raise InvalidArgumentError(
+            "a PipelineModule numbers its layers in its own way: say with layers={...} which "
+            "is which in the checkpoint."
+        )
+
+
+def _refuse(plan: LoadPlan, unused: list[str], strict: bool, directory: Path) -> None:
+    problems = list(plan.problems)
+    if not plan.filled:
+        problems.append("no name of the checkpoint is one of the model: say more with layers={...}")
+    elif strict:
+        problems += [f"{name}: the checkpoint has nothing for it" for name in plan.not_filled]
+        problems += [f"{name}: the model has no place for it" for name in unused]
+    if not problems:
+        return
+    advice = ""
+    if strict and not plan.problems:
+        advice = " Name what has another name in layers and matrices, or give strict=False."
+    shown = problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+        shown.append(f"... and {len(problems) - _SHOWN} more")
+    raise CheckpointError(
+        f"{directory} does not fit the model; nothing has been loaded.{advice}\n  "
+        + "\n  ".join(shown)
+    )
+
+
+@torch.no_grad()
+def _copy(plan: LoadPlan, files: SafetensorsFiles) -> int:
+    read = 0
+    for tensor, piece in plan.copies:
+        values = files.read(piece.tensor, piece.part)
+        tensor.copy_(values)
+        read += values.nbytes
+    return read

@@ -1,0 +1,182 @@
+"""A rank's part of each MoE layer of a model: which experts it has, and what their tensors are."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_groups._deepspeed.engines import is_engine
+from moe_groups._deepspeed.layers import LayerParts, is_partitioned, layer_parts
+from moe_groups._deepspeed.process_groups import expert_parallel_ranks, expert_place
+from moe_groups.errors import InvalidArgumentError
+from moe_groups.experts.module_tree import walk
+from moe_groups.topology import Topology, world_size
+
+
+@dataclass(frozen=True)
+class LocalExperts:
+    """One MoE layer as this rank has it.
+
+    Attributes:
+        path: of the layer in the model.
+        total: experts over all ranks.
+        first: number of this rank's first expert among them.
+        experts: the tensors of each of this rank's experts by their name in it; views where
+            one parameter holds all of them.
+        router: what the router is made of, by its name in it.
+        params: ``id`` of each parameter or buffer that the above are of.
+        writes: the rank is the first of those that hold the same experts.
+        assumed: the ranks by which the above was told; None where process groups tell.
+    """
+
+    path: str
+    total: int
+    first: int
+    experts: Sequence[Mapping[str, torch.Tensor]]
+    router: Mapping[str, torch.Tensor]
+    params: frozenset[int]
+    writes: bool
+    assumed: Topology | None
+
+    @property
+    def numbers(self) -> range:
+        """This rank's experts by their number over all ranks."""
+        return range(self.first, self.first + len(self.experts))
+
+
+def module_of(model: Any, name: str) -> nn.Module:
+    """The module that ``model`` is, or that the engine ``model`` steps.
+
+    Args:
+        name: of the function that wants its weights.
+
+    Raises:
+        InvalidArgumentError: it is neither, or ZeRO-3 has its weights.
+    """
+    module = model.module if is_engine(model) else model
+    if not isinstance(module, nn.Module):
+        raise InvalidArgumentError(
+            f"model is a {type(module).__name__}: give a module, or a DeepSpeed engine."
+        )
+    if is_partitioned(module):
+        raise InvalidArgumentError(
+            f"ZeRO-3 keeps this model's parameters in parts: {name} works with ZeRO-1, ZeRO-2 and "
+            "BF16_Optimizer."
+        )
+    return module
+
+
+def find_local_experts(model: nn.Module, topology: Topology | None) -> list[LocalExperts]:
+    """The layers of DeepSpeed (ours and AutoEP's included) in the model's order.
+
+    Args:
+        topology: which ranks there are, while DeepSpeed's expert groups do not exist; None:
+            all ranks of ``torch.distributed`` as DeepSpeed shares experts out by default.
+
+    Raises:
+        InvalidArgumentError: nobody knows which of the ranks this is.
+    """
+    found = []
+    for node in walk(model):
+        parts = layer_parts(node.module)
+        if parts is None:
+            continue
+        ep_rank, writes, assumed = _place(parts, topology, node.path)
+        local = parts.num_experts // parts.ep_size
+        own = frozenset(map(id, [*parts.params, *parts.router.values()]))
+        found.append(
+            LocalExperts(
+                node.path,
+                parts.num_experts,
+                ep_rank * local,
+                parts.experts,
+                parts.router,
+                own,
+                writes,
+                assumed,
+            )
+        )
+    return found
+
+
+def _place(
+    parts: LayerParts, topology: Topology | None, path: str
+) -> tuple[int, bool, Topology | None]:
+    """This rank among those that share the experts; is it the first that has its own ones?"""
+    known = expert_place(parts.parallel_group)
+    ep_size = parts.ep_size
+    if known is not None:
+        return *known, None
+    world = world_size()
+    if world is None:
+        if ep_size == 1:
+            return 0, True, None
+        raise InvalidArgumentError(
+            f"the experts of {path!r} are shared out to {ep_size} ranks (ep_size), and it is not "
+            "known which of them this is: call deepspeed.init_distributed() first."
+        )
+    if topology is None:
+        topology = Topology(world_size=world, ep_size=ep_size)
+    if topology.world_size != world:
+        raise InvalidArgumentError(
+            f"topology has world_size={topology.world_size}, but there are {world} ranks."
+        )
+    here, rank = replace(topology, ep_size=ep_size), torch.distributed.get_rank()
+    return here.expert_rank(rank), here.group_of("expert_data", rank)[0] == rank, here
+
+
+def dense_tensors(
+    model: nn.Module, layers: list[LocalExperts]
+) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Parameters and saved buffers that are not of the layers; all names of what is tied."""
+    taken = frozenset().union(*(layer.params for layer in layers))
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    state: Mapping[str, object] = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor) and id(tensor) not in taken:
+            names.setdefault(id(tensor), []).append(name)
+            tensors[id(tensor)] = tensor
+    for key, tensor in tensors.items():
+        yield names[key], tensor
+
+
+_LOADED = "_moe_groups_loaded"
+
+
+def note_places(model: nn.Module, layers: Iterable[LocalExperts]) -> None:
+    """Keep on the model by which ranks its layers were filled, by their paths."""
+    setattr(model, _LOADED, {layer.path: layer.assumed for layer in layers if layer.assumed})
+
+
+def check_places(model: nn.Module) -> None:
+    """Compare what was noted of ``model`` or a part of it; process groups exist now.
+
+    No communication: who has not loaded anything would not take part. Ranks that share out
+    experts among them look at each other's places, and say the same.
+
+    Raises:
+        InvalidArgumentError: a rank of this expert-parallel group holds another one's experts.
+    """
+    for part in model.modules():
+        noted: dict[str, Topology] = getattr(part, _LOADED, {})
+        for path, module in part.named_modules() if noted else ():
+            layer = layer_parts(module) if path in noted else None
+            if layer is not None and (problem := _problem(path, layer, noted[path])):
+                raise InvalidArgumentError(problem)
+
+
+def _problem(path: str, layer: LayerParts, assumed: Topology) -> str | None:
+    size = layer.num_experts // layer.ep_size
+    for place, rank in enumerate(expert_parallel_ranks(layer.parallel_group)):
+        was = assumed.expert_rank(rank)
+        if was != place:
+            return (
+                f"load_experts gave rank {rank} experts {was * size} to {was * size + size - 1} of "
+                f"{path!r}, but by DeepSpeed's process groups it has {place * size} to "
+                f"{place * size + size - 1}: say with load_experts(topology=Topology(...)) how "
+                "ranks are ordered, or load into the engine, after deepspeed.initialize."
+            )
+    return None

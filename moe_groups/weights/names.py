@@ -1,0 +1,192 @@
+"""Names of MoE layers in Hugging Face checkpoints, and which part of a tensor is one matrix.
+
+Two styles exist. Per expert, as most checkpoints on the hub have it::
+
+    model.layers.0.block_sparse_moe.experts.3.w1.weight      Mixtral
+    model.layers.0.mlp.experts.3.gate_proj.weight            Qwen3-MoE, DeepSeek-V3
+
+and one tensor for all experts, as transformers 5 has it in memory and writes with
+``save_original_format=False``::
+
+    model.layers.0.mlp.experts.gate_up_proj                  (experts, 2 * inner, hidden)
+    model.layers.0.mlp.experts.down_proj                     (experts, hidden, inner)
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
+
+from moe_groups.errors import InvalidArgumentError
+from moe_groups.weights.safetensors_files import Index, StoredTensor
+
+
+def match_layers(
+    paths: list[str], prefixes: Iterable[str], given: Mapping[str, str] | None
+) -> dict[str, str]:
+    """Path of each layer in the model to its prefix in the checkpoint, where it has one.
+
+    Without ``given``: the same path, or the only layer with the same number in its path.
+
+    Raises:
+        InvalidArgumentError: a key or a prefix of ``given`` is of no layer.
+    """
+    stored = list(prefixes)
+    if given is not None:
+        found = expand(paths, given)
+        for path, prefix in found.items():
+            if prefix not in stored:
+                raise InvalidArgumentError(
+                    f"layers says that {path!r} is {prefix!r} in the checkpoint, but its MoE "
+                    f"layers are {stored}."
+                )
+        return found
+    of_number, here = _by_number(stored), _by_number(paths)
+    found = {path: path for path in paths if path in stored}
+    for number, same in here.items():
+        others = of_number.get(number, [])
+        if len(same) == len(others) == 1 and same[0] not in found:
+            found[same[0]] = others[0]
+    return found
+
+
+def expand(paths: list[str], given: Mapping[str, str]) -> dict[str, str]:
+    """The layers that ``given`` names, each with its own prefix; ``{}`` is a number in both.
+
+    Raises:
+        InvalidArgumentError: a key is of no layer, or two layers get one prefix.
+    """
+    found: dict[str, str] = {}
+    for key, value in given.items():
+        pattern = re.compile(re.escape(key).replace(r"\{\}", r"(\d+)"))
+        matches = [match for match in map(pattern.fullmatch, paths) if match]
+        if not matches:
+            raise InvalidArgumentError(f"layers names {key!r}, but the MoE layers are {paths}.")
+        if value.count("{}") > key.count("{}"):
+            raise InvalidArgumentError(f"layers: {value!r} has more numbers than {key!r}.")
+        for match in matches:
+            numbers = iter(match.groups())
+            found[match[0]] = re.sub(r"\{\}", lambda _: next(numbers), value)  # noqa: B023
+    if twice := [path for path, prefix in found.items() if [*found.values()].count(prefix) > 1]:
+        raise InvalidArgumentError(f"layers gives {twice} the same name {found[twice[0]]!r}.")
+    return found
+
+
+def layer_number(path: str) -> str | None:
+    """The one number in a path; None where there is none, or more than one."""
+    numbers = [part for part in path.split(".") if part.isdecimal()]
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def _by_number(paths: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        number = layer_number(path)
+        if number is not None:
+            found.setdefault(number, []).append(path)
+    return found
+
+
+Family = Literal["mixtral", "qwen3_moe", "deepseek_v3"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+ROUTER = "gate"
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_NUMBERED = ("w1", "w3", "w2")
+_SAME = {
+    f"{name}.weight": (f"{name}.weight", f"{other}.weight")
+    for one, two in zip(_PROJECTIONS, _NUMBERED, strict=True)
+    for name, other in ((one, two), (two, one))
+}
+_PER_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\..+")
+_FUSED = re.compile(r"(.+)\.experts\.[^.]*[^.\d][^.]*")
+
+
+class Piece(NamedTuple):
+    """One matrix of one expert in a checkpoint.
+
+    Attributes:
+        tensor: the name of what holds it.
+        part: where it is in there.
+        shape: its own.
+    """
+
+    tensor: str
+    part: Index
+    shape: tuple[int, ...]
+
+
+@dataclass
+class StoredLayer:
+    """The experts of one MoE layer in a checkpoint.
+
+    Attributes:
+        prefix: what the names of all its tensors begin with, as "model.layers.0.mlp".
+        tensors: those of its experts.
+        numbers: of the experts that have tensors of their own, or that the fused ones hold.
+    """
+
+    prefix: str
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    numbers: set[int] = field(default_factory=set)
+
+    def missing(self) -> list[int]:
+        """Experts that are not there, though one with a higher number is."""
+        return sorted(set(range(max(self.numbers, default=-1) + 1)) - self.numbers)
+
+    def piece(self, number: int, matrix: str) -> Piece | None:
+        """Where the matrix of an expert is; None where the checkpoint has none.
+
+        Args:
+            number: of the expert, over all ranks.
+            matrix: its name inside the expert, as "w1.weight" or "gate_proj.weight", in
+                either of the families' words.
+        """
+        for name in _SAME.get(matrix, (matrix,)):
+            own = f"{self.prefix}.experts.{number}.{name}"
+            if own in self.tensors:
+                return Piece(own, (), self.tensors[own].shape)
+            for fused, index, shape in self._fused(number, name.removesuffix(".weight")):
+                if fused in self.tensors:
+                    return Piece(fused, index, shape)
+        return None
+
+    def _fused(self, number: int, name: str) -> Iterable[tuple[str, Index, tuple[int, ...]]]:
+        whole = f"{self.prefix}.experts.{name}"
+        if whole in self.tensors:
+            yield whole, (number,), self.tensors[whole].shape[1:]
+        both = f"{self.prefix}.experts.gate_up_proj"
+        if name in _PROJECTIONS[:2] and len(self._shape(both)) == 3:
+            _, rows, width = self._shape(both)
+            half = rows // 2
+            first = half * _PROJECTIONS.index(name)
+            yield both, (number, slice(first, first + half)), (half, width)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape if name in self.tensors else ()
+
+
+def find_stored_layers(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredLayer]:
+    """All MoE layers of a checkpoint by prefix. Shared experts are dense, and none of them."""
+    layers: dict[str, StoredLayer] = {}
+    for name, tensor in tensors.items():
+        own, fused = _PER_EXPERT.fullmatch(name), _FUSED.fullmatch(name)
+        match = own or fused
+        if match is None or (fused and not tensor.shape):
+            continue
+        layer = layers.setdefault(match[1], StoredLayer(match[1]))
+        layer.tensors[name] = tensor
+        layer.numbers.update([int(own[2])] if own else range(tensor.shape[0]))
+    return layers
+
+
+def saved_prefix(family: Family, number: str) -> str:
+    """What the names of decoder layer ``number``'s MoE begin with."""
+    return f"model.layers.{number}.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}"
+
+
+def saved_matrix(family: Family, name: str) -> str:
+    """A matrix inside of an expert in a family's words; another name as it is."""
+    words = _NUMBERED if family == "mixtral" else _PROJECTIONS
+    same = _SAME.get(name, (name,))
+    return next((word for word in same if word.partition(".")[0] in words), name)

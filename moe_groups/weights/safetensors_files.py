@@ -1,0 +1,154 @@
+"""A Hugging Face checkpoint of safetensors files: what is in it, and slices out of it."""
+
+import contextlib
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_groups._common.arguments import need
+from moe_groups._common.own_folder import is_plain
+from moe_groups.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+Index = tuple[int | slice, ...]
+
+# The format's names (https://github.com/huggingface/safetensors#format) that weights are kept in.
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_OTHERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class StoredTensor(NamedTuple):
+    """What a file's header says about one tensor.
+
+    Attributes:
+        shape: its sizes.
+        dtype: in the format's own words, such as "BF16".
+        file: name of the file that it is in.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Can it be copied to ``dtype``: the same, or both plain floating point?"""
+        known = FLOATS | _OTHERS
+        both_float = self.dtype in FLOATS and dtype in FLOATS.values()
+        return both_float or known.get(self.dtype) == dtype
+
+
+class SafetensorsFiles:
+    """The tensors of a checkpoint by name, read when they are asked for.
+
+    All headers are read at once; of the weights nothing. The files stay mapped into memory
+    until the context ends.
+
+    Args:
+        directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and the
+            files that it names.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a header is not what the index says.
+        InvalidArgumentError: the package ``safetensors`` is missing.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        need("safetensors", "hf", "safetensors checkpoints")
+        self.directory = Path(directory)
+        self.tensors: dict[str, StoredTensor] = {}
+        self._open: dict[str, Any] = {}
+        self._files = contextlib.ExitStack()
+        index = _read_index(self.directory)
+        try:
+            for file in [SINGLE] if index is None else sorted(set(index.values())):
+                self._read_header(file)
+            if index is not None:
+                self._check_index(index)
+        except BaseException:
+            self._files.close()
+            raise
+
+    def __enter__(self) -> "SafetensorsFiles":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.clear()
+        self._files.close()
+
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """The tensor, or its ``index``, as a view of the mapped file: nothing else is read."""
+        file = self._open[self.tensors[name].file]
+        tensor: torch.Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+        return tensor
+
+    def _read_header(self, file: str) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.directory / file
+        try:
+            if not path.is_file():  # a pipe would wait for a writer
+                raise FileNotFoundError(path)
+            opened = self._files.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            missing = not path.is_file()
+            problem = "is missing" if missing else f"is damaged or cut off ({error})"
+            raise CheckpointError(
+                f"{path} {problem}: download or copy the checkpoint again."
+            ) from error
+        self._open[file] = opened
+        for name in opened.keys():  # noqa: SIM118  (no mapping)
+            part = opened.get_slice(name)
+            self.tensors[name] = StoredTensor(tuple(part.get_shape()), part.get_dtype(), file)
+
+    def _check_index(self, index: dict[str, str]) -> None:
+        found = {name: tensor.file for name, tensor in self.tensors.items()}
+        if wrong := sorted(name for name in index if found.get(name) != index[name]):
+            raise CheckpointError(
+                f"{self.directory / INDEX} says that {wrong[0]} is in {index[wrong[0]]}, but it is "
+                f"not there{_more(wrong)}: the index and the files are of different checkpoints."
+            )
+
+
+def _more(names: list[str]) -> str:
+    return f", nor are {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _read_index(directory: Path) -> dict[str, str] | None:
+    """Names to files; None where the checkpoint is a single file without an index."""
+    path = directory / INDEX
+    if not path.is_file():
+        if (directory / SINGLE).is_file():
+            return None
+        raise CheckpointError(
+            f"{directory} is no checkpoint of safetensors: it has neither {INDEX} nor {SINGLE}."
+        )
+    try:
+        names: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        if not all(is_plain(file) and "/" not in file for file in set(names.values())):
+            raise ValueError("a file of another directory")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f'{path} is damaged: it must hold "weight_map", the file of each tensor by its name.'
+        ) from error
+    return names

@@ -1,0 +1,588 @@
+"""``compact_gradients``: trains the same bit for bit, and holds exactly the partitions."""
+
+import contextlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import safe_get_full_grad
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from moe_groups import InvalidArgumentError, UnsupportedDeepSpeedError
+from moe_groups._deepspeed import exact_partitions as exact
+from moe_groups.engine.compact import compact_gradients
+from tests.support import ROOT
+from tests.support.models import HIDDEN
+from tests.support.pairwise import Row, label, pairwise
+from tests.support.ranks import HANG, RankError, run_on_ranks
+from tests.support.skipping import SkippingMoE, skip
+from tests.support.training import batches, config, groups_by, initialize, start, train
+
+Snapshot = dict[str, torch.Tensor]
+Run = tuple[dict[str, list[float]], Snapshot]
+ZERO = ("zero1", "zero2")
+CLIP = 0.05
+
+
+class Case(NamedTuple):
+    """One run, to be done with and without compact gradients.
+
+    Attributes:
+        split: of the groups, as in :func:`tests.support.training.make_groups`.
+        accumulate: micro-batches in a step.
+        zero: entries of ``zero_optimization``.
+        other: entries of the config.
+    """
+
+    wrapper: str = "zero2"
+    split: str = "expert"
+    ep_size: int = 2
+    accumulate: int = 1
+    zero: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    other: dict[str, Any] = {}  # noqa: RUF012
+
+    def engine(self, compact: bool, **options: Any) -> Any:
+        zero = config(self.wrapper)["zero_optimization"] | self.zero
+        model = {"ep_size": self.ep_size} | options.pop("model_options", {})
+        changes = {"gradient_accumulation_steps": self.accumulate, "zero_optimization": zero}
+        changes |= self.other | options
+        engine = start(self.wrapper, groups_by(self.split), model_options=model, **changes)
+        if compact:
+            compact_gradients(engine)
+        return engine
+
+
+def snapshot(engine: Any) -> Snapshot:
+    """All that a run made on this rank: parameters, master weights and optimizer state."""
+    optimizer = engine.optimizer
+    found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    for index, master in enumerate(optimizer.single_partition_of_fp32_groups):
+        found[f"master {index}"] = master.detach().clone()
+        for key, value in optimizer.state[master].items():
+            found[f"{key} {index}"] = torch.as_tensor(value).clone()
+    assert any(name.startswith("exp_avg_sq") for name in found)
+    return found
+
+
+def differences(expected: Run, actual: Run) -> list[str]:
+    (history, end), (other, other_end) = expected, actual
+    assert list(end) == list(other_end)
+    problems = [f"{other} instead of {history}"] if repr(other) != repr(history) else []
+    return problems + [name for name in end if not torch.equal(end[name], other_end[name])]
+
+
+# ---- training -------------------------------------------------------------------------
+
+
+def against_plain(cases: list[Case], steps: int = 3) -> list[str]:
+    """What differs between runs with and without compact gradients."""
+    problems = []
+    for case in cases:
+        runs = []
+        for compact in (False, True):
+            engine = case.engine(compact)
+            runs.append((train(engine, steps * case.accumulate), snapshot(engine)))
+        problems += [f"{case}: {one}" for one in differences(*runs)]
+    return problems
+
+
+def check(world: int, cases: list[Case]) -> None:
+    assert run_on_ranks(world, against_plain, cases, timeout=300) == [[]] * world
+
+
+@pytest.mark.parametrize(
+    "row",
+    pairwise(
+        {
+            "world": [1, 2, 4],
+            "wrapper": ZERO,
+            "split": ["expert", "module", "stock"],
+            "ep_size": [1, 2, 4],
+            "accumulate": [1, 4],
+            "clip": [0.0, CLIP],
+        },
+        lambda world, ep_size, **_: ep_size <= world,
+    ),
+    ids=label,
+)
+def test_trains_the_same(row: Row) -> None:
+    settings = {key: value for key, value in row.items() if key not in ("world", "clip")}
+    check(row["world"], [Case(**settings, other={"gradient_clipping": row["clip"]})])
+
+
+SETTINGS = [
+    Case(accumulate=2, zero={"overlap_comm": True}),
+    Case(accumulate=2, zero={"reduce_bucket_size": 500}),
+    Case(accumulate=2, zero={"reduce_bucket_size": 100}),  # smaller than a parameter
+    Case(accumulate=2, zero={"round_robin_gradients": True}),
+    Case(accumulate=2, zero={"use_multi_rank_bucket_allreduce": False}),
+    Case(other={"communication_data_type": "fp32"}),
+    Case(other={"bf16": {"enabled": True, "check_grad_overflow": True}}),
+    Case(other={"bf16": {"enabled": False}, "data_types": {}}),
+    Case(other={"managed_gradient_accumulation": False}),
+    Case(zero={"compute_grad_norm": False}, other={"gradient_clipping": 0.0}),
+]
+
+
+def _changed(case: Case) -> str:
+    return str(case.zero | case.other)
+
+
+@pytest.mark.parametrize(
+    "row",
+    pairwise({"setting": range(len(SETTINGS)), "world": [2, 4], "wrapper": ZERO}),
+    ids=lambda row: f"{row['world']}-{row['wrapper']}-{_changed(SETTINGS[row['setting']])}",
+)
+def test_trains_the_same_with_other_settings(row: Row) -> None:
+    check(row["world"], [SETTINGS[row["setting"]]._replace(wrapper=row["wrapper"])])
+
+
+class Dense(nn.Module):
+    """For settings that DeepSpeed refuses where a model has experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(5))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return nn.functional.mse_loss(x.float(), y.float())
+
+
+def start_dense(wrapper: str = "zero2", zero: dict[str, Any] | None = None, **other: Any) -> Any:
+    zero = config(wrapper)["zero_optimization"] | (zero or {})
+    return start(wrapper, groups_by("module"), Dense(), zero_optimization=zero, **other)
+
+
+def dense_against_plain(wrapper: str, zero: dict[str, Any]) -> list[str]:
+    runs = []
+    for compact in (False, True):
+        engine = start_dense(wrapper, zero, gradient_accumulation_steps=2)
+        if compact:
+            compact_gradients(engine)
+        runs.append((train(engine, 6), snapshot(engine)))
+    return differences(*runs)
+
+
+@pytest.mark.parametrize(
+    "row",
+    pairwise(
+        {
+            "wrapper": ZERO,
+            "off": ["contiguous_gradients", "reduce_scatter"],
+            "overlap": [False, True],
+        }
+    ),
+    ids=label,
+)
+def test_dense_model_trains_the_same(row: Row) -> None:
+    zero = {row["off"]: False, "overlap_comm": row["overlap"]}
+    assert run_on_ranks(2, dense_against_plain, row["wrapper"], zero) == [[], []]
+
+
+def skipping_an_expert(wrapper: str, ep_size: int) -> list[str]:
+    runs = []
+    skip([1], (0,))
+    for compact in (False, True):
+        engine = Case(wrapper, ep_size=ep_size).engine(compact, layer=SkippingMoE)
+        runs.append((train(engine, 3), snapshot(engine)))
+    return differences(*runs)
+
+
+@pytest.mark.parametrize("wrapper", ZERO)
+def test_expert_without_gradient_on_one_rank(wrapper: str) -> None:
+    assert run_on_ranks(2, skipping_an_expert, wrapper, 2, timeout=60) == [[], []]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("compact", [False, True])
+def test_ranks_that_share_an_expert_must_agree(compact: bool) -> None:
+    """As without: collectives do not match. Neither mends it nor adds a case."""
+    with pytest.raises(RankError):
+        run_on_ranks(2, train_where_sharing_ranks_disagree, compact, timeout=HANG)
+
+
+def train_where_sharing_ranks_disagree(compact: bool) -> None:
+    skip([1], (0,))
+    train(Case(ep_size=1).engine(compact, layer=SkippingMoE), 3)
+
+
+def overflow(compact: bool) -> Run:
+    engine = Case(other={"bf16": {"enabled": True, "check_grad_overflow": True}}).engine(compact)
+    losses: list[float] = []
+    for step, (x, y) in enumerate(batches(4)):
+        loss = engine(x.bfloat16(), y.bfloat16())
+        engine.backward(loss * (float("inf") if step == 1 else 1.0))
+        engine.step()
+        losses.append(float(loss.detach()))
+    assert engine.skipped_steps == 1
+    return {"loss": losses}, snapshot(engine)
+
+
+def overflow_against_plain() -> list[str]:
+    return differences(overflow(False), overflow(True))
+
+
+def test_overflow_skips_the_same_step() -> None:
+    assert run_on_ranks(2, overflow_against_plain) == [[], []]
+
+
+def full_gradients(compact: bool) -> list[torch.Tensor]:
+    engine = Case(accumulate=2, split="module").engine(compact)
+    train(engine, 3)
+    x, y = next(batches(1, first=9))
+    engine.backward(engine(x.bfloat16(), y.bfloat16()))
+    return [safe_get_full_grad(param).clone() for param in engine.module.parameters()]
+
+
+def full_gradients_against_plain() -> bool:
+    pairs = list(zip(full_gradients(False), full_gradients(True), strict=True))
+    assert any(float(plain.abs().max()) > 0 for plain, _ in pairs)
+    return all(torch.equal(plain, compacted) for plain, compacted in pairs)
+
+
+def test_gradients_can_be_read_before_the_step() -> None:
+    assert run_on_ranks(2, full_gradients_against_plain) == [True, True]
+
+
+def norms_when_a_step_is_left_out(wrapper: str, compact: bool) -> list[float]:
+    engine = Case(wrapper, other={"gradient_clipping": 0.0}).engine(compact)
+    x, y = (data.bfloat16() for data in next(batches(1)))
+    norms = []
+    for backwards in (1, 2):
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0  # the same gradient each time
+        for _ in range(backwards):
+            engine.backward(engine(x, y))
+        engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+    return norms
+
+
+def test_backward_without_step_adds_up() -> None:
+    """The one difference that the docstring tells of; DeepSpeed's fp32 accumulation has it too."""
+    runs = [("zero1", False, 1), ("zero1", True, 2), ("zero2", False, 1), ("zero2", True, 2)]
+    for wrapper, compact, times in [*runs, ("zero2_fp32_grads", False, 2)]:
+        for once, both in run_on_ranks(2, norms_when_a_step_is_left_out, wrapper, compact):
+            assert both == pytest.approx(times * once, rel=1e-2), (wrapper, compact)
+
+
+# ---- checkpoints ----------------------------------------------------------------------
+
+
+def resume(case: Case, before: bool, after: bool, folder: Path) -> list[str]:
+    """Compact ``before`` the checkpoint, ``after`` it, against a plain run that never stopped."""
+    plain = case.engine(compact=False)
+    train(plain, 2 * case.accumulate)
+    saving = case.engine(before)
+    train(saving, 2 * case.accumulate)
+    saving.save_checkpoint(str(folder))
+    loading = case.engine(after)
+    loading.load_checkpoint(str(folder))
+    runs = []
+    for engine in (plain, loading):
+        history = train(engine, 2 * case.accumulate, first=2 * case.accumulate)
+        del history["norm"][: case.accumulate - 1]  # still that of the step before
+        runs.append((history, snapshot(engine)))
+    return differences(*runs)
+
+
+@pytest.mark.parametrize(
+    "row",
+    pairwise(
+        {
+            "around": [(False, True), (True, False), (True, True)],
+            "wrapper": ZERO,
+            "split": ["expert", "module", "stock"],
+            "world": [2, 4],
+            "accumulate": [1, 4],
+        }
+    ),
+    ids=label,
+)
+def test_resume(row: Row, tmp_path: Path) -> None:
+    case = Case(row["wrapper"], row["split"], accumulate=row["accumulate"])
+    found = run_on_ranks(row["world"], resume, case, *row["around"], tmp_path, timeout=60)
+    assert found == [[]] * row["world"]
+
+
+def compact_late(folder: Path) -> list[str]:
+    """After the checkpoint was loaded, between two steps, and once more."""
+    case = Case(accumulate=2)
+    plain, late = case.engine(False), case.engine(False)
+    train(plain, 2)
+    plain.save_checkpoint(str(folder))
+    late.load_checkpoint(str(folder))
+    train(plain, 2), train(late, 2)
+    for _ in range(2):
+        compact_gradients(late)
+    return differences((train(plain, 4), snapshot(plain)), (train(late, 4), snapshot(late)))
+
+
+def test_may_be_called_between_steps_and_twice(tmp_path: Path) -> None:
+    assert run_on_ranks(2, compact_late, tmp_path) == [[], []]
+
+
+# ---- memory ---------------------------------------------------------------------------
+
+STEP = "the optimizer step"
+SCALARS = 8  # bytes; norms and flags come and go
+
+
+class Cost(NamedTuple):
+    """Bytes: gradients held when the step begins (R), its peak above the end (T + R)."""
+
+    held: int
+    peak: int
+    partitions: int
+    whole: int
+
+
+def cost(engine: Any) -> Cost:
+    """Of one step, and elements of this rank's partitions and of the parameters that touch them."""
+    accumulate = engine.gradient_accumulation_steps()
+    train(engine, accumulate)  # the first step creates the optimizer's state
+    micro_batches = list(batches(accumulate, first=9))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for number, (x, y) in enumerate(micro_batches, 1):
+            engine.backward(engine(x.bfloat16(), y.bfloat16()))
+            with record_function(STEP) if number == accumulate else contextlib.nullcontext():
+                engine.step()
+    held, peak = _during_step(profiler)
+    optimizer = engine.optimizer
+    touching = (param for group in optimizer.params_in_partition for param in group)
+    partitions = sum(map(int, optimizer.partition_size))
+    return Cost(held, peak, partitions, sum(param.numel() for param in touching))
+
+
+def _during_step(profiler: Any) -> tuple[int, int]:
+    events = profiler.profiler.kineto_results.events()
+    begin, end = next((e.start_ns(), e.end_ns()) for e in events if e.name() == STEP)
+    memory = (e for e in events if e.name() == "[memory]" and abs(e.nbytes()) > SCALARS)
+    held = at_begin = peak = 0
+    for event in sorted(memory, key=lambda e: e.start_ns()):
+        if event.start_ns() < begin:
+            at_begin = peak = held + event.nbytes()
+        elif event.start_ns() > end:
+            break
+        held += event.nbytes()
+        peak = max(peak, held)
+    return at_begin - held, peak - held
+
+
+def costs(cases: list[Case], compact: bool) -> list[Cost]:
+    return [cost(case.engine(compact, model_options={"num_experts": 8})) for case in cases]
+
+
+EP1 = [
+    Case("zero1", "expert", ep_size=1),
+    Case("zero1", "module", ep_size=1, accumulate=4),
+    Case("zero2", "expert", ep_size=1, accumulate=4),
+    Case("zero2", "parallel_group", ep_size=1),
+]
+"""A group of one expert has 3 parameters: fewer than 4 ranks."""
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_holds_exactly_the_partitions(world: int) -> None:
+    for rank in run_on_ranks(world, costs, EP1, True):
+        for case, one in zip(EP1, rank, strict=True):
+            assert one.held == 2 * one.partitions, case
+    for rank in run_on_ranks(world, costs, EP1, False):
+        for case, one in zip(EP1, rank, strict=True):
+            assert one.held == 2 * one.whole, case
+            assert one.whole > one.partitions or case.split != "expert", case
+
+
+def test_small_groups_cost_no_more_than_a_big_one() -> None:
+    cases = [Case(split=split, ep_size=1) for split in ("parallel_group", "module", "expert")]
+    plain, compacted = (
+        [max(one.peak for one in ranks) for ranks in zip(*answers, strict=True)]
+        for answers in (run_on_ranks(4, costs, cases, compact) for compact in (False, True))
+    )
+    assert compacted == sorted(compacted, reverse=True)
+    assert compacted[-1] < plain[-1]
+
+
+# ---- where it cannot be used ----------------------------------------------------------
+
+
+def start_muon() -> Any:
+    model = Dense()
+    for param in model.parameters():
+        param.use_muon = param.ndim > 1  # type: ignore[attr-defined]
+    cfg = config("zero2") | {
+        "optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}
+    }
+    return initialize(model, None, cfg, model_parameters=model.parameters())
+
+
+def start_without_optimizer() -> Any:
+    return initialize(Dense(), None, {"train_micro_batch_size_per_gpu": 4})
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "bf16": (lambda: start("bf16", groups_by("expert")), "one fp32 buffer for the whole run"),
+    "fp32": (lambda: start("fp32", groups_by("expert")), "steps with AdamW, without ZeRO"),
+    "half": (lambda: start("half", groups_by("expert")), "steps with FP16_Optimizer, without ZeRO"),
+    "ZeRO-3": (lambda: start_dense(zero={"stage": 3}), "ZeRO-3 already keeps nothing but"),
+    "offload": (
+        lambda: start_dense(
+            zero={"offload_optimizer": {"device": "cpu"}}, zero_force_ds_cpu_optimizer=False
+        ),
+        "Leave out the call, or the offload",
+    ),
+    "DeepCompile": (lambda: start_dense(compile={"deepcompile": True}), "Leave out the call, or"),
+    "Muon": (start_muon, "Muon needs the whole gradient of each parameter"),
+    "no optimizer": (start_without_optimizer, "it has no optimizer"),
+    "no engine": (lambda: object(), "takes an engine that deepspeed.initialize made, not object"),
+}
+
+
+def refuse(what: str) -> str:
+    engine = REFUSED[what][0]()
+    optimizer = getattr(engine, "optimizer", None)
+    before = list(vars(optimizer)) if optimizer is not None else []
+    with pytest.raises(InvalidArgumentError) as failure:
+        compact_gradients(engine)
+    assert (list(vars(optimizer)) if optimizer is not None else []) == before
+    return str(failure.value)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str) -> None:
+    for message in run_on_ranks(2, refuse, what, timeout=900):
+        assert REFUSED[what][1] in message
+
+
+def compact_too_late(case: Case) -> tuple[str, list[str]]:
+    """Between ``backward`` and ``step``, and in the middle of an accumulation."""
+    plain, engine = case.engine(False), case.engine(False)
+    runs = []
+    for number, tried in enumerate((plain, engine)):
+        (x, y), *rest = (tuple(data.bfloat16() for data in one) for one in batches(case.accumulate))
+        tried.backward(tried(x, y))
+        if number:
+            with pytest.raises(InvalidArgumentError) as failure:
+                compact_gradients(tried)
+        tried.step()
+        for x, y in rest:
+            tried.backward(tried(x, y))
+            tried.step()
+        runs.append((train(tried, 2 * case.accumulate), snapshot(tried)))
+    return str(failure.value), differences(*runs)
+
+
+@pytest.mark.parametrize("wrapper", ZERO)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_refused_while_gradients_are_held(wrapper: str, accumulate: int) -> None:
+    case = Case(wrapper, accumulate=accumulate)
+    for message, problems in run_on_ranks(2, compact_too_late, case):
+        assert "after the engine.step() that ends a gradient accumulation" in message
+        assert problems == []
+
+
+def compact_without_means(name: str) -> tuple[str, bool]:
+    engine = Case().engine(False)
+    before = list(vars(engine.optimizer))
+    missing = mock.patch.object(DeepSpeedZeroOptimizer, name, None)
+    with missing, pytest.raises(UnsupportedDeepSpeedError) as failure:
+        compact_gradients(engine)
+    return str(failure.value), list(vars(engine.optimizer)) == before
+
+
+@pytest.mark.parametrize("name", exact.EXACT_MEANS)
+def test_unsupported_deepspeed(name: str) -> None:
+    for message, unchanged in run_on_ranks(2, compact_without_means, name):
+        assert f"has no {name}, which compact_gradients needs: install deepspeed" in message
+        assert unchanged
+
+
+# ---- what is relied on in DeepSpeed ---------------------------------------------------
+
+READERS = {
+    "_add_full_reduction_to_compact_grad_partition",
+    "_finalize_cpu_offload_gradient_accumulation",
+    "_get_compact_grad_partition_slice",
+    "copy_grads_in_partition",
+    "finalize_gradient_accumulation_boundary",
+    "independent_gradient_partition_epilogue",
+    "reduce_ipg_grads",
+}
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)
+
+
+def test_places_where_deepspeed_asks() -> None:
+    """A new one may ask for something that does not hold under bf16 accumulation."""
+    methods = {
+        name: method
+        for name, method in vars(DeepSpeedZeroOptimizer).items()
+        if inspect.isfunction(method)
+    }
+    readers = {name for name, one in methods.items() if exact.EXACT in set(names_in(one.__code__))}
+    assert readers == READERS
+    assert str(inspect.signature(methods[exact.EXACT])) == "(self, group_idx)"
+    assert "_get_preflattened_grad_partition" in set(names_in(methods["step"].__code__))
+
+
+def deepspeed_decides() -> tuple[list[bool], list[bool], bool]:
+    """Under bf16 and fp32 accumulation; does our call leave the latter alone?"""
+    answers = []
+    for wrapper in ("zero2", "zero2_fp32_grads"):
+        engine = start(wrapper, groups_by("module"), model_options={"ep_size": 2})
+        indices = range(len(engine.optimizer.bit16_groups))
+        answers.append([engine.optimizer._use_compact_grad_partition_buffer(i) for i in indices])
+    compact_gradients(engine)
+    return answers[0], answers[1], exact.EXACT in vars(engine.optimizer)
+
+
+def test_deepspeed_keeps_exact_partitions_under_fp32_accumulation_only() -> None:
+    assert run_on_ranks(2, deepspeed_decides) == [([False] * 3, [True] * 3, False)] * 2
+
+
+# ---- the patch on the page ------------------------------------------------------------
+
+PAGE = ROOT / "docs" / "compact-gradients.md"
+
+
+def patched_decision() -> Any:
+    """DeepSpeed's method with the patch of the page applied."""
+    patch = PAGE.read_text().partition("```diff\n")[2].partition("```")[0].splitlines(keepends=True)
+    before, after = ("".join(line[1:] for line in patch if line[0] in " " + sign) for sign in "-+")
+    original = vars(DeepSpeedZeroOptimizer)[exact.EXACT]
+    assert inspect.getsource(original) == before
+    namespace: dict[str, Any] = {}
+    exec(textwrap.dedent(after), original.__globals__, namespace)
+    return namespace[exact.EXACT]
+
+
+def patched_against_plain() -> list[str]:
+    case = Case(accumulate=2, ep_size=1)
+    plain = case.engine(False)
+    runs = [(train(plain, 4), snapshot(plain))]
+    with mock.patch.object(DeepSpeedZeroOptimizer, exact.EXACT, patched_decision()):
+        patched = case.engine(False)
+        runs.append((train(patched, 4), snapshot(patched)))
+        one = cost(case.engine(False))
+    assert one.held == 2 * one.partitions < 2 * one.whole
+    return differences(*runs)
+
+
+def test_patch_of_the_page() -> None:
+    assert run_on_ranks(2, patched_against_plain) == [[], []]

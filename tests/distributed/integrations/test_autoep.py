@@ -1,0 +1,163 @@
+"""AutoEP on real transformers models: groups of what it makes, and those that came too early."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import nn
+
+from moe_groups import (
+    ParameterInputError,
+    VerificationError,
+    create_moe_param_groups,
+    describe,
+    verify,
+)
+from moe_groups.integrations.autoep import autoep_optimizer, support_new_transformers
+from moe_groups.tags import is_expert_parameter
+from tests.distributed.test_demo import run_example
+from tests.support.autoep_models import autoep_config, make_model, train_autoep
+from tests.support.ranks import run_in_fresh_processes, run_on_ranks
+from tests.support.training import initialize
+
+pytest.importorskip("deepspeed.module_inject.auto_ep_layer", reason="DeepSpeed before 0.19")
+
+KINDS = ["mixtral", "qwen3", "deepseek"]
+Groups = list[dict[str, Any]]
+
+
+def adamw(groups: Groups) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def start(kind: str, wrapper: str, **grouping: Any) -> Any:
+    model = make_model(kind)
+    optimizer = autoep_optimizer(model, adamw, **grouping)
+    return initialize(model, optimizer, autoep_config(kind, wrapper))
+
+
+def stock_optimizer(model: nn.Module) -> Any:
+    """DeepSpeed's own split, in the callable: one group of all experts."""
+
+    def optimizer(params: Any) -> torch.optim.Optimizer:
+        live = list(model.parameters())
+        dense = {"params": [p for p in live if not is_expert_parameter(p)], "name": "dense"}
+        experts = {"params": [p for p in live if is_expert_parameter(p)], "name": "ep_size_2"}
+        return adamw([dense, experts | {"moe": True}])
+
+    support_new_transformers()
+    return optimizer
+
+
+def trained(kind: str, wrapper: str) -> list[Any]:
+    """Losses, norm and weights: ours by layer, and DeepSpeed's split; names of our groups."""
+    found: list[Any] = []
+    names: list[str] = []
+    for ours in (True, False):
+        if ours:
+            engine = start(kind, wrapper)
+            verify(engine)
+            names = [row.name for row in describe(engine).rows]
+        else:
+            model = make_model(kind)
+            engine = initialize(model, stock_optimizer(model), autoep_config(kind, wrapper))
+        before = {n: safe_get_full_fp32_param(p).clone() for n, p in _experts(engine)}
+        losses = train_autoep(engine, 3)
+        after = {n: safe_get_full_fp32_param(p) for n, p in _experts(engine)}
+        assert all(not torch.equal(before[n], after[n]) for n in before), "an expert stood still"
+        found.append((losses, {n: value.tolist() for n, value in after.items()}))
+    return [*found, names]
+
+
+def _experts(engine: Any) -> list[tuple[str, Any]]:
+    return [(n, p) for n, p in engine.module.named_parameters() if is_expert_parameter(p)]
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "wrapper", ["zero2", *(pytest.param(w, marks=pytest.mark.long) for w in ("zero1", "bf16"))]
+)
+def test_groups_by_layer_train_as_deepspeeds(kind: str, wrapper: str) -> None:
+    layers = [1] if kind == "deepseek" else [0, 1]
+    for ours, stock, names in run_on_ranks(2, trained, kind, wrapper, timeout=300):
+        assert names == ["dense", *(f"ep_size_2_model.layers.{n}.mlp" for n in layers)]
+        assert ours == stock
+
+
+@pytest.mark.parametrize(
+    "kind", ["mixtral", *(pytest.param(k, marks=pytest.mark.long) for k in KINDS[1:])]
+)
+def test_zero3(kind: str) -> None:
+    for ours, stock, names in run_on_ranks(2, trained, kind, "zero3", timeout=300):
+        assert len(names) == (2 if kind == "deepseek" else 3)
+        assert ours == stock
+
+
+# ---- groups that came too early --------------------------------------------------------
+
+
+def too_early(wrapper: str, inside: bool) -> str:
+    """Groups of before, in an optimizer, or given out by a callable."""
+    support_new_transformers()
+    model = make_model("mixtral")
+    groups = create_moe_param_groups(model)
+    optimizer: Any = (lambda params: adamw(groups)) if inside else adamw(groups)
+    try:
+        engine = initialize(model, optimizer, autoep_config("mixtral", wrapper))
+        verify(engine)
+    except (ParameterInputError, VerificationError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("wrapper", ["zero2", "zero3"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_groups_of_before_are_caught(wrapper: str, inside: bool) -> None:
+    for text in run_in_fresh_processes(2, too_early, wrapper, inside, timeout=120):
+        assert "optimizer=lambda params: torch.optim.AdamW(create_moe_param_groups(model))" in text
+        assert "model.layers.0.mlp.experts.w1" in text
+        assert "nothing would train them" in text if inside else "not marked moe" in text
+
+
+def without_autoep() -> str:
+    model = make_model("mixtral")
+    config = autoep_config("mixtral", "zero2")
+    del config["expert_parallel"]
+    with pytest.raises(ParameterInputError) as error:
+        initialize(model, autoep_optimizer(model, adamw), config)
+    return str(error.value)
+
+
+def test_without_autoep_the_config_is_named() -> None:
+    for text in run_on_ranks(2, without_autoep):
+        assert '"expert_parallel": {"enabled": true' in text
+
+
+# ---- transformers ----------------------------------------------------------------------
+
+
+def test_registry_answers_as_before() -> None:
+    """And to AutoEP's questions; see ``support_new_transformers``."""
+    from transformers.utils import output_capturing
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make_model("mixtral")
+    registry: Any = output_capturing._CAN_RECORD_REGISTRY
+    before = registry.get(model.model)
+    support_new_transformers()
+    support_new_transformers()
+    assert registry.get(model.model) == before != {}
+    assert registry.get(str(type(model.model)), None) == before
+    assert registry.get("nobody", 5) == 5
+
+
+@pytest.mark.long
+def test_example() -> None:
+    printed = run_example("autoep_mixtral.py")
+    first, last = (float(line.split()[-1]) for line in printed.splitlines() if "loss" in line)
+    assert last < first < 6
+    assert "ep_size_2_model.layers.1.mlp" in printed

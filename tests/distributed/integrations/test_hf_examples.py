@@ -1,0 +1,31 @@
+"""The programs of docs/hf-trainer.md and docs/peft.md, run as a user would."""
+
+import re
+
+import pytest
+
+from tests.distributed.test_demo import run_example
+from tests.support import ROOT
+
+EXAMPLES = {
+    "hf_trainer_moe.py": ("'loss': '", "ep_size_2_model.layers.1.mlp.expert.1.no_decay", 10),
+    "accelerate_moe.py": (": loss ", "ep_size_2_moe.1.expert.1.no_decay", 10),
+    "peft_experts.py": (": loss ", "ep_size_2_moe.1.expert.1", 5),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str) -> None:
+    before, group, groups = EXAMPLES[name]
+    printed = run_example(name)
+    losses = [float(text) for text in re.findall(rf"{before}([\d.]+)", printed)]
+    assert len(losses) >= 3
+    assert losses[-1] < losses[0]
+    assert f"\n{group} " in printed
+    assert re.search(rf"\ntotal +{groups} ", printed)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_is_short(name: str) -> None:
+    assert len((ROOT / "docs/examples" / name).read_text().splitlines()) <= 60

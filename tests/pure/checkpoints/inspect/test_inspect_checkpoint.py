@@ -1,0 +1,523 @@
+"""Inspection of made checkpoints: random models, random bits, large files, large reports."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_groups import cli
+from moe_groups._common.progress import in_order
+from moe_groups.checkpoints.inspect import scan as checkpoint_scan
+from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
+from moe_groups.checkpoints.inspect.report import CheckpointReport, Problem, SavedExpert, SavedGroup
+from moe_groups.checkpoints.inspect.scan import Segment, scan_file
+from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
+from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, write_manifest
+from moe_groups.checkpoints.torch_file import read_records, read_skeleton, tensor_start
+from moe_groups.cli.checkpoints import common_ends, fold, print_report
+from moe_groups.cli.progress import show_progress, show_seconds
+from moe_groups.errors import CheckpointError, InvalidArgumentError
+from tests.support.checkpoints.checkpoint_damage import flip_bit, save_again, shard_path
+from tests.support.checkpoints.made_checkpoints import key_of, make_checkpoint, random_state
+
+TAG = "global_step7"
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+# ---- reading in chunks ----------------------------------------------------------------
+
+
+@pytest.fixture
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_scan, "_BUFFER", 48)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.usefixtures("small_buffer")
+def test_sums_are_those_of_the_whole_tensors(data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    tensors: list[torch.Tensor] = []
+    wanted: dict[checkpoint_scan.Key, float] = {}
+    broken: dict[checkpoint_scan.Key, int] = {}
+    runs = []
+    for index in range(data.draw(st.integers(1, 4))):
+        numel = data.draw(st.integers(1, 60))
+        dtype = data.draw(st.sampled_from(DTYPES))
+        tensor = torch.randn(numel, generator=generator).to(dtype)
+        for bad in (math.nan, math.inf, -math.inf)[: data.draw(st.integers(0, 3))]:
+            tensor[data.draw(st.integers(0, numel - 1))] = bad
+        tensors.append(tensor)
+        cuts = data.draw(st.lists(st.integers(0, numel), max_size=6))
+        edges = sorted({0, numel, *cuts})
+        runs += [(index, start, stop) for start, stop in itertools.pairwise(edges)]
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "some.pt"
+        torch.save(tensors, path)
+        segments = []
+        for fake, (index, start, stop) in ((read_skeleton(path)[r[0]], r) for r in runs):
+            key = (index, f"{start}:{stop}", "")
+            at = tensor_start(fake) + start * fake.itemsize
+            segments.append(Segment(at, stop - start, fake.dtype, key))
+            part = tensors[index][start:stop].double()
+            wanted[key] = float(part.square().sum())
+            count = int((~part.isfinite()).sum())
+            broken |= {key: count} if count else {}
+        read: list[int] = []
+        scan = scan_file(path, read_records(path), segments, read.append)
+    assert scan.squares == pytest.approx(wanted, rel=1e-12, nan_ok=True)
+    assert scan.broken == broken
+    assert (scan.changed, scan.unstated) == ([], 0)
+    assert sum(read) >= sum(tensor.nbytes for tensor in tensors)
+    assert max(read) <= 48
+
+
+@pytest.mark.usefixtures("small_buffer")
+def test_every_changed_bit_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "some.pt"
+    torch.save({"a": torch.randn(40), "b": [torch.arange(9), "text"]}, path)
+    for record in read_records(path):
+        for _ in range(20):
+            offset, bit = record.start + random.randrange(record.size), random.randrange(8)
+            flip_bit(path, offset, bit)
+            assert scan_file(path, read_records(path)).changed == [record]
+            flip_bit(path, offset, bit)
+    assert scan_file(path, read_records(path)).changed == []
+
+
+def test_records_without_a_crc_are_counted(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        layout = made_layout(tmp_path, 2, 1, {0: [[3]]})
+    finally:
+        torch.serialization.set_crc32_options(before)
+    report = inspect_checkpoint(tmp_path)
+    assert layout.groups
+    assert not report.problems
+    (note,) = report.notes
+    assert "records state no CRC-32" in note
+
+
+# ---- made checkpoints -----------------------------------------------------------------
+
+
+def layout_of(
+    world: int, ep_size: int, layers: dict[int, list[list[int]]], dense: tuple[int, ...] = (5, 8)
+) -> Layout:
+    """Layers whose local experts have parameters of these sizes; a group for each layer."""
+    columns = []
+    for rank in range(world):
+        ep_rank, own = rank % ep_size, []
+        names = [FlatParam(f"dense.{i}", numel, 0) for i, numel in enumerate(dense)]
+        own.append(FlatGroup("dense", tuple(range(world)), lay_out(names)))
+        for layer, experts in layers.items():
+            rows = [
+                FlatParam(
+                    f"layers.{layer}.moe.deepspeed_moe.experts.deepspeed_experts.{number}.w{i}",
+                    numel,
+                    0,
+                    expert=ep_rank * len(experts) + number,
+                )
+                for number, sizes in enumerate(experts)
+                for i, numel in enumerate(sizes)
+            ]
+            name, key = f"ep_size_{ep_size}_layers.{layer}.moe", f"ep_size_{ep_size}"
+            shared = tuple(range(ep_rank, world, ep_size))
+            own.append(FlatGroup(name, shared, lay_out(rows), 0, key, ep_rank))
+        columns.append((Rank(0, rank), own))
+    return merge_ranks(columns)
+
+
+def made_layout(
+    directory: Path, world: int, ep_size: int, layers: dict[int, list[list[int]]]
+) -> Layout:
+    layout = layout_of(world, ep_size, layers)
+    make_checkpoint(directory, layout, random_state(layout))
+    return layout
+
+
+def add_manifest(directory: Path, layout: Layout, wrapper: str = "ZeRO-2") -> None:
+    folder = directory / TAG
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    write_manifest(Manifest(layout, wrapper, {"step": 7}, sizes), folder / FILE_NAME)
+
+
+@st.composite
+def models(draw: Any) -> tuple[int, int, dict[int, list[list[int]]]]:
+    ep_size = draw(st.sampled_from([1, 2, 3]))
+    sizes = st.lists(st.integers(1, 20), min_size=1, max_size=3)
+    layers = {}
+    for layer in draw(st.lists(st.integers(0, 20), min_size=1, max_size=3, unique=True)):
+        layers[layer] = [draw(sizes)] * draw(st.integers(1, 3))
+    return ep_size * draw(st.integers(1, 3)), ep_size, layers
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(model=models(), kind=st.sampled_from(["zero", "bf16"]))
+def test_norms_by_expert_with_and_without_a_manifest(
+    model: tuple[int, int, dict[int, list[list[int]]]], kind: str
+) -> None:
+    layout = layout_of(*model)
+    values = random_state(layout, seed=3)
+    expected: dict[tuple[str | None, int | None], dict[str, float]] = defaultdict(
+        lambda: defaultdict(float)
+    )
+    for group in layout.groups:
+        for param in group.params:
+            layer = None if group.parallel_group is None else param.name.split(".deepspeed")[0]
+            for state, tensor in values[key_of(group, param.name)].items():
+                expected[layer, param.expert][state] += float(tensor.double().square().sum())
+    with tempfile.TemporaryDirectory() as place:
+        make_checkpoint(Path(place), layout, values, kind)
+        bare = inspect_checkpoint(place)
+        add_manifest(Path(place), layout, "ZeRO-2" if kind == "zero" else "BF16_Optimizer")
+        told = inspect_checkpoint(place, workers=3)
+    assert bare.problems == told.problems == ()
+    assert (bare.manifest, told.manifest) == (False, True)
+    assert bare.experts == told.experts
+    assert bare.wrapper == told.wrapper
+    assert len(told.experts) == len(expected)
+    for row in told.experts:
+        squares = {state: norm**2 for state, norm in row.norms.items()}
+        assert squares == pytest.approx(dict(expected[row.layer, row.expert]), rel=1e-12)
+
+
+def test_model_parallel_ranks_are_kept_apart(tmp_path: Path) -> None:
+    one = layout_of(2, 1, {0: [[4], [4]]})
+    columns = [
+        (Rank(m, r.data), [dataclasses.replace(g, model_rank=m) for g in one.of(r)])
+        for m in (0, 1)
+        for r in sorted(one.order)
+    ]
+    layout = merge_ranks(columns)
+    make_checkpoint(tmp_path, layout, random_state(layout))
+    report = inspect_checkpoint(tmp_path)
+    assert not report.problems
+    assert report.model_parallel_size == 2
+    assert [(row.model_rank, row.expert) for row in report.experts] == [
+        *((0, None), (1, None)),
+        *((0, 0), (0, 1), (1, 0), (1, 1)),
+    ]
+    shard = tmp_path / TAG / "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt"
+    shard.unlink()
+    (problem,) = inspect_checkpoint(tmp_path).problems
+    assert (problem.kind, problem.file) == ("missing", shard.name)
+    assert problem.text.endswith("the optimizer state of rank 1 of model-parallel rank 1.")
+
+
+def set_lr(path: Path, lr: float) -> None:
+    def change(content: Any) -> None:
+        for group in content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]:
+            group["lr"] = lr
+
+    save_again(path, change)
+
+
+def test_the_rank_that_differs_from_most_is_named(tmp_path: Path) -> None:
+    made_layout(tmp_path, 4, 1, {0: [[3]], 1: [[3]]})
+    path = shard_path(tmp_path / TAG, 0)
+    set_lr(path, 0.3)
+    (problem,) = inspect_checkpoint(tmp_path).problems
+    assert (problem.kind, problem.file) == ("content", path.name)
+    groups = "groups 'dense', 'ep_size_1_layers.0.moe', 'ep_size_1_layers.1.moe'"
+    assert problem.text == f"rank 0: lr of {groups} is 0.3, for most ranks it is 0.1."
+
+
+def test_other_wrappers_are_refused(tmp_path: Path) -> None:
+    layout = made_layout(tmp_path, 2, 1, {0: [[3]]})
+    add_manifest(tmp_path, layout, "FP16_Optimizer")
+    with pytest.raises(CheckpointError, match="saved by FP16_Optimizer; checkpoints of ZeRO-1"):
+        inspect_checkpoint(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="workers=0"):
+        inspect_checkpoint(tmp_path, workers=0)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sound")
+    layout = made_layout(directory, 2, 2, {0: [[3, 5], [3, 5]]})
+    add_manifest(directory, layout)
+    return directory
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_any_damage_gives_a_report(sound: Path, manifest: bool, tmp_path: Path) -> None:
+    """Random bits and ends of every file; what holds something is blamed, and nothing else."""
+    directory = tmp_path / "damaged"
+    shutil.copytree(sound, directory)
+    if not manifest:
+        (directory / TAG / FILE_NAME).unlink()
+    files = sorted(path for path in (directory / TAG).iterdir())
+    records = {path: read_records(path) for path in files if path.suffix == ".pt"}
+    chance = random.Random(5)
+    for _ in range(100):
+        path = chance.choice(files)
+        whole = path.read_bytes()
+        offset = chance.randrange(len(whole))
+        if chance.random() < 0.2:
+            os.truncate(path, offset)
+            inside = offset < len(whole) - 1  # a manifest does without its last line's end
+        else:
+            flip_bit(path, offset, chance.randrange(8))
+            own = records.get(path, [])
+            inside = any(r.start <= offset < r.start + r.size for r in own)
+            inside |= path.name == FILE_NAME
+        report = inspect_checkpoint(directory, TAG)
+        blamed = {problem.file for problem in report.problems}
+        assert blamed == {path.name} or (not blamed and not inside), (path.name, offset)
+        path.write_bytes(whole)
+    assert not inspect_checkpoint(directory, TAG).problems
+
+
+MEMORY = """
+import resource, sys
+from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+assert not inspect_checkpoint(sys.argv[1], workers=2).problems
+before = peak()
+assert not inspect_checkpoint(sys.argv[2], workers=2).problems
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_shards(sound: Path, tmp_path: Path) -> None:
+    numel = 12 << 20  # three states of 48 MiB, on two ranks
+    rows = lay_out([FlatParam("w", numel, 0)])
+    group = FlatGroup("dense", (0, 1), rows)
+    layout = merge_ranks([(Rank(0, rank), [group]) for rank in (0, 1)])
+    zeros = dict.fromkeys(("fp32", "exp_avg", "exp_avg_sq"), torch.zeros(numel))
+    make_checkpoint(tmp_path, layout, {key_of(group, "w"): zeros})
+    command = [sys.executable, "-c", MEMORY, str(sound), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 40  # MiB; two buffers of 4 MiB and as float64
+
+
+def test_progress_ends_at_all_bytes(sound: Path) -> None:
+    told: list[tuple[int, int]] = []
+    inspect_checkpoint(sound, progress=lambda done, total: told.append((done, total)))
+    done = [now for now, _ in told]
+    assert done == sorted(done)
+    (total,) = {total for _, total in told}
+    files = [path for path in (sound / TAG).iterdir() if path.suffix == ".pt"]
+    assert total == sum(path.stat().st_size for path in files)
+    assert done[-1] == total
+
+
+def test_results_come_in_order_and_few_are_kept() -> None:
+    started: list[int] = []
+    taken = 0
+
+    def work(number: int) -> int:
+        started.append(number)
+        return number
+
+    with ThreadPoolExecutor(4) as pool:
+        for result in in_order(pool, ((work, number) for number in range(50)), 6):
+            assert result == taken
+            taken += 1
+            assert len(started) <= taken + 6
+    assert taken == 50
+
+
+# ---- what is shown --------------------------------------------------------------------
+
+
+def large_report(layers: int, local: int, ep_size: int, problems: int = 0) -> CheckpointReport:
+    groups, experts = [], []
+    options = {"lr": 3e-4, "weight_decay": 0.1}
+    dense = SavedGroup(
+        *("dense", None, None, (), None, 0, tuple(range(64)), 40, 10**9), options, 12 * 10**9, 5.0
+    )
+    names = ("fp32", "exp_avg", "exp_avg_sq")
+    for layer in range(layers):
+        label = f"model.layers.{layer}.block_sparse_moe"
+        for expert in range(local * ep_size):
+            ep_rank, number = divmod(expert, local)
+            name = f"ep_size_{ep_size}_{label}.expert.{number}"
+            ranks = tuple(range(ep_rank, 64, ep_size))
+            groups.append(
+                SavedGroup(
+                    *(name, f"ep_size_{ep_size}", label, (expert,), ep_rank, 0, ranks, 3),
+                    *(176160768, options, 12 * 176160768, 5.0),
+                )
+            )
+            norms = dict.fromkeys(names, 10.0 ** (-(expert + 1)))
+            experts.append(SavedExpert(label, expert, ep_rank, 0, 3, 176160768, norms))
+    first = SavedExpert(None, None, None, 0, 40, 10**9, dict.fromkeys(names, 1.5))
+
+    return CheckpointReport(
+        *("/data/run", "global_step5", "ZeRO-2", True, True, 64, 1, (ep_size,), 5.0, 5),
+        *({"deepspeed": "0.19.8"}, 700, 10**12, (dense, *groups), (first, *experts)),
+        problems=tuple(Problem("missing", f"f{i}", f"f{i} is missing.") for i in range(problems)),
+    )
+
+
+def shown(capsys: pytest.CaptureFixture[str], report: CheckpointReport, *args: Any) -> list[str]:
+    print_report(report, *args)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_thousands_of_groups_fit_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+    report = large_report(layers=61, local=4, ep_size=8)
+    lines = shown(capsys, report)
+    assert len(lines) < 100
+    assert max(map(len, lines)) <= 100
+    text = "".join("".join(lines).split())
+    assert "ep_size_8_model.layers.{0..60}.block_sparse_moe.expert.{0..3}(experts0-31)" in text
+    assert "layer: model.layers.*.block_sparse_moe" in lines
+    (row,) = [line for line in lines if line.startswith("7 ")]
+    assert row.split()[1:3] == ["32", "5,637,144,576"]
+    assert row.split()[3:6] == ["1.00e-32", "to", "0.100"]
+    assert sum(line.split(" ")[0].isdigit() for line in lines) == 61
+    everything = shown(capsys, report, True)
+    assert len(everything) > 2 * 61 * 32
+    assert max(map(len, everything)) <= 100
+
+
+def test_hidden_rows_and_problems_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, large_report(layers=90, local=2, ep_size=2, problems=31))
+    assert "... and 27 more; --all or --json shows them" in lines  # 91 lines of layers, 64 shown
+    start = lines.index("31 problems:")
+    assert lines[start + 1] == "  f0 is missing."
+    assert lines[start + 20 :] == ["  f19 is missing.", "  ... and 11 more"]
+    everything = shown(capsys, large_report(layers=90, local=2, ep_size=2, problems=31), True)
+    assert everything[-1] == "  f30 is missing."
+
+
+@pytest.mark.parametrize(
+    ("labels", "ends"),
+    [
+        (["model.layers.1.ffn.moe", "model.layers.20.ffn.moe"], ("model.layers.", ".ffn.moe")),
+        (["encoder.layers.11.moe", "decoder.layers.11.moe"], ("", ".layers.11.moe")),
+        (["some.long.path.to.a", "some.long.path.to.a.a"], ("some.long.path.to.", "")),
+        (["some.long.path.to.a.moe"], ("", "")),
+        (["layers.0", "layers.1"], ("", "")),
+    ],
+)
+def test_long_labels_are_cut_where_they_agree(labels: list[str], ends: tuple[str, str]) -> None:
+    assert common_ends(labels) == ends
+
+
+def test_folds_keep_sums_and_tell_options_apart() -> None:
+    groups = large_report(layers=5, local=2, ep_size=4).groups
+    odd = dataclasses.replace(groups[3], options={"lr": 1e-5})
+    folds = fold([*groups[:3], odd, *groups[4:]])
+    assert [len(rows) for rows in folds] == [1, 5 * 8 - 1, 1]
+    assert sum(row.elements for rows in folds for row in rows) == sum(g.elements for g in groups)
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    report = large_report(layers=1, local=1, ep_size=2)
+    broken = dataclasses.replace(report.experts[1], norms={"fp32": math.nan, "exp_avg": 1.0})
+    report = dataclasses.replace(report, experts=(broken,))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    found = json.loads(report.as_json(), parse_constant=refuse)
+    assert found["experts"][0]["norms"] == {"fp32": None, "exp_avg": 1.0}
+    assert set(found) == {field.name for field in dataclasses.fields(report)}
+
+
+def test_text_of_a_report_is_short() -> None:
+    lines = str(large_report(layers=61, local=4, ep_size=8, problems=3)).splitlines()
+    assert lines[0].startswith(
+        "/data/run (global_step5): ZeRO-2, step 5, DP 64, EP 8, 1,953 groups"
+    )
+    assert lines[1:] == ["3 problems:", *(f"  f{i} is missing." for i in range(3))]
+
+
+# ---- command line ---------------------------------------------------------------------
+
+BAD = [
+    (["inspect-checkpoint"], "DIR"),
+    (["inspect-checkpoint", "/no/such"], "/no/such is no directory"),
+    (["inspect-checkpoint", "SOUND", "--tag", "other"], "no checkpoint 'other'"),
+    (["regroup-checkpoint", "SOUND", "new"], "--to"),
+    (["regroup-checkpoint", "SOUND", "--to", "module"], "DST"),
+    (["regroup-checkpoint", "SOUND", "new", "--to", "module", "--workers", "0"], "at least 1"),
+    (["regroup-checkpoint", "SOUND", "new", "--to", "module", "--max-group-size", "x"], "number"),
+    (["regroup-checkpoint", "/no/such", "new", "--to", "module"], "/no/such is no directory"),
+]
+
+
+@pytest.mark.parametrize(("args", "said"), BAD)
+def test_bad_input_is_one_line(
+    args: list[str], said: str, sound: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = cli.main([arg.replace("SOUND", str(sound)) for arg in args])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    shown = capsys.readouterr()
+    assert (status, shown.out, shown.err.count("\n")) == (2, "", 1)
+    assert shown.err.startswith(f"moe-groups {args[0]}: error: ")
+    assert said in shown.err
+
+
+def test_errors_of_the_system_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect-checkpoint", "x" * 5000]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert "File name too long" in shown.err
+
+
+def test_tables_need_rich_and_json_does_not(
+    sound: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert cli.main(["inspect-checkpoint", str(sound)]) == 2
+    assert "pip install 'moe-groups[cli]'" in capsys.readouterr().err
+    assert cli.main(["inspect-checkpoint", str(sound), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+@pytest.fixture
+def _no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_groups.cli.progress._SECONDS_BETWEEN_LINES", 0.0)
+
+
+@pytest.mark.usefixtures("_no_wait")
+def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress("reading") as progress:
+        threads = [threading.Thread(target=progress, args=(1 << 30, 1 << 32)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    lines = shown.err.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("reading: 1.00 GiB of 4.00 GiB, ") for line in lines)
+
+
+def test_progress_is_silent_for_short_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress("reading") as progress:
+        progress(1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.06, "4.1 s"), (59, "59 s"), (75.2, "1:15"), (3725, "1:02:05")]
+)
+def test_seconds(seconds: float, text: str) -> None:
+    assert show_seconds(seconds) == text
