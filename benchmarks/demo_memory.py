@@ -101,7 +101,8 @@ def iteration(engine: Any, batch: torch.Tensor) -> None:
 
 def memory_of(engine: Any, batch: torch.Tensor) -> tuple[int, int, int]:
     """Peak of an iteration and of its step above what stays, and what stays."""
-    from moe_groups import measure_iteration_memory, measure_step_memory
+    from moe_groups import measure_step_memory
+    from moe_groups.memory import measure_iteration_memory
 
     with measure_iteration_memory(engine.device) as whole:
         iteration(engine, batch)

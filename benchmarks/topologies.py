@@ -14,7 +14,8 @@ from typing import Any
 
 from benchmarks.plots import curves
 from benchmarks.report import write
-from moe_groups import BalanceReport, LossTracker
+from moe_groups import LossTracker
+from moe_groups.losses import BalanceReport
 from tests.support.ranks import close_pools, forget_process_groups, run_in_fresh_processes
 from tests.support.stage_models import COEFFICIENT, Run, start_run, train_run
 

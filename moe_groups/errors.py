@@ -5,6 +5,23 @@ All kinds derive from :class:`MoEGroupsError`; those that stand for a bad argume
 ``ValueError`` too, so that code which expects the built-in keeps working.
 """
 
+__all__ = [
+    "CheckpointError",
+    "CheckpointMismatchError",
+    "CheckpointWarning",
+    "CostlyGroupsWarning",
+    "InvalidArgumentError",
+    "MeasurementError",
+    "MoEGroupsError",
+    "OverrideError",
+    "ParameterInputError",
+    "PlanError",
+    "RecomputationError",
+    "TagError",
+    "UnsupportedDeepSpeedError",
+    "VerificationError",
+]
+
 
 class MoEGroupsError(Exception):
     """Base of all errors raised by moe_groups."""

@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moe_groups import create_moe_param_groups, describe, mark_experts
+from moe_groups import create_moe_param_groups, describe, tag_experts
 
 HIDDEN, EXPERTS = 32, 4
 
@@ -45,7 +45,7 @@ for layer in model.children():
         shard.set_gradient_divide_factor(world)  # it sees the tokens of all ranks
 fully_shard(model, mesh=meshes["all_experts"])
 
-mark_experts(model, "*.experts", ep_size=world)  # after fully_shard, which makes parameters
+tag_experts(model, "*.experts", ep_size=world)  # after fully_shard, which makes parameters
 groups = create_moe_param_groups(model, split_by="expert", weight_decay=0.1)
 optimizer = torch.optim.AdamW(groups, lr=1e-2, foreach=True)
 for _ in range(20):

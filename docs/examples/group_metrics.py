@@ -9,7 +9,8 @@ import deepspeed
 import torch
 from torch import nn
 
-from moe_groups import GroupMetrics, MoE, create_moe_param_groups, write_expert_map
+from moe_groups import GroupMetrics, MoE, create_moe_param_groups
+from moe_groups.metrics import write_expert_map
 
 
 class Model(nn.Module):

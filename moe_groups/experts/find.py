@@ -117,7 +117,9 @@ class TaggedModel:
                 yield found, param
 
 
-def tag_experts(model: nn.Module) -> dict[str, ExpertTag]:
+def tag_experts(
+    model: nn.Module, pattern: str | None = None, *, ep_size: int | None = None
+) -> dict[str, ExpertTag]:
     """Tag every expert parameter of ``model`` with its layer and expert number.
 
     For models that were not built with :class:`moe_groups.MoE`: DeepSpeed's own layers,
@@ -127,25 +129,80 @@ def tag_experts(model: nn.Module) -> dict[str, ExpertTag]:
     qualified module name; a label that a hand-made expert carries is kept. Safe to call
     again, as after a change of the model.
 
+    With a ``pattern``, all parameters below the modules that it matches become expert
+    parameters first. That is for models that no DeepSpeed layer makes expert-parallel, as
+    with FSDP2: call it after ``fully_shard``, which puts new parameters in the place of
+    those that it is given.
+
     Args:
         model: the module, wrapped or not.
+        pattern: glob pattern of qualified module names, as ``"*.experts"``. A list of
+            experts (``nn.ModuleList``) is numbered; a tensor that holds all experts of a
+            layer is fused.
+        ep_size: with a pattern, the number of ranks that share out a layer's experts; None
+            is 1. The parallel group is called ``ep_size_<N>``.
 
     Returns:
-        Qualified parameter name to tag, for each expert parameter.
+        Qualified parameter name to tag, for each expert parameter of the model.
 
     Raises:
         TagError: two layers with one name, or an expert parameter without a usable
-            ``group_name``. Nothing has been tagged then.
+            ``group_name``.
+        InvalidArgumentError: ``pattern`` matches nothing, ``ep_size`` is no positive integer,
+            or is given without a pattern. In each case nothing has been tagged.
 
     Example:
         >>> tags = tag_experts(model)                            # doctest: +SKIP
         >>> tags["blocks.1.ffn.experts.3.w1.weight"]             # doctest: +SKIP
         ExpertTag(parallel_group='ep_size_2', layer='blocks.1.ffn', expert_number=3, ...)
+        >>> tag_experts(model, "layers.*.moe.experts", ep_size=8)    # doctest: +SKIP
     """
+    if pattern is None:
+        if ep_size is not None:
+            raise InvalidArgumentError(
+                f"tag_experts: ep_size={ep_size!r} is for the modules that a pattern matches, and "
+                "there is none. Without a pattern the parameters say their group themselves."
+            )
+        return _tag_found(model)
+    ep_size = 1 if ep_size is None else ep_size
+    if type(ep_size) is not int or ep_size < 1:
+        raise InvalidArgumentError(f"ep_size={ep_size!r} must be an integer of 1 or more.")
+    matched = _below(model, pattern)
+    before = [dict(param.__dict__) for param in matched]
+    for param in matched:
+        set_expert_tag(param, ExpertTag(f"ep_size_{ep_size}"))
+    try:
+        return _tag_found(model)
+    except TagError:
+        for param, attributes in zip(matched, before, strict=True):
+            param.__dict__.clear()
+            param.__dict__.update(attributes)
+        raise
+
+
+def _tag_found(model: nn.Module) -> dict[str, ExpertTag]:
     found = find_experts(model)
     found.write()
     named = zip(found.names, found.experts, strict=True)
     return {name: expert.tag for name, expert in named if expert is not None}
+
+
+def _below(model: nn.Module, pattern: str) -> list[torch.Tensor]:
+    """The parameters of all modules that the pattern matches, each once."""
+    nodes = walk(model)
+    found = {
+        id(param): param
+        for index, node in enumerate(nodes)
+        if fnmatchcase(node.path, pattern)
+        for _, param in named_parameters(nodes[index : node.stop])
+    }
+    if not found:
+        near = [node.path for node in nodes if "expert" in node.slot][:3]
+        raise InvalidArgumentError(
+            f"tag_experts: no module with parameters matches {pattern!r}"
+            + (f"; there are {', '.join(map(repr, near))}." if near else ".")
+        )
+    return list(found.values())
 
 
 def find_experts(model: nn.Module) -> TaggedModel:
@@ -280,54 +337,3 @@ class _Finder:
                 f"{path or '(the root)'!r}. Give each layer an expert_group_name of its own, "
                 "or none to use its module name."
             )
-
-
-def mark_experts(model: nn.Module, pattern: str, *, ep_size: int = 1) -> dict[str, ExpertTag]:
-    """Tag all parameters below the modules that ``pattern`` matches as experts'.
-
-    For models that no DeepSpeed layer makes expert-parallel, as with FSDP2: call it after
-    ``fully_shard``, which puts new parameters in the place of those that it is given.
-
-    Args:
-        model: the module; a list of experts (``nn.ModuleList``) is numbered, a tensor that
-            holds all experts of a layer is fused (:func:`tag_experts`).
-        pattern: glob pattern of qualified module names, as ``"*.experts"``.
-        ep_size: ranks that a layer's experts are shared out to; the parallel group is
-            called ``ep_size_<N>``.
-
-    Returns:
-        Qualified parameter name to tag, for each expert parameter of the model.
-
-    Raises:
-        InvalidArgumentError: ``ep_size`` is no positive integer, or nothing matches.
-        TagError: two layers with one name. Nothing has been tagged then.
-
-    Example:
-        >>> mark_experts(model, "layers.*.moe.experts", ep_size=8)    # doctest: +SKIP
-        >>> groups = create_moe_param_groups(model, split_by="module")    # doctest: +SKIP
-    """
-    if type(ep_size) is not int or ep_size < 1:
-        raise InvalidArgumentError(f"ep_size={ep_size!r} must be an integer of 1 or more.")
-    nodes = walk(model)
-    found = {
-        id(param): param
-        for index, node in enumerate(nodes)
-        if fnmatchcase(node.path, pattern)
-        for _, param in named_parameters(nodes[index : node.stop])
-    }
-    if not found:
-        near = [node.path for node in nodes if "expert" in node.slot][:3]
-        raise InvalidArgumentError(
-            f"mark_experts: no module with parameters matches {pattern!r}"
-            + (f"; there are {', '.join(map(repr, near))}." if near else ".")
-        )
-    before = {key: dict(param.__dict__) for key, param in found.items()}
-    for param in found.values():
-        set_expert_tag(param, ExpertTag(f"ep_size_{ep_size}"))
-    try:
-        return tag_experts(model)
-    except TagError:
-        for key, param in found.items():
-            param.__dict__.clear()
-            param.__dict__.update(before[key])
-        raise

@@ -12,16 +12,13 @@ from torch import nn
 
 from moe_groups import (
     ExpertTag,
-    InvalidArgumentError,
     MoE,
     MoEGroupsError,
-    ParameterInputError,
-    TagError,
-    VerificationError,
     create_moe_param_groups,
     set_expert_tag,
     split_params_into_different_moe_groups_for_optimizer,
 )
+from moe_groups.errors import InvalidArgumentError, ParameterInputError, TagError, VerificationError
 from tests.support.models import TinyMoE
 
 

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as stock_split
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from moe_groups import ExpertTag, set_expert_tag
-from moe_groups import split_params_into_different_moe_groups_for_optimizer as our_split
+from moe_groups import (
+    ExpertTag,
+    set_expert_tag,
+    split_params_into_different_moe_groups_for_optimizer as our_split,
+)
 from tests.support.random_models import Case, cases
 
 Groups = list[dict[str, Any]]

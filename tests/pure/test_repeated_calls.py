@@ -8,15 +8,14 @@ import torch
 from torch import nn
 
 from moe_groups import (
-    InvalidArgumentError,
     MoE,
-    TagError,
     create_moe_param_groups,
     describe,
     get_expert_tag,
     is_norm_or_bias,
     tag_experts,
 )
+from moe_groups.errors import InvalidArgumentError, TagError
 
 
 def expert(*shape: int) -> nn.Parameter:

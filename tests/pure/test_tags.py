@@ -14,13 +14,13 @@ from torch import nn
 from moe_groups import (
     ExpertTag,
     MoE,
-    TagError,
     copy_expert_tag,
     create_moe_param_groups,
     get_expert_tag,
     set_expert_tag,
     tag_experts,
 )
+from moe_groups.errors import TagError
 from tests.support.models import FFN, HIDDEN, TinyMoE
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from moe_groups import InvalidArgumentError, Topology, cli
+from moe_groups import Topology, cli
 from moe_groups.cli.topology import show_ranks
 from moe_groups.cli.topology_plot import letters
+from moe_groups.errors import InvalidArgumentError
 from moe_groups.topology import GroupKind
 
 KINDS: tuple[GroupKind, ...] = get_args(GroupKind)

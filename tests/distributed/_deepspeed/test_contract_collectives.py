@@ -14,11 +14,12 @@ from deepspeed.moe import mappings, sharded_moe
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch.utils.checkpoint import checkpoint
 
-from moe_groups import UnsupportedDeepSpeedError, checkpoint_activations
+from moe_groups import checkpoint_activations
 from moe_groups._deepspeed import collectives, patching
 from moe_groups._deepspeed.collectives import support_kept_collectives
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.kept_collectives import inside_region
+from moe_groups.errors import UnsupportedDeepSpeedError
 from tests.support.checkpointed_models import Tensors, different, initialized, plain, step
 from tests.support.models import TinyMoE
 from tests.support.ranks import run_in_fresh_processes, run_on_ranks

@@ -8,16 +8,8 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from moe_groups import (
-    CheckpointError,
-    CheckpointWarning,
-    InvalidArgumentError,
-    LossTracker,
-    MoE,
-    inspect_checkpoint,
-    regroup_checkpoint,
-    verify,
-)
+from moe_groups import LossTracker, MoE, inspect_checkpoint, regroup_checkpoint, verify
+from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
 from moe_groups.tags import is_expert_parameter
 from tests.support.models import TinyMoE
 from tests.support.ranks import forget_process_groups, run_in_fresh_processes

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_groups import InvalidArgumentError
+from moe_groups.errors import InvalidArgumentError
 from moe_groups.topology import GroupKind, Topology
 from tests.support.fake_world import run_as_rank
 from tests.support.ranks import run_on_ranks

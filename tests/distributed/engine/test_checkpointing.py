@@ -13,13 +13,10 @@ from deepspeed.utils import groups
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from moe_groups import (
-    InvalidArgumentError,
-    RecomputationError,
-    checkpoint_activations,
-)
+from moe_groups import checkpoint_activations
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.kept_collectives import KeepPass
+from moe_groups.errors import InvalidArgumentError, RecomputationError
 from tests.support.checkpointed_models import (
     WAYS,
     CheckpointedMoE,

@@ -16,9 +16,9 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from moe_groups import InvalidArgumentError, UnsupportedDeepSpeedError
 from moe_groups._deepspeed import exact_partitions as exact
 from moe_groups.engine.compact import compact_gradients
+from moe_groups.errors import InvalidArgumentError, UnsupportedDeepSpeedError
 from tests.support import ROOT
 from tests.support.models import HIDDEN
 from tests.support.pairwise import Row, label, pairwise

@@ -6,13 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_groups import (
-    InvalidArgumentError,
-    VerificationError,
-    create_moe_param_groups,
-    is_norm_or_bias,
-    verify,
-)
+from moe_groups import create_moe_param_groups, is_norm_or_bias, verify
+from moe_groups.errors import InvalidArgumentError, VerificationError
 from tests.support.models import HIDDEN
 from tests.support.ranks import run_on_ranks
 from tests.support.training import WRAPPERS, start, train

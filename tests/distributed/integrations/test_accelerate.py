@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from moe_groups import CheckpointMismatchError, describe, protect_checkpoints, verify
+from moe_groups import describe, protect_checkpoints, verify
 from moe_groups._deepspeed.engines import wrapper_name
 from moe_groups.checkpoints.manifest import FILE_NAME
+from moe_groups.errors import CheckpointMismatchError
 from tests.support.hf_runs import (
     by_expert,
     prepare_with_accelerate,

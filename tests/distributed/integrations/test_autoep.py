@@ -8,13 +8,8 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
-from moe_groups import (
-    ParameterInputError,
-    VerificationError,
-    create_moe_param_groups,
-    describe,
-    verify,
-)
+from moe_groups import create_moe_param_groups, describe, verify
+from moe_groups.errors import ParameterInputError, VerificationError
 from moe_groups.integrations.autoep import autoep_optimizer, support_new_transformers
 from moe_groups.tags import is_expert_parameter
 from tests.distributed.test_demo import run_example

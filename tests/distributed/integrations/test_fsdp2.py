@@ -9,14 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moe_groups import (
-    ExpertTag,
-    InvalidArgumentError,
-    StepConfig,
-    TagError,
-    create_moe_param_groups,
-    mark_experts,
-)
+from moe_groups import ExpertTag, StepConfig, create_moe_param_groups, tag_experts
+from moe_groups.errors import InvalidArgumentError, TagError
 from tests.distributed.test_demo import run_by_torchrun
 from tests.support.models import FFN, HIDDEN
 from tests.support.ranks import run_in_fresh_processes
@@ -83,7 +77,7 @@ def trains_as_one_group(kind: str) -> list[str]:
     names: list[str] = []
     for split in ("parallel_group", "module", "expert"):
         model = sharded()
-        mark_experts(model, "*.experts", ep_size=1)
+        tag_experts(model, "*.experts", ep_size=1)
         groups = create_moe_param_groups(model, split_by=split, max_group_size=400)
         members = [param for group in groups for param in group["params"]]
         assert Counter(map(id, members)) == Counter(map(id, model.parameters()))
@@ -121,8 +115,8 @@ def refusals() -> list[str]:
     model = sharded()
     found = []
     for call in (
-        lambda: mark_experts(model, "*.expert"),
-        lambda: mark_experts(model, "*.experts", ep_size=0),
+        lambda: tag_experts(model, "*.expert"),
+        lambda: tag_experts(model, "*.experts", ep_size=0),
         lambda: create_moe_param_groups(model, step_memory_budget="auto", step=StepConfig()),
     ):
         with pytest.raises(InvalidArgumentError) as error:
@@ -133,7 +127,7 @@ def refusals() -> list[str]:
 
 def test_refusals() -> None:
     pattern, size, budget = run_in_fresh_processes(2, refusals)[0]
-    assert pattern == "mark_experts: no module with parameters matches '*.expert'; there are " + (
+    assert pattern == "tag_experts: no module with parameters matches '*.expert'; there are " + (
         "'0.experts', '1.experts'."
     )
     assert "ep_size=0 must be" in size
@@ -145,13 +139,13 @@ def test_nothing_is_marked_after_an_error() -> None:
     model.add_module("a b", Fused())
     model.add_module("a_b", Fused())
     with pytest.raises(TagError, match="two MoE layers are called 'a_b'"):
-        mark_experts(model, "a?b", ep_size=2)
+        tag_experts(model, "a?b", ep_size=2)
     assert not any(vars(param) for param in model.parameters())
 
 
 def test_marks_by_pattern() -> None:
     model = nn.Sequential(Layer(fused=False), Layer(fused=True))
-    tags = mark_experts(model, "1.*", ep_size=4)
+    tags = tag_experts(model, "1.*", ep_size=4)
     assert tags == {
         "1.norm.weight": ExpertTag("ep_size_4", "1.norm"),
         "1.norm.bias": ExpertTag("ep_size_4", "1.norm"),

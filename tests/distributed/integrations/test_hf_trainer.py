@@ -8,16 +8,15 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from moe_groups import (
+from moe_groups import create_moe_param_groups, describe
+from moe_groups._deepspeed.engines import wrapper_name
+from moe_groups.checkpoints.manifest import FILE_NAME
+from moe_groups.errors import (
     CheckpointMismatchError,
     InvalidArgumentError,
     ParameterInputError,
     VerificationError,
-    create_moe_param_groups,
-    describe,
 )
-from moe_groups._deepspeed.engines import wrapper_name
-from moe_groups.checkpoints.manifest import FILE_NAME
 from tests.support.hf_runs import LR, by_expert, config, train_plainly, trainer
 from tests.support.ranks import (
     forget_process_groups,

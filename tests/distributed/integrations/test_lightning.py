@@ -16,7 +16,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from moe_groups import CheckpointMismatchError, MoE, protect_checkpoints, verify
+from moe_groups import MoE, protect_checkpoints, verify
+from moe_groups.errors import CheckpointMismatchError
 from moe_groups.integrations.lightning import GroupLearningRateMonitor
 from tests.distributed.test_demo import run_example
 from tests.support.models import TinyMoE

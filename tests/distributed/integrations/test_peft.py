@@ -21,8 +21,14 @@ from tests.support.hf_runs import (
 )
 from tests.support.models import TinyMoE
 from tests.support.ranks import forget_process_groups, run_on_ranks
-from tests.support.training import config as deepspeed_config
-from tests.support.training import initialize, largest_difference, make_groups, train, weights
+from tests.support.training import (
+    config as deepspeed_config,
+    initialize,
+    largest_difference,
+    make_groups,
+    train,
+    weights,
+)
 
 Groups = list[dict[str, Any]]
 TARGETS = ["inp", "up", "down"]

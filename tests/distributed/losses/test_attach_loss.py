@@ -6,7 +6,8 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from moe_groups import MoE, attach_loss, gradient_scale
+from moe_groups import MoE, attach_loss
+from moe_groups.losses import gradient_scale
 from tests.support.models import TinyMoE
 from tests.support.ranks import run_on_ranks
 from tests.support.training import batches, groups_by, start

@@ -10,7 +10,8 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
 
-from moe_groups import InvalidArgumentError, LossTracker, MoE
+from moe_groups import LossTracker, MoE
+from moe_groups.errors import InvalidArgumentError
 from tests.support.models import FFN, HIDDEN
 from tests.support.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks
 from tests.support.stage_models import COEFFICIENT, Run, start_run, train_run

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_groups import StepConfig, StepMemory, estimate_step_memory
+from moe_groups import StepConfig, estimate_step_memory
+from moe_groups.memory import StepMemory
 from moe_groups.memory.live_storages import live_storages
 from tests.support.fake_world import run_as_rank
 from tests.support.pairwise import pairwise

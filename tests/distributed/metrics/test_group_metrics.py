@@ -12,7 +12,8 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
-from moe_groups import ExpertTag, InvalidArgumentError, MoE, set_expert_tag
+from moe_groups import ExpertTag, MoE, set_expert_tag
+from moe_groups.errors import InvalidArgumentError
 from moe_groups.metrics.group_metrics import GroupMetrics
 from moe_groups.metrics.report import GroupStats, MetricsReport
 from tests.support.models import FFN, HIDDEN

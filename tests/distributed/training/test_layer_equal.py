@@ -10,7 +10,8 @@ import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import nn
 
-from moe_groups import MoE, TagError, create_moe_param_groups, get_expert_tag
+from moe_groups import MoE, create_moe_param_groups, get_expert_tag
+from moe_groups.errors import TagError
 from tests.support.models import FFN, HIDDEN
 from tests.support.ranks import run_on_ranks
 

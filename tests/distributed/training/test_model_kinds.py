@@ -13,7 +13,8 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups
 from torch import nn
 
-from moe_groups import MoE, ParameterInputError, create_moe_param_groups, tag_experts
+from moe_groups import MoE, create_moe_param_groups, tag_experts
+from moe_groups.errors import ParameterInputError
 from tests.distributed.training.test_integration import (
     EP2,
     Groups,

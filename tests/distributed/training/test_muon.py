@@ -10,14 +10,8 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
-from moe_groups import (
-    CheckpointError,
-    InvalidArgumentError,
-    MoE,
-    create_moe_param_groups,
-    protect_checkpoints,
-    verify,
-)
+from moe_groups import MoE, create_moe_param_groups, protect_checkpoints, verify
+from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.groups.muon import is_hidden_matrix, split_for_muon
 from tests.distributed.test_demo import run_example
 from tests.support.models import HIDDEN, TinyMoE

@@ -3,8 +3,7 @@
 from xml.etree import ElementTree
 
 import tabulate
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moe_groups._common.text_table import html_table, text_table
 

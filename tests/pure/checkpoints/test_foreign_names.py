@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moe_groups.checkpoints.convert.convert import regroup_checkpoint
 from moe_groups.checkpoints.guard.saving import announce, mark_unfinished

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, lay_out
 from moe_groups.checkpoints.layout_diff import compare_groups, moved_parameters

@@ -11,12 +11,12 @@ from torch import nn
 from moe_groups import (
     ExpertTag,
     MoE,
-    TagError,
     create_moe_param_groups,
     is_norm_or_bias,
     set_expert_tag,
     tag_experts,
 )
+from moe_groups.errors import TagError
 from tests.support.models import FFN, TinyMoE
 
 Places = dict[str, tuple[str | None, int | None]]

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.utils import groups as process_groups
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moe_groups import ExpertTag, create_moe_param_groups, set_expert_tag
 from tests.pure.groups.test_packing import all_cuts, allowed, score

@@ -5,16 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
-from moe_groups import (
-    InvalidArgumentError,
-    create_moe_param_groups,
-    is_norm_or_bias,
-    tag_experts,
-)
+from moe_groups import create_moe_param_groups, is_norm_or_bias, tag_experts
+from moe_groups.errors import InvalidArgumentError
 from moe_groups.groups.muon import is_hidden_matrix, split_for_muon
 from tests.pure.groups.test_invariants import LEVELS, OURS, row_of
 from tests.support.newton_schulz import ROOM, orthogonalized, rounding_of

@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_groups import (
-    ExpertTag,
-    InvalidArgumentError,
-    MoE,
-    OverrideError,
-    create_moe_param_groups,
-    is_norm_or_bias,
-    set_expert_tag,
-)
+from moe_groups import ExpertTag, MoE, create_moe_param_groups, is_norm_or_bias, set_expert_tag
+from moe_groups.errors import InvalidArgumentError, OverrideError
 from tests.support.models import HIDDEN, MoEBlock
 
 EXPERTS = 11  # so that expert 1 and expert 10 can be told apart

@@ -13,14 +13,8 @@ from accelerate.utils import DummyOptim
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from moe_groups import (
-    InvalidArgumentError,
-    MoE,
-    MoEGroupsError,
-    ParameterInputError,
-    create_moe_param_groups,
-    is_norm_or_bias,
-)
+from moe_groups import MoE, MoEGroupsError, create_moe_param_groups, is_norm_or_bias
+from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.integrations.accelerate import group_optimizer
 from moe_groups.integrations.hf_trainer import MoETrainer
 from tests.support.hf_runs import make_model

@@ -8,13 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_groups import (
-    ExpertTag,
-    InvalidArgumentError,
-    create_moe_param_groups,
-    is_norm_or_bias,
-    set_expert_tag,
-)
+from moe_groups import ExpertTag, create_moe_param_groups, is_norm_or_bias, set_expert_tag
+from moe_groups.errors import InvalidArgumentError
 from moe_groups.groups.muon import split_for_muon
 from moe_groups.integrations.lightning import GroupLearningRateMonitor
 from tests.distributed.integrations.test_lightning import Kept

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moe_groups import InvalidArgumentError, attach_loss
+from moe_groups import attach_loss
+from moe_groups.errors import InvalidArgumentError
 
 
 class Gate(torch.nn.Module):

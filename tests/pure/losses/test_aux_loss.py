@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.moe.sharded_moe import top1gating, top2gating, topkgating
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moe_groups import InvalidArgumentError, load_balancing_loss, router_z_loss
+from moe_groups import load_balancing_loss, router_z_loss
+from moe_groups.errors import InvalidArgumentError
 
 
 def routed(

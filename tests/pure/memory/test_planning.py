@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as stock_split
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from moe_groups import (
-    CostlyGroupsWarning,
     ExpertTag,
-    InvalidArgumentError,
-    PlanError,
     StepConfig,
     create_moe_param_groups,
     estimate_step_memory,
@@ -27,6 +23,7 @@ from moe_groups import (
 )
 from moe_groups._common.arguments import OptimizerKind
 from moe_groups._common.units import show_bytes
+from moe_groups.errors import CostlyGroupsWarning, InvalidArgumentError, PlanError
 from moe_groups.memory.cost_warning import Alike, least_peak, peak_of, simple_cuts
 from moe_groups.memory.cuts import Cut, Line
 from moe_groups.memory.estimate import on_ranks

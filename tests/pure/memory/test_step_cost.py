@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moe_groups.memory.step_cost import TEMPORARIES, GroupOnRanks, StepSettings, layout, step_cost
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from moe_groups import (
     ExpertTag,
-    InvalidArgumentError,
     StepConfig,
     Topology,
     create_moe_param_groups,
@@ -16,6 +15,7 @@ from moe_groups import (
     set_expert_tag,
 )
 from moe_groups._common.units import parse_bytes, show_bytes
+from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory.estimate import on_ranks
 
 

@@ -13,14 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_groups import (
-    ExpertTag,
-    InvalidArgumentError,
-    ParameterInputError,
-    create_moe_param_groups,
-    is_norm_or_bias,
-    tag_experts,
-)
+from moe_groups import ExpertTag, create_moe_param_groups, is_norm_or_bias, tag_experts
+from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.meta_models.rank import shard_for_rank
 from moe_groups.meta_models.source import load_model, names_function
 from tests.pure.test_import import run

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.metrics.plot import draw_expert_map, write_expert_map

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_groups import CheckpointMismatchError, regroup_checkpoint
+from moe_groups import regroup_checkpoint
 from moe_groups.checkpoints.manifest import read_manifest
+from moe_groups.errors import CheckpointMismatchError
 from tests.support.pipeline_runs import start_pipeline, train_pipeline
 from tests.support.ranks import run_on_ranks
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.checkpoints import loading_faults
-from tests.support.checkpoints import saving_faults as faults
+from tests.support.checkpoints import loading_faults, saving_faults as faults
 from tests.support.checkpoints.fault_table import check
 from tests.support.checkpoints.full_disk import SmallDisk, small_disk
 from tests.support.checkpoints.saving_faults import WORLD, Kill

@@ -3,8 +3,7 @@
 import zlib
 from itertools import pairwise
 
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from moe_groups.checkpoints.convert.copying import combine
 

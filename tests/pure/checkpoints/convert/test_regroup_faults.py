@@ -14,9 +14,11 @@ import torch
 
 from moe_groups.checkpoints.convert.copying import Copier, Sums
 from moe_groups.errors import CheckpointError
-from tests.support.checkpoints import conversion_faults as faults
-from tests.support.checkpoints import conversion_work as work
-from tests.support.checkpoints import damaged_sources as damage
+from tests.support.checkpoints import (
+    conversion_faults as faults,
+    conversion_work as work,
+    damaged_sources as damage,
+)
 from tests.support.checkpoints.conversion_faults import TAG, Conversion
 from tests.support.checkpoints.fault_table import check
 from tests.support.checkpoints.full_disk import SmallDisk, small_disk

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as stock_split
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from moe_groups import (
     create_moe_param_groups,

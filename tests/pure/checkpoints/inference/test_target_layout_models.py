@@ -8,16 +8,10 @@ import pytest
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as stock_split
 from torch import nn
 
-from moe_groups import (
-    ExpertTag,
-    InvalidArgumentError,
-    create_moe_param_groups,
-    set_expert_tag,
-    tag_experts,
-)
+from moe_groups import ExpertTag, create_moe_param_groups, set_expert_tag, tag_experts
 from moe_groups.checkpoints.inference.target_layout import TARGETS, named_target
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
-from moe_groups.errors import CheckpointError
+from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.tags import is_expert_parameter
 from tests.pure.experts.test_tag_experts import Tree, marked
 from tests.support.checkpoints.made_layouts import cast, columns, layout_of
