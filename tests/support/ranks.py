@@ -367,4 +367,6 @@ def _destroy_engines() -> None:
     while engines:
         with contextlib.suppress(Exception):  # its start may have failed halfway
             engines.pop().destroy()
+    if "moe_groups._deepspeed.engines" in sys.modules:
+        _module("moe_groups._deepspeed.engines")._ENGINES.clear()  # some live on in their hooks
     gc.collect()

@@ -1,7 +1,6 @@
 """Before a checkpoint is loaded: were its groups those that the engine has?"""
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from torch import distributed
 
+from moe_groups._common.warn import warn
 from moe_groups._deepspeed.engines import wrapper_name
 from moe_groups.checkpoints.files import (
     CheckpointFiles,
@@ -77,12 +77,11 @@ def checked(
             return
         refuse(engine, load_dir, tag)
     if tag is not None and "unknown" in kinds:
-        warnings.warn(
+        warn(
             f"{load_dir / tag} has no {FILE_NAME}, and {wrapper_name(engine)} does not "
             "write which parameters its groups hold: it is loaded by position, right only if the "
             "groups are the same.",
             CheckpointWarning,
-            stacklevel=5,
         )
     yield load_dir
 

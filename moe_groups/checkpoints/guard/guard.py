@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import distributed
 from moe_groups._common.arguments import check_one_of
 from moe_groups._common.own_folder import is_plain
 from moe_groups._common.ranks import together
+from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_tag
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.engines import is_engine
@@ -190,22 +190,20 @@ def _warn_of_missing_weights(layout: Layout, folder: Path) -> None:
     """DeepSpeed saves dense weights on ranks that are first among those that share experts."""
     saved = list_files(folder.parent, folder.name).models
     if missing := [rank for rank in layout.model_ranks if rank not in saved]:
-        warnings.warn(
+        warn(
             f"DeepSpeed wrote no weights of the model-parallel rank(s) {missing} into {folder} "
             "(mp_rank_*_model_states.pt), as tensor-parallel ranks share all experts: the "
             "checkpoint cannot be loaded. Use an ep_size that is a multiple of the "
             "tensor-parallel size.",
             CheckpointWarning,
-            stacklevel=5,
         )
 
 
 def _warn(what: str) -> None:
-    warnings.warn(
+    warn(
         f"{what.rstrip('.')}: the checkpoint can be loaded and converted as one of a run without "
         "moe-groups.",
         CheckpointWarning,
-        stacklevel=5,  # the caller of save_checkpoint
     )
 
 
