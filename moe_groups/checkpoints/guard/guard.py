@@ -11,7 +11,7 @@ from torch import distributed
 
 from moe_groups._common.arguments import check_one_of
 from moe_groups._common.own_folder import is_plain
-from moe_groups._common.ranks import together
+from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_tag
 from moe_groups._deepspeed.contract import support_our_groups
@@ -110,48 +110,39 @@ def guarded_save(
     if not save_dir:
         return save(*args, **kwargs)
     call.arguments["tag"] = tag = checkpoint_tag(engine, call.arguments.get("tag"))
-    folder = Path(save_dir) / tag
-    if guard is not None and guard.regroup == "off":
-        guard = None
-    if guard is not None:
-        together(lambda: check_tag(tag))
-    if guard is None or engine.checkpoint_engine.is_decoupled():
-        return _save_unmarked(engine, guard, folder, call, save)
-    layout, writes = _layout(engine, guard), _writes(engine)
+    folder, writes = Path(save_dir) / tag, _writes(engine)
+    guarded = guard is not None and guard.regroup != "off"
+    if guarded:
+        on_all_ranks(lambda: check_tag(tag))
+    if guard is None or not guarded or engine.checkpoint_engine.is_decoupled():
+        if writes and is_plain(tag):  # what an older save said of this folder no longer holds
+            for name in (FILE_NAME, UNFINISHED):
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+        if guard is None or not guarded:
+            return save(*call.args, **call.kwargs)
+        return _save_decoupled(engine, guard, folder, lambda: save(*call.args, **call.kwargs))
+    layout, problems = _layout(engine, guard)
     announces = call.arguments.get("save_latest", True) and distributed.get_rank() == 0
     call.arguments["save_latest"] = False  # DeepSpeed does not wait for the other ranks
-    together(lambda: mark_unfinished(folder) if writes else None)
+    on_all_ranks(lambda: mark_unfinished(folder) if writes else None)
     result = save(*call.args, **call.kwargs)
-    try:
-        if layout is not None and writes:
-            _write(engine, layout, folder)
-    finally:  # the others wait, also for what a filter makes of a warning
-        together(lambda: mark_finished(folder) if writes else None)
-        together(lambda: announce(Path(save_dir), tag) if announces else None)
+    if layout is not None and writes:
+        problems += _write(engine, layout, folder, finished=True)
+    on_all_ranks(lambda: mark_finished(folder) if writes else None)
+    on_all_ranks(lambda: announce(Path(save_dir), tag) if announces else None)
+    _warn(problems)
     return result
 
 
-def _save_unmarked(
-    engine: Any,
-    guard: Guard | None,
-    folder: Path,
-    call: inspect.BoundArguments,
-    save: Callable[..., Any],
-) -> Any:
-    """Save without a guard, or with a checkpoint engine that goes on writing after the call."""
-    layout = None if guard is None else _layout(engine, guard)
-    tag = call.arguments["tag"]
-    if _writes(engine) and is_plain(tag):  # what is there of an older save is wrong from now on
-        for name in (FILE_NAME, UNFINISHED):
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()
-    result = save(*call.args, **call.kwargs)
-    if guard is not None:
-        try:
-            if layout is not None and _writes(engine):
-                _write(engine, layout, folder)
-        finally:
-            distributed.barrier()
+def _save_decoupled(engine: Any, guard: Guard, folder: Path, save: Callable[[], Any]) -> Any:
+    """Save with a checkpoint engine that goes on writing after the call."""
+    layout, problems = _layout(engine, guard)
+    result = save()
+    if layout is not None and _writes(engine):
+        problems += _write(engine, layout, folder, finished=False)
+    distributed.barrier()
+    _warn(problems)
     return result
 
 
@@ -161,55 +152,68 @@ def _writes(engine: Any) -> bool:
     return bool(rank == 0)
 
 
-def _layout(engine: Any, guard: Guard) -> Layout | None:
-    """Of all ranks, on the ranks that write it; nobody raises, as DeepSpeed can save without."""
+def _layout(engine: Any, guard: Guard) -> tuple[Layout | None, list[str]]:
+    """Of all ranks, on the ranks that write it, and what is to be warned of.
+
+    No rank raises: DeepSpeed can save without a layout.
+    """
+    problems = []
     if not guard.gathered:
         guard.gathered = True
         try:
             guard.layout = gather_layout(engine)
         except CheckpointError as error:
-            _warn(f"{FILE_NAME} is not written, as {error}")
+            problems.append(f"{FILE_NAME} is not written, as {str(error).rstrip('.')}{_WITHOUT}")
         if engine.use_node_local_storage():
             box = [guard.layout]
             distributed.broadcast_object_list(box)
             guard.layout = box[0]
-    return guard.layout
+    return guard.layout, problems
 
 
-def _write(engine: Any, layout: Layout, folder: Path) -> None:
+def _write(engine: Any, layout: Layout, folder: Path, finished: bool) -> list[str]:
+    """Write the manifest of a checkpoint; what is to be warned of once all ranks have saved.
+
+    Args:
+        finished: all files are there, and are listed.
+    """
+    problems = []
     try:
         manifest = describe_run(engine, with_options_of(engine, layout))
-        write_manifest(_with_files(engine, manifest, folder), folder / FILE_NAME)
-    except Exception as error:
-        _warn(f"{folder} was saved, but {FILE_NAME} could not be written ({error})")
-    if not engine.checkpoint_engine.is_decoupled():
-        _warn_of_missing_weights(layout, folder)
+        if finished:
+            manifest = _with_files(manifest, folder)
+        write_manifest(manifest, folder / FILE_NAME)
+    except (OSError, TypeError, ValueError) as error:  # the last two: options that JSON cannot hold
+        problems.append(
+            f"{folder} was saved, but {FILE_NAME} could not be written ({error}){_WITHOUT}"
+        )
+    if finished:
+        problems += _missing_weights(layout, folder)
+    return problems
 
 
-def _warn_of_missing_weights(layout: Layout, folder: Path) -> None:
+_WITHOUT = ": the checkpoint can be loaded and converted as one of a run without moe-groups."
+
+
+def _missing_weights(layout: Layout, folder: Path) -> list[str]:
     """DeepSpeed saves dense weights on ranks that are first among those that share experts."""
     saved = list_files(folder.parent, folder.name).models
-    if missing := [rank for rank in layout.model_ranks if rank not in saved]:
-        warn(
-            f"DeepSpeed wrote no weights of the model-parallel rank(s) {missing} into {folder} "
-            "(mp_rank_*_model_states.pt), as tensor-parallel ranks share all experts: the "
-            "checkpoint cannot be loaded. Use an ep_size that is a multiple of the "
-            "tensor-parallel size.",
-            CheckpointWarning,
-        )
+    missing = [rank for rank in layout.model_ranks if rank not in saved]
+    if not missing:
+        return []
+    return [
+        f"DeepSpeed wrote no weights of the model-parallel rank(s) {missing} into {folder} "
+        "(mp_rank_*_model_states.pt), as tensor-parallel ranks share all experts: the checkpoint "
+        "cannot be loaded. Use an ep_size that is a multiple of the tensor-parallel size."
+    ]
 
 
-def _warn(what: str) -> None:
-    warn(
-        f"{what.rstrip('.')}: the checkpoint can be loaded and converted as one of a run without "
-        "moe-groups.",
-        CheckpointWarning,
-    )
+def _warn(problems: list[str]) -> None:
+    for problem in problems:
+        warn(problem, CheckpointWarning)
 
 
-def _with_files(engine: Any, manifest: Manifest, folder: Path) -> Manifest:
-    if engine.checkpoint_engine.is_decoupled():  # it is still writing
-        return manifest
+def _with_files(manifest: Manifest, folder: Path) -> Manifest:
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
