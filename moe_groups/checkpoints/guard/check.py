@@ -4,13 +4,13 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import distributed
 
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed.engines import wrapper_name
+from moe_groups._deepspeed.engines import Engine, wrapper_name
 from moe_groups.checkpoints.files import (
     CheckpointFiles,
     check_saved,
@@ -50,7 +50,7 @@ class Finding:
 
 @contextlib.contextmanager
 def checked(
-    engine: Any, load_dir: Path, tag: str | None, *, convert: bool, scratch_dir: Path | None
+    engine: Engine, load_dir: Path, tag: str | None, *, convert: bool, scratch_dir: Path | None
 ) -> Iterator[Path]:
     """The directory to load from; all ranks enter together, and all raise if one has to.
 
@@ -103,7 +103,7 @@ def _problem(load_dir: Path, findings: list[Finding]) -> str | None:
     return None
 
 
-def _examine(engine: Any, load_dir: Path, tag: str | None) -> Finding:
+def _examine(engine: Engine, load_dir: Path, tag: str | None) -> Finding:
     """This rank's view.
 
     Raises:
@@ -124,7 +124,7 @@ def _examine(engine: Any, load_dir: Path, tag: str | None) -> Finding:
         raise CheckpointError(f"{error} Nothing was loaded.") from error
 
 
-def _compare(engine: Any, files: CheckpointFiles) -> Finding:
+def _compare(engine: Engine, files: CheckpointFiles) -> Finding:
     rank, running = own_groups(engine)
     maps = wrapper_name(engine) in WRAPPERS
     if files.manifest.is_file():

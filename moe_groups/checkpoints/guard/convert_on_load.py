@@ -5,13 +5,13 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import distributed
 
 from moe_groups._common.own_folder import own
 from moe_groups._common.ranks import on_all_ranks, on_first_rank
 from moe_groups._deepspeed.checkpoints import checkpoint_rank
+from moe_groups._deepspeed.engines import Engine
 from moe_groups.checkpoints.convert.copying import Copier, Sums
 from moe_groups.checkpoints.convert.model import write_model
 from moe_groups.checkpoints.convert.shard import new_shard, write_shard
@@ -33,7 +33,7 @@ from moe_groups.errors import CheckpointError
 
 
 @contextlib.contextmanager
-def regrouped(engine: Any, load_dir: Path, tag: str, scratch_dir: Path | None) -> Iterator[Path]:
+def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None) -> Iterator[Path]:
     """A directory with the checkpoint in the engine's groups, while the context is open.
 
     All ranks enter and leave together. The weights of experts are links to the source.
@@ -92,7 +92,7 @@ def _begin(
 
 
 def _convert(
-    engine: Any, load_dir: Path, tag: str, layout: Layout, target: Layout, directory: Path
+    engine: Engine, load_dir: Path, tag: str, layout: Layout, target: Layout, directory: Path
 ) -> None:
     """This rank's optimizer state, and on the first of each model-parallel rank the rest."""
     folder = directory / tag

@@ -15,7 +15,7 @@ from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_tag
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups._deepspeed.engines import is_engine
+from moe_groups._deepspeed.engines import Engine, is_engine
 from moe_groups.checkpoints.files import check_tag, list_files
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout, with_options_of
 from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
@@ -45,7 +45,7 @@ class Guard:
 
 
 def protect_checkpoints(
-    engine: Any, *, regroup: Regroup = "refuse", scratch_dir: str | Path | None = None
+    engine: Engine, *, regroup: Regroup = "refuse", scratch_dir: str | Path | None = None
 ) -> None:
     """Choose what happens to the engine's checkpoints; all ranks call it alike.
 
@@ -83,25 +83,25 @@ def protect_checkpoints(
     set_guard(engine, guard)
 
 
-def guard_of(engine: Any) -> Guard | None:
+def guard_of(engine: Engine) -> Guard | None:
     """None where the engine's checkpoints are not guarded."""
     guard: Guard | None = getattr(engine, _GUARD, None)
     return guard
 
 
-def set_guard(engine: Any, guard: Guard | None) -> None:
+def set_guard(engine: Engine, guard: Guard | None) -> None:
     """Guard the engine's checkpoints with this; None leaves them to DeepSpeed."""
     setattr(engine, _GUARD, guard)
 
 
-def guard_from_now_on(engine: Any) -> None:
+def guard_from_now_on(engine: Engine) -> None:
     """Guard the checkpoints of an engine that is initialized over our groups."""
     if guard_of(engine) is None:
         set_guard(engine, Guard())
 
 
 def guarded_save(
-    engine: Any, save: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    engine: Engine, save: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """DeepSpeed's ``save_checkpoint``, with our file beside its files."""
     guard = guard_of(engine)
@@ -135,7 +135,7 @@ def guarded_save(
     return result
 
 
-def _save_decoupled(engine: Any, guard: Guard, folder: Path, save: Callable[[], Any]) -> Any:
+def _save_decoupled(engine: Engine, guard: Guard, folder: Path, save: Callable[[], Any]) -> Any:
     """Save with a checkpoint engine that goes on writing after the call."""
     layout, problems = _layout(engine, guard)
     result = save()
@@ -146,13 +146,13 @@ def _save_decoupled(engine: Any, guard: Guard, folder: Path, save: Callable[[], 
     return result
 
 
-def _writes(engine: Any) -> bool:
+def _writes(engine: Engine) -> bool:
     """Does this rank write the file?"""
     rank = engine.local_rank if engine.use_node_local_storage() else distributed.get_rank()
     return bool(rank == 0)
 
 
-def _layout(engine: Any, guard: Guard) -> tuple[Layout | None, list[str]]:
+def _layout(engine: Engine, guard: Guard) -> tuple[Layout | None, list[str]]:
     """Of all ranks, on the ranks that write it, and what is to be warned of.
 
     No rank raises: DeepSpeed can save without a layout.
@@ -171,7 +171,7 @@ def _layout(engine: Any, guard: Guard) -> tuple[Layout | None, list[str]]:
     return guard.layout, problems
 
 
-def _write(engine: Any, layout: Layout, folder: Path, finished: bool) -> list[str]:
+def _write(engine: Engine, layout: Layout, folder: Path, finished: bool) -> list[str]:
     """Write the manifest of a checkpoint; what is to be warned of once all ranks have saved.
 
     Args:
@@ -223,7 +223,7 @@ def _with_files(manifest: Manifest, folder: Path) -> Manifest:
 
 
 def guarded_load(
-    engine: Any, load: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    engine: Engine, load: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """DeepSpeed's ``load_checkpoint`` for a checkpoint that was saved with the same groups."""
     guard = guard_of(engine)
@@ -247,7 +247,7 @@ def guarded_load(
     return path, client_state
 
 
-def _loads_state(engine: Any, given: Mapping[str, Any]) -> bool:
+def _loads_state(engine: Engine, given: Mapping[str, Any]) -> bool:
     """Does this call put optimizer state into groups?"""
     return bool(
         given["load_optimizer_states"]
@@ -260,12 +260,12 @@ def _loads_state(engine: Any, given: Mapping[str, Any]) -> bool:
 _NAMES = ("name", *LABELS)
 
 
-def _names(engine: Any) -> list[dict[str, Any]]:
+def _names(engine: Engine) -> list[dict[str, Any]]:
     groups = engine.optimizer.param_groups
     return [{key: group[key] for key in _NAMES if key in group} for group in groups]
 
 
-def _restore_names(engine: Any, names: list[dict[str, Any]]) -> None:
+def _restore_names(engine: Engine, names: list[dict[str, Any]]) -> None:
     """DeepSpeed takes the names from the checkpoint; those of the run are registered."""
     for group, own in zip(engine.optimizer.param_groups, names, strict=True):
         for key in _NAMES:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moe_groups._common.ranks import on_first_rank
+from moe_groups._deepspeed.engines import Engine
 from moe_groups.checkpoints.files import find_checkpoint
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout
 from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank
@@ -19,7 +20,7 @@ from moe_groups.errors import CheckpointError, CheckpointMismatchError
 _SHOWN = 8
 
 
-def refuse(engine: Any, load_dir: Path, tag: str) -> NoReturn:
+def refuse(engine: Engine, load_dir: Path, tag: str) -> NoReturn:
     """Raise what differs, the same on all ranks; the first one reads all files for it.
 
     Raises:
