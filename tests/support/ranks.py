@@ -280,6 +280,7 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str], join: b
     except BaseException:
         return pipe.send((False, traceback.format_exc()))
     pipe.send((True, None))
+    linear = torch.nn.functional.linear
     while True:
         try:
             module, name, args, kwargs = pipe.recv()
@@ -301,6 +302,7 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str], join: b
             return
         if done:  # another rank may still be connecting to a group that this one would destroy
             torch.distributed.barrier()
+        torch.nn.functional.linear = linear  # ZeRO-3 puts one there that rounds otherwise
         forget_process_groups()
 
 
@@ -340,16 +342,9 @@ def forget_process_groups() -> None:
     and a grid of pipelines makes dozens.
     """
     import torch
-    from deepspeed.moe import sharded_moe
     from deepspeed.utils import groups
 
     _destroy_engines()
-    for samplers in (
-        sharded_moe.uniform_map,
-        sharded_moe.gumbel_map,
-        sharded_moe.exp_selection_uniform_map,
-    ):
-        samplers.clear()  # they have the default dtype of their first use
     for known in (
         groups._EXPERT_PARALLEL_GROUP,
         groups._EXPERT_PARALLEL_GROUP_RANKS,
