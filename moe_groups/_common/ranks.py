@@ -1,23 +1,60 @@
-"""All ranks, or none."""
+"""All ranks, or none: what fails on one rank is raised on all of them.
+
+The collectives are those of the world. Each rank runs its part first and reports then, so that no
+rank waits for one that has raised.
+"""
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import distributed
 
 from moe_groups.errors import CheckpointError
 
+T = TypeVar("T")
 
-def together(work: Callable[[], None]) -> None:
-    """Wait for all ranks to do the work; if it fails on one of them, all raise its error."""
-    problem: CheckpointError | None = None
+
+def on_all_ranks(work: Callable[[], T]) -> list[T]:
+    """Run ``work`` on every rank; all ranks call this together, and get what each rank gave.
+
+    Raises:
+        CheckpointError: the one of the first rank on which ``work`` raised. What is no error of
+            ours is its cause on that rank, with the traceback, and its text on the others.
+    """
+    value, problem = _tried(work)
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, (value, problem))
+    return _given(found, problem)
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and give what it gave to all ranks, which call this together.
+
+    Raises:
+        CheckpointError: ``work`` raised.
+    """
+    value, problem = _tried(work) if distributed.get_rank() == 0 else (None, None)
+    found: list[Any] = [(value, problem)]
+    distributed.broadcast_object_list(found)
+    given: list[T] = _given(found, problem)
+    return given[0]
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, CheckpointError | None]:
     try:
-        work()
+        return work(), None
     except CheckpointError as error:
-        problem = error
-    except Exception as error:  # the others wait for this rank
+        return None, error
+    except Exception as error:  # the other ranks would wait for this one for ever
         problem = CheckpointError(f"{type(error).__name__}: {error}")
-    problems: list[CheckpointError | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise found
+        problem.__cause__ = error
+        return None, problem
+
+
+def _given(found: list[Any], own: CheckpointError | None) -> list[Any]:
+    for _, problem in found:
+        if problem is not None:
+            if own is not None and str(own) == str(problem):
+                raise own  # it knows its cause
+            raise problem
+    return [value for value, _ in found]

@@ -13,7 +13,13 @@ from moe_groups._deepspeed.norms import (
 )
 from moe_groups._deepspeed.patching import Change, change_functions, check_functions
 from moe_groups._deepspeed.stages import wrap_configure
-from moe_groups._deepspeed.start import wrap_basic, wrap_broadcast, wrap_sanity_check, wrap_setup
+from moe_groups._deepspeed.start import (
+    wrap_basic,
+    wrap_broadcast,
+    wrap_report,
+    wrap_sanity_check,
+    wrap_setup,
+)
 
 
 def support_our_groups(moe: bool) -> None:
@@ -58,6 +64,7 @@ CHANGES: tuple[Change, ...] = (
     ("deepspeed.runtime.engine:DeepSpeedEngine", "save_checkpoint", wrap_save),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "load_checkpoint", wrap_load),
     (f"{_BF16}:BF16_Optimizer", "_setup_for_real_optimizer", wrap_setup),
+    (_BF16, "see_memory_usage", wrap_report),
     (_ZERO, "is_model_parallel_parameter", wrap_is_model_parallel),
     (f"{_ZERO}:DeepSpeedZeroOptimizer", "scaled_global_norm", wrap_zero_norm),
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_norm", wrap_grads_for_norm),

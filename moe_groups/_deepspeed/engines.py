@@ -2,7 +2,8 @@
 
 import sys
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -10,6 +11,37 @@ from torch import nn
 from moe_groups._deepspeed.ports import PORTS
 
 _GIVEN = "_moe_groups_given"
+
+
+class Engine(Protocol):
+    """What is used of a DeepSpeed engine; its wrappers differ too much for a type of their own."""
+
+    module: nn.Module
+    optimizer: Any
+    basic_optimizer: Any
+    lr_scheduler: Any
+    monitor: Any
+    mpu: Any
+    checkpoint_engine: Any
+    seq_data_parallel_group: Any
+    torch_autocast_z0_gradscaler: Any
+    param_names: Mapping[torch.Tensor, str]
+    device: torch.device
+    local_rank: int
+    global_steps: int
+    skipped_steps: int
+
+    def gradient_accumulation_steps(self) -> int: ...
+
+    def zero_optimization(self) -> bool: ...
+
+    def use_node_local_storage(self) -> bool: ...
+
+    def load_universal_checkpoint(self) -> bool: ...
+
+    def get_global_grad_norm(self) -> float | torch.Tensor | None: ...
+
+
 _ENGINES: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 

@@ -103,21 +103,32 @@ def wrap_basic(original: Callable[..., Any]) -> Callable[..., Any]:
     return _configure_basic_optimizer
 
 
+_quiet = False
+"""Is a BF16_Optimizer set up for many groups now?"""
+
+
 def wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
     """No report of the memory (and garbage collection) for each of many groups."""
 
     def _setup_for_real_optimizer(self: Any) -> None:
-        if len(self.optimizer.param_groups) <= MANY_GROUPS:
-            return original(self)
-        namespace = original.__globals__
-        report = namespace["see_memory_usage"]
-        namespace["see_memory_usage"] = lambda *args, **kwargs: None
+        global _quiet
+        _quiet = len(self.optimizer.param_groups) > MANY_GROUPS
         try:
             original(self)
         finally:
-            namespace["see_memory_usage"] = report
+            _quiet = False
 
     return _setup_for_real_optimizer
+
+
+def wrap_report(original: Callable[..., None]) -> Callable[..., None]:
+    """The report that ``BF16_Optimizer`` gives of the memory, where it is not one of many."""
+
+    def see_memory_usage(message: str, force: bool = False) -> None:
+        if not _quiet:
+            original(message, force)
+
+    return see_memory_usage
 
 
 def stale_problem(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moe_groups._common.units import show_bytes
 from moe_groups.checkpoints.inspect.report import CheckpointReport, SavedExpert, SavedGroup
 from moe_groups.cli.progress import quiet, show_progress, show_seconds
-from moe_groups.cli.render import MOST_ROWS, new_table, print_with, say_hidden
+from moe_groups.cli.render import MOST_ROWS, name_pattern, new_table, print_with, say_hidden
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,15 +196,6 @@ def _group_cells(rows: Sequence[SavedGroup]) -> list[str]:
 def _option(group: SavedGroup, name: str) -> str:
     value = group.options.get(name)
     return f"{value:g}" if isinstance(value, int | float) else "" if value is None else str(value)
-
-
-def name_pattern(names: Sequence[str]) -> str:
-    """``layers.{0..31}.mlp`` for names that differ in a number."""
-    words = re.split(r"\d+", names[0])
-    numbers = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
-    ranges = [(min(found), max(found)) for found in map(tuple, numbers)]
-    shown = [str(low) if low == high else f"{{{low}..{high}}}" for low, high in ranges]
-    return "".join(word + number for word, number in zip(words, [*shown, ""], strict=True))
 
 
 def _experts_of(rows: Sequence[SavedGroup]) -> str:

@@ -2,13 +2,12 @@
 
 import json
 import re
-import shutil
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_groups._common.units import show_bytes
+from moe_groups.cli.render import MOST_ROWS, name_pattern, new_table, print_with
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,9 +16,7 @@ if TYPE_CHECKING:
     from moe_groups.cli.plan import PlanReport
     from moe_groups.memory.estimate import GroupMemory
 
-_WIDTH = 100
 _BAR = 24
-_MOST_ROWS = 24
 _MOST_POINTS = 14
 
 
@@ -80,13 +77,7 @@ def as_json(report: "PlanReport") -> str:
 
 def print_tables(report: "PlanReport") -> None:
     """Print the report, for a terminal or a file of 100 columns."""
-    from rich.console import Console
-
-    width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns)
-    console = Console(width=width if sys.stdout.isatty() else _WIDTH)
-    with console.capture() as shown:
-        _print(report, console)
-    print(re.sub(r" +$", "", shown.get(), flags=re.MULTILINE), end="")
+    print_with(lambda console: _print(report, console))
 
 
 def _print(report: "PlanReport", console: "Console") -> None:
@@ -100,28 +91,9 @@ def _print(report: "PlanReport", console: "Console") -> None:
         console.print(f"hint: {hint}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(title: str, columns: Iterable[str]) -> "Table":
-    """An empty table; columns that start with ``>`` are aligned to the right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.padding = (0, 1, 0, 0)
-    table.show_edge = table.pad_edge = False
-    for column in columns:
-        right = column.startswith(">")
-        table.add_column(
-            column.removeprefix(">"),
-            justify="right" if right else "left",
-            no_wrap=right,
-            overflow="fold",
-        )
-    return table
-
-
 def _memory(report: "PlanReport") -> "Table":
     memory, rank = report.memory, report.rank
-    table = _table("Memory on the worst rank", ("", ">bytes", ""))
+    table = new_table("Memory on the worst rank", ("", ">bytes", ""))
     resident = sum(memory.resident.values())
     experts = f"{_count(rank.held)} parameters, {_count(rank.in_experts)} of them in experts"
     rows: list[tuple[str, int, str]] = [("resident", resident, experts)]
@@ -161,12 +133,12 @@ def _groups(report: "PlanReport") -> "Table":
     columns = (">groups", ">elements", ">ranks", ">partition", ">held, R", ">peak", "name")
     title = f"{len(memory.groups)} groups, split by {report.request.split_by}"
     same = all(fold.count == 1 for fold in folds)
-    table = _table(title if same else f"{title} (each as its row's largest)", columns)
+    table = new_table(title if same else f"{title} (each as its row's largest)", columns)
     width = memory.step.weight_bytes
-    for row in folds[:_MOST_ROWS]:
+    for row in folds[:MOST_ROWS]:
         sizes = map(show_bytes, (row.partition * width, row.held, row.peak))
         table.add_row(str(row.count), _count(row.elements), str(row.ranks), *sizes, row.name)
-    if rest := folds[_MOST_ROWS:]:
+    if rest := folds[MOST_ROWS:]:
         table.add_row(str(sum(row.count for row in rest)), *[""] * 5, "... more, see --json")
     return table
 
@@ -178,7 +150,7 @@ def fold(groups: Sequence["GroupMemory"]) -> list[_Fold]:
         alike.setdefault((*re.split(r"\d+", group.name), str(group.ranks)), []).append(group)
     return [
         _Fold(
-            _pattern([row.name for row in rows]),
+            name_pattern([row.name for row in rows]),
             len(rows),
             *(
                 max(getattr(row, figure) for row in rows)
@@ -189,17 +161,6 @@ def fold(groups: Sequence["GroupMemory"]) -> list[_Fold]:
     ]
 
 
-def _pattern(names: Sequence[str]) -> str:
-    """``layers.{0..31}.mlp`` for names that differ in a number."""
-    words = re.split(r"\d+", names[0])
-    numbers = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
-    shown = []
-    for found in numbers:
-        least, most = min(found), max(found)
-        shown.append(str(least) if least == most else f"{{{least}..{most}}}")
-    return "".join(word + number for word, number in zip(words, [*shown, ""], strict=True))
-
-
 def _curve(report: "PlanReport") -> "Table":
     """The curve's points and the marked splits, with bars as long as the peaks."""
     labels: dict[tuple[int, int], list[str]] = {
@@ -208,7 +169,7 @@ def _curve(report: "PlanReport") -> "Table":
     for mark in report.marks:
         labels.setdefault((mark.groups, mark.memory.step_peak), []).append(mark.label)
     most = max(peak for _, peak in labels) or 1
-    table = _table("Trade-off: step peak against number of groups", (">groups", ">peak", "", ""))
+    table = new_table("Trade-off: step peak against number of groups", (">groups", ">peak", "", ""))
     for (groups, peak), marks in sorted(labels.items()):
         chosen = report.marks[-1].label in marks
         bar = ("#" if chosen else "-") * max(1, round(_BAR * peak / most))

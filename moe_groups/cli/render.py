@@ -3,7 +3,7 @@
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from moe_groups._common.arguments import need
@@ -58,3 +58,12 @@ def say_hidden(table: "Table", rows: int) -> None:
     if rows:
         table.caption = f"... and {rows:,} more; --all or --json shows them"
         table.caption_justify = "left"
+
+
+def name_pattern(names: Sequence[str]) -> str:
+    """``layers.{0..31}.mlp`` for names that differ in a number."""
+    words = re.split(r"\d+", names[0])
+    numbers = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
+    ranges = [(min(found), max(found)) for found in map(tuple, numbers)]
+    shown = [str(low) if low == high else f"{{{low}..{high}}}" for low, high in ranges]
+    return "".join(word + number for word, number in zip(words, [*shown, ""], strict=True))

@@ -1,13 +1,11 @@
 """Hold only the gradients that this rank steps."""
 
-from typing import Any
-
-from moe_groups._deepspeed.engines import is_engine
+from moe_groups._deepspeed.engines import Engine, is_engine
 from moe_groups._deepspeed.exact_partitions import keep_exact_partitions
 from moe_groups.errors import InvalidArgumentError
 
 
-def compact_gradients(engine: Any) -> None:
+def compact_gradients(engine: Engine) -> None:
     """Keep exactly the gradients that this rank steps, and release them group by group.
 
     For ZeRO-1 and ZeRO-2 that accumulate gradients in the dtype of the model, which is the

@@ -8,7 +8,7 @@ from torch import distributed
 
 from moe_groups._deepspeed.around_step import check_steps_partitions
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups._deepspeed.engines import stepped_groups
+from moe_groups._deepspeed.engines import Engine, stepped_groups
 from moe_groups._deepspeed.process_groups import expert_parallel_rank
 from moe_groups.engine.step_options import Options, write_options
 from moe_groups.errors import InvalidArgumentError, OverrideError
@@ -17,7 +17,7 @@ from moe_groups.groups.rules import compile_pattern
 from moe_groups.tags import ExpertTag
 
 
-def select_groups(engine: Any, patterns: Sequence[str]) -> list[list[int]]:
+def select_groups(engine: Engine, patterns: Sequence[str]) -> list[list[int]]:
     """For each pattern the positions of this rank's groups; all ranks call it together.
 
     A pattern is compared with the same addresses as ``overrides``, but with global numbers of
@@ -47,7 +47,7 @@ def select_groups(engine: Any, patterns: Sequence[str]) -> list[list[int]]:
 
 
 def _select(
-    engine: Any, patterns: Sequence[str], found: TaggedModel
+    engine: Engine, patterns: Sequence[str], found: TaggedModel
 ) -> tuple[list[list[int]], str | None]:
     """Positions of the selected groups, and the problem of the first that is selected in part."""
     names = {
@@ -105,7 +105,7 @@ Schedule: TypeAlias = Callable[[int], Options]
 """Number of optimizer steps done so far to the options of the next one."""
 
 
-def set_group_options(engine: Any, pattern: str, **options: float | bool | None) -> None:
+def set_group_options(engine: Engine, pattern: str, **options: float | bool | None) -> None:
     """Set options of the groups that a pattern selects, from the next step on.
 
     All ranks call it together, between ``engine.step()`` and the next forward pass. Options
@@ -164,7 +164,7 @@ class GroupSchedule:
         >>> schedule.apply()  # in the training loop, first of all             # doctest: +SKIP
     """
 
-    def __init__(self, engine: Any, schedules: Sequence[tuple[str, Schedule]]) -> None:
+    def __init__(self, engine: Engine, schedules: Sequence[tuple[str, Schedule]]) -> None:
         _check_engine(engine, "GroupSchedule")
         self.engine, self.schedules = engine, list(schedules)
         self._selected = select_groups(engine, [pattern for pattern, _ in self.schedules])
@@ -180,7 +180,7 @@ class GroupSchedule:
         write_options(self.engine, wanted)
 
 
-def _check_engine(engine: Any, what: str) -> None:
+def _check_engine(engine: Engine, what: str) -> None:
     check_steps_partitions(engine, what)
     support_our_groups(moe=True)  # so that load_checkpoint applies the options
 

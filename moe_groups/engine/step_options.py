@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from moe_groups._deepspeed.engines import stepped_groups
+from moe_groups._deepspeed.engines import Engine, stepped_groups
 from moe_groups.tags import STEP_OPTIONS
 
 _OWN = "_own_options"
@@ -82,7 +82,7 @@ class StepHooks:
 _HOOKS: "weakref.WeakKeyDictionary[Any, StepHooks]" = weakref.WeakKeyDictionary()
 
 
-def write_options(engine: Any, options: Mapping[int, Options]) -> None:
+def write_options(engine: Engine, options: Mapping[int, Options]) -> None:
     """Set options of groups, by their position in the optimizer; None removes an option."""
     groups = engine.optimizer.param_groups
     switched: list[int] = []
@@ -97,14 +97,14 @@ def write_options(engine: Any, options: Mapping[int, Options]) -> None:
         _hold_frozen(engine, switched)
 
 
-def take_up_options(engine: Any) -> None:
+def take_up_options(engine: Engine) -> None:
     """Apply the options in the groups, for example after a checkpoint was loaded."""
     groups = getattr(engine.optimizer, "param_groups", [])
     if engine in _HOOKS or any(STEP_OPTIONS in group for group in groups):
         _hold_frozen(engine, range(len(groups)))
 
 
-def _hold_frozen(engine: Any, indices: Iterable[int]) -> None:
+def _hold_frozen(engine: Engine, indices: Iterable[int]) -> None:
     if engine not in _HOOKS:
         _HOOKS[engine] = StepHooks(engine.basic_optimizer)
     hooks, stepped = _HOOKS[engine], stepped_groups(engine)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from moe_groups._deepspeed.engines import (
+    Engine,
     Given,
     engine_data_parallel_group,
     given_options,
@@ -24,7 +25,7 @@ _Stepped = list[tuple[dict[str, Any], list[torch.Tensor]]]
 _Layout = tuple[Any, ...]
 
 
-def verify(engine: Any) -> None:
+def verify(engine: Engine) -> None:
     """Check the optimizer groups of an initialized engine; all ranks call it together.
 
     Checks that exactly one group steps every trainable parameter, with the learning rate and
@@ -134,7 +135,7 @@ def _check_marks(stepped: _Stepped, names: dict[int, str]) -> Iterator[str]:
                 )
 
 
-def _check_given(stepped: _Stepped, names: dict[int, str], engine: Any) -> Iterator[str]:
+def _check_given(stepped: _Stepped, names: dict[int, str], engine: Engine) -> Iterator[str]:
     given = given_options(engine)
     for index, (group, params) in enumerate(stepped):
         wrong: dict[tuple[str, float, float, str], list[str]] = {}
@@ -156,7 +157,7 @@ def _check_given(stepped: _Stepped, names: dict[int, str], engine: Any) -> Itera
 
 
 def _actual_options(
-    engine: Any, group: dict[str, Any], index: int, record: Given
+    engine: Engine, group: dict[str, Any], index: int, record: Given
 ) -> dict[str, float]:
     """The group's options now, with the learning rate from before a scheduler changed it."""
     actual = {key: float(group[key]) for key in record.options if key in group}
@@ -177,7 +178,7 @@ def _layout(group: dict[str, Any], params: list[torch.Tensor], names: dict[int, 
     return _name(group), bool(group.get("moe")), options, members
 
 
-def _agree(engine: Any, problems: list[str], layout: list[_Layout]) -> None:
+def _agree(engine: Engine, problems: list[str], layout: list[_Layout]) -> None:
     """Compare ``layout`` over the ranks; raise the same error everywhere."""
     group = engine_data_parallel_group(engine)
     ranks = torch.distributed.get_process_group_ranks(group)

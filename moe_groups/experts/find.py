@@ -272,14 +272,16 @@ class _Finder:
         if not flags:
             return
         places = find_places(self.nodes, flags)
-        found, last, known = None, None, None
+        found, last = None, None
+        known: tuple[Any, ...] = (None,)
         for row, flag in flags.items():
             place = places[flag]
             if place is None:
                 experts[row] = self._alone(row, flag)
                 continue
             marks = tuple(map(params[flag].__dict__.get, _MARKS))
-            if place is not last or marks != known:  # else of the same expert as the one before
+            same = place is last and marks == known and type(marks[0]) is type(known[0])
+            if not same:  # another expert than that of the row before; True is no 1
                 found, last, known = self._expert(row, flag, place, marks), place, marks
             experts[row] = found
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from moe_groups._deepspeed.engines import backward_scale, known_engines, runs_backward
+from moe_groups._deepspeed.engines import Engine, backward_scale, known_engines, runs_backward
 from moe_groups.errors import InvalidArgumentError
 
 Scale: TypeAlias = float | Callable[[], float]
@@ -77,7 +77,7 @@ def _value(scale: Scale | None) -> float:
     return scale() if callable(scale) else scale
 
 
-def gradient_scale(engine: Any) -> float:
+def gradient_scale(engine: Engine) -> float:
     """The factor by which ``engine.backward(loss)`` multiplies the loss.
 
     The loss scale (fp16) divided by ``gradient_accumulation_steps``.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from moe_groups._deepspeed.engines import stage_of
+from moe_groups._deepspeed.engines import Engine, stage_of
 from moe_groups._deepspeed.layers import routed, routers_of
 from moe_groups._deepspeed.monitor import send
 from moe_groups.errors import InvalidArgumentError
@@ -102,7 +102,7 @@ class LossTracker:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         *,
         coefficient: float,
         interval: int = 50,

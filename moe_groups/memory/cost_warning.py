@@ -6,7 +6,6 @@ ways to cut are priced exactly, and the warning names the best of them: there is
 the search would find better groups, and the named peak can always be reached.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import TypeAlias
 
 from moe_groups._common.arguments import SplitBy
 from moe_groups._common.units import show_bytes
+from moe_groups._common.warn import warn
 from moe_groups.errors import CostlyGroupsWarning
 from moe_groups.groups.grouping import lines, padded_partition
 from moe_groups.groups.keys import PlannedGroup, Table, Tiles
@@ -56,13 +56,12 @@ def warn_if_costly(
     enough, number = min((peak_of(cut, world, config, True), cut.total()) for cut in cuts)
     if _is_costly(peak, enough):
         assumed = "" if step else " (assumed; say how you step with step=StepConfig(...))"
-        warnings.warn(
+        warn(
             f"the optimizer step over these {len(groups)} groups will peak at {show_bytes(peak)} "
             f"on {world} ranks with {config.label}{assumed}; with split_by={split_by!r} "
             f"{show_bytes(enough)} is enough, in {number} groups: see "
             "step_memory_budget='auto' or plan_param_groups.",
             CostlyGroupsWarning,
-            stacklevel=6,
         )
 
 

@@ -10,6 +10,7 @@ from moe_groups._deepspeed.around_step import (
     check_steps_partitions,
     clipping_divisor,
 )
+from moe_groups._deepspeed.engines import Engine
 from moe_groups._deepspeed.monitor import send
 from moe_groups.engine.step_options import stepped_lr
 from moe_groups.errors import InvalidArgumentError
@@ -46,7 +47,7 @@ class GroupMetrics:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         *,
         interval: int = 50,
         per_expert: bool = False,

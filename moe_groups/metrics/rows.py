@@ -12,7 +12,7 @@ from torch import distributed
 
 from moe_groups._deepspeed.around_step import is_counted
 from moe_groups._deepspeed.checkpoints import checkpoint_rank, laid_out_groups
-from moe_groups._deepspeed.engines import steps_parameters
+from moe_groups._deepspeed.engines import Engine, steps_parameters
 from moe_groups._deepspeed.process_groups import expert_parallel_rank
 from moe_groups.experts.find import find_experts
 from moe_groups.tags import ExpertTag, numel_of, shape_of
@@ -64,7 +64,7 @@ def block_of(name: str) -> str:
     return ".".join(parts[:-1]) or name
 
 
-def stepped_tensors(engine: Any) -> tuple[list[Stepped], list[Row]]:
+def stepped_tensors(engine: Engine) -> tuple[list[Stepped], list[Row]]:
     """What this rank steps, and the rows of all that it shares, in the order of the groups.
 
     Each element of the model is in a piece of exactly one rank: copies of a parameter on other

@@ -11,7 +11,7 @@ from torch import distributed, nn
 
 from moe_groups._common.arguments import check_one_of, need
 from moe_groups._common.own_folder import finished_file
-from moe_groups._common.ranks import together
+from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.units import parse_bytes
 from moe_groups._deepspeed.engines import is_pipeline
 from moe_groups._deepspeed.process_groups import tensor_parallel_size
@@ -172,7 +172,7 @@ class _Job:
                     f"{error.filename or self.directory} cannot be written: {error.strerror}."
                 ) from error
 
-        together(checked) if distributed.is_initialized() else checked()
+        on_all_ranks(checked) if distributed.is_initialized() else checked()
 
     def check_directory(self) -> None:
         if self.rank:

@@ -340,9 +340,16 @@ def forget_process_groups() -> None:
     and a grid of pipelines makes dozens.
     """
     import torch
+    from deepspeed.moe import sharded_moe
     from deepspeed.utils import groups
 
     _destroy_engines()
+    for samplers in (
+        sharded_moe.uniform_map,
+        sharded_moe.gumbel_map,
+        sharded_moe.exp_selection_uniform_map,
+    ):
+        samplers.clear()  # they have the default dtype of their first use
     for known in (
         groups._EXPERT_PARALLEL_GROUP,
         groups._EXPERT_PARALLEL_GROUP_RANKS,
@@ -367,4 +374,6 @@ def _destroy_engines() -> None:
     while engines:
         with contextlib.suppress(Exception):  # its start may have failed halfway
             engines.pop().destroy()
+    if "moe_groups._deepspeed.engines" in sys.modules:
+        _module("moe_groups._deepspeed.engines")._ENGINES.clear()  # some live on in their hooks
     gc.collect()

@@ -1,15 +1,16 @@
 """Before a checkpoint is loaded: were its groups those that the engine has?"""
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import distributed
 
-from moe_groups._deepspeed.engines import wrapper_name
+from moe_groups._common.ranks import on_all_ranks
+from moe_groups._common.warn import warn
+from moe_groups._deepspeed.engines import Engine, wrapper_name
 from moe_groups.checkpoints.files import (
     CheckpointFiles,
     check_saved,
@@ -28,7 +29,7 @@ from moe_groups.errors import CheckpointError, CheckpointWarning
 
 _SHOWN = 8
 
-Kind = Literal["same", "absent", "unknown", "other", "world", "unreadable"]
+Kind = Literal["same", "absent", "unknown", "other", "world"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +38,19 @@ class Finding:
 
     Attributes:
         kind: "same" (names may differ); "absent" (there is no such checkpoint, as DeepSpeed will
-            say); "unknown" (nothing says what the groups were); "other" groups; another "world";
-            "unreadable".
-        text: what is wrong.
+            say); "unknown" (nothing says what the groups were); "other" groups; another "world".
         tag: of the checkpoint that this rank would load.
         step: of this rank's optimizer state.
     """
 
     kind: Kind
-    text: str = ""
     tag: str | None = None
     step: float | None = None
 
 
 @contextlib.contextmanager
 def checked(
-    engine: Any, load_dir: Path, tag: str | None, *, convert: bool, scratch_dir: Path | None
+    engine: Engine, load_dir: Path, tag: str | None, *, convert: bool, scratch_dir: Path | None
 ) -> Iterator[Path]:
     """The directory to load from; all ranks enter together, and all raise if one has to.
 
@@ -63,8 +61,7 @@ def checked(
         CheckpointMismatchError: the checkpoint was saved with other groups, parameters or ranks.
         CheckpointError: it is damaged, or ranks do not see the same.
     """
-    findings: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(findings, _examine(engine, load_dir, tag))
+    findings = on_all_ranks(lambda: _examine(engine, load_dir, tag))
     if problem := _problem(load_dir, findings):
         raise CheckpointError(f"{problem} Nothing was loaded.")
     kinds, tag = {finding.kind for finding in findings}, findings[0].tag
@@ -77,21 +74,17 @@ def checked(
             return
         refuse(engine, load_dir, tag)
     if tag is not None and "unknown" in kinds:
-        warnings.warn(
+        warn(
             f"{load_dir / tag} has no {FILE_NAME}, and {wrapper_name(engine)} does not "
             "write which parameters its groups hold: it is loaded by position, right only if the "
             "groups are the same.",
             CheckpointWarning,
-            stacklevel=5,
         )
     yield load_dir
 
 
 def _problem(load_dir: Path, findings: list[Finding]) -> str | None:
     """What keeps all ranks from loading, in a sentence; None if nothing does."""
-    for finding in findings:
-        if finding.kind == "unreadable":
-            return finding.text
     if len({finding.tag for finding in findings}) > 1:
         tags = [f"rank {rank}: {finding.tag!r}" for rank, finding in enumerate(findings)]
         return f"ranks would load different checkpoints of {load_dir} ({', '.join(tags[:_SHOWN])})."
@@ -110,8 +103,12 @@ def _problem(load_dir: Path, findings: list[Finding]) -> str | None:
     return None
 
 
-def _examine(engine: Any, load_dir: Path, tag: str | None) -> Finding:
-    """This rank's view; never raises, as the others wait for it."""
+def _examine(engine: Engine, load_dir: Path, tag: str | None) -> Finding:
+    """This rank's view.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another checkpoint.
+    """
     try:
         if tag is None:
             tag = read_latest(load_dir)
@@ -124,12 +121,10 @@ def _examine(engine: Any, load_dir: Path, tag: str | None) -> Finding:
         (check_whole if distributed.get_rank() == 0 else check_saved)(files)
         return replace(_compare(engine, files), tag=tag)
     except CheckpointError as error:
-        return Finding("unreadable", str(error))
-    except Exception as error:
-        return Finding("unreadable", f"{load_dir} ({tag}): {type(error).__name__}: {error}.")
+        raise CheckpointError(f"{error} Nothing was loaded.") from error
 
 
-def _compare(engine: Any, files: CheckpointFiles) -> Finding:
+def _compare(engine: Engine, files: CheckpointFiles) -> Finding:
     rank, running = own_groups(engine)
     maps = wrapper_name(engine) in WRAPPERS
     if files.manifest.is_file():
@@ -149,22 +144,24 @@ def _by_manifest(manifest: Manifest, rank: Rank, running: list[FlatGroup]) -> Fi
 
 
 def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> Finding:
-    """Compare with what DeepSpeed's own file of this rank holds."""
+    """Compare with what DeepSpeed's own file of this rank holds.
+
+    Raises:
+        CheckpointError: that file is missing, damaged, or not of this checkpoint.
+    """
     if rank not in files.shards:
         if not files.shards or files.manifest.is_file():
-            return Finding(
-                "unreadable",
+            raise CheckpointError(
                 f"{files.folder} has no optimizer state of data-parallel rank {rank.data} "
-                f"(model-parallel rank {rank.model}).",
+                f"(model-parallel rank {rank.model})."
             )
         return Finding("world")
     shard = read_shard(files.shards[rank], elastic=True)
     if shard.holds(rank, running):
         return Finding("same", step=step_of_shard(shard))
     if files.manifest.is_file():
-        return Finding(
-            "unreadable",
+        raise CheckpointError(
             f"{files.manifest} says that the groups are those of this run, but {shard.path.name} "
-            "holds others: the files are not of one checkpoint.",
+            "holds others: the files are not of one checkpoint."
         )
     return Finding("other")

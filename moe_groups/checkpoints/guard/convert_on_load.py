@@ -3,14 +3,15 @@
 import contextlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import distributed
 
 from moe_groups._common.own_folder import own
+from moe_groups._common.ranks import on_all_ranks, on_first_rank
 from moe_groups._deepspeed.checkpoints import checkpoint_rank
+from moe_groups._deepspeed.engines import Engine
 from moe_groups.checkpoints.convert.copying import Copier, Sums
 from moe_groups.checkpoints.convert.model import write_model
 from moe_groups.checkpoints.convert.shard import new_shard, write_shard
@@ -32,7 +33,7 @@ from moe_groups.errors import CheckpointError
 
 
 @contextlib.contextmanager
-def regrouped(engine: Any, load_dir: Path, tag: str, scratch_dir: Path | None) -> Iterator[Path]:
+def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None) -> Iterator[Path]:
     """A directory with the checkpoint in the engine's groups, while the context is open.
 
     All ranks enter and leave together. The weights of experts are links to the source.
@@ -42,11 +43,17 @@ def regrouped(engine: Any, load_dir: Path, tag: str, scratch_dir: Path | None) -
             reach the files.
     """
     gathered = gather_layout(engine)
-    layouts, target, directory = _on_first_rank(
-        lambda: _begin(load_dir, tag, gathered, scratch_dir)
-    )
+    source, target, directory = on_first_rank(lambda: _begin(load_dir, tag, gathered, scratch_dir))
+
+    def convert() -> None:
+        try:
+            _convert(engine, load_dir, tag, source, target, directory)
+        except CheckpointError as error:
+            rank = distributed.get_rank()
+            raise CheckpointError(f"rank {rank}: {error} Nothing was loaded.") from error
+
     try:
-        _on_all_ranks(lambda: _convert(engine, load_dir, tag, layouts, target, directory))
+        on_all_ranks(convert)
         yield directory
     finally:
         distributed.barrier()
@@ -85,7 +92,7 @@ def _begin(
 
 
 def _convert(
-    engine: Any, load_dir: Path, tag: str, layout: Layout, target: Layout, directory: Path
+    engine: Engine, load_dir: Path, tag: str, layout: Layout, target: Layout, directory: Path
 ) -> None:
     """This rank's optimizer state, and on the first of each model-parallel rank the rest."""
     folder = directory / tag
@@ -125,37 +132,3 @@ def _checked_here(files: CheckpointFiles, target: Layout, rank: Rank) -> list[Pa
     ]
     experts = [path for path in files.others() if path.name.endswith(STATES)]
     return shards + experts[sorted(target.order).index(rank) :: len(target.order)]
-
-
-def _on_first_rank(work: Callable[[], Any]) -> Any:
-    """What ``work`` gives on the first rank, on all of them; its error is raised on all."""
-    box: list[Any] = [None]
-    if distributed.get_rank() == 0:
-        try:
-            box = [work()]
-        except Exception as error:  # the others wait for it
-            box = [_as_ours(error)]
-    distributed.broadcast_object_list(box)
-    if isinstance(box[0], CheckpointError):
-        raise box[0]
-    return box[0]
-
-
-def _on_all_ranks(work: Callable[[], None]) -> None:
-    """Do the work everywhere; if it fails on one rank, all raise that rank's error."""
-    problem: CheckpointError | None = None
-    try:
-        work()
-    except Exception as error:  # the others wait for it
-        problem = _as_ours(error)
-    problems: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(problems, problem)
-    for rank, found in enumerate(problems):
-        if found is not None:
-            raise CheckpointError(f"rank {rank}: {found} Nothing was loaded.")
-
-
-def _as_ours(error: Exception) -> CheckpointError:
-    if isinstance(error, CheckpointError):
-        return error
-    return CheckpointError(f"{type(error).__name__}: {error}")

@@ -8,7 +8,7 @@ import torch
 from torch import distributed
 
 from moe_groups._deepspeed.checkpoints import LaidOut, checkpoint_rank, laid_out_groups
-from moe_groups._deepspeed.engines import wrapper_name
+from moe_groups._deepspeed.engines import Engine, wrapper_name
 from moe_groups._deepspeed.patching import deepspeed_version
 from moe_groups._deepspeed.process_groups import expert_parallel_rank
 from moe_groups._version import __version__
@@ -26,7 +26,7 @@ from moe_groups.groups.grouping import fingerprint
 from moe_groups.tags import LABELS, get_expert_tag, parallel_group_of, shape_of
 
 
-def own_groups(engine: Any) -> tuple[Rank, list[FlatGroup]]:
+def own_groups(engine: Engine) -> tuple[Rank, list[FlatGroup]]:
     """This rank and its groups, in the order of the optimizer; no communication."""
     rank = Rank(*checkpoint_rank(engine))
     return rank, [_flat_group(laid_out, rank) for laid_out in laid_out_groups(engine)]
@@ -56,7 +56,7 @@ def _flat_param(name: str, param: torch.Tensor, offset: int, ep_rank: int | None
     return FlatParam(name, math.prod(shape), offset, shape, dtype, expert)
 
 
-def gather_layout(engine: Any) -> Layout | None:
+def gather_layout(engine: Engine) -> Layout | None:
     """The layout of all ranks, on the first one; None elsewhere. All ranks call it together.
 
     A group is sent by one of the ranks that share it, so what the first rank receives grows
@@ -87,7 +87,7 @@ def gather_layout(engine: Any) -> Layout | None:
     return merge_ranks([(head, [known[key] for key in named]) for head, named, _ in heads])
 
 
-def _own_groups_or_problem(engine: Any) -> tuple[Rank | None, list[FlatGroup], str | None]:
+def _own_groups_or_problem(engine: Engine) -> tuple[Rank | None, list[FlatGroup], str | None]:
     """The others wait for this rank, whatever is wrong with it."""
     try:
         return *own_groups(engine), None
@@ -95,7 +95,7 @@ def _own_groups_or_problem(engine: Any) -> tuple[Rank | None, list[FlatGroup], s
         return None, [], f"{type(error).__name__}: {error}"
 
 
-def with_options_of(engine: Any, layout: Layout) -> Layout:
+def with_options_of(engine: Engine, layout: Layout) -> Layout:
     """The layout with the hyperparameters that the engine's groups have now.
 
     Groups stand at the same place of all ranks, so this rank's tell those of the others too.
@@ -112,7 +112,7 @@ def with_options_of(engine: Any, layout: Layout) -> Layout:
     return Layout(tuple(groups), layout.order)
 
 
-def describe_run(engine: Any, layout: Layout) -> Manifest:
+def describe_run(engine: Engine, layout: Layout) -> Manifest:
     """The manifest of a running engine, without files."""
     about = {
         "step": engine.global_steps,

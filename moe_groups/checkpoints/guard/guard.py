@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from torch import distributed
 
 from moe_groups._common.arguments import check_one_of
 from moe_groups._common.own_folder import is_plain
-from moe_groups._common.ranks import together
+from moe_groups._common.ranks import on_all_ranks
+from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_tag
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups._deepspeed.engines import is_engine
+from moe_groups._deepspeed.engines import Engine, is_engine
 from moe_groups.checkpoints.files import check_tag, list_files
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout, with_options_of
 from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
@@ -45,7 +45,7 @@ class Guard:
 
 
 def protect_checkpoints(
-    engine: Any, *, regroup: Regroup = "refuse", scratch_dir: str | Path | None = None
+    engine: Engine, *, regroup: Regroup = "refuse", scratch_dir: str | Path | None = None
 ) -> None:
     """Choose what happens to the engine's checkpoints; all ranks call it alike.
 
@@ -83,25 +83,25 @@ def protect_checkpoints(
     set_guard(engine, guard)
 
 
-def guard_of(engine: Any) -> Guard | None:
+def guard_of(engine: Engine) -> Guard | None:
     """None where the engine's checkpoints are not guarded."""
     guard: Guard | None = getattr(engine, _GUARD, None)
     return guard
 
 
-def set_guard(engine: Any, guard: Guard | None) -> None:
+def set_guard(engine: Engine, guard: Guard | None) -> None:
     """Guard the engine's checkpoints with this; None leaves them to DeepSpeed."""
     setattr(engine, _GUARD, guard)
 
 
-def guard_from_now_on(engine: Any) -> None:
+def guard_from_now_on(engine: Engine) -> None:
     """Guard the checkpoints of an engine that is initialized over our groups."""
     if guard_of(engine) is None:
         set_guard(engine, Guard())
 
 
 def guarded_save(
-    engine: Any, save: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    engine: Engine, save: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """DeepSpeed's ``save_checkpoint``, with our file beside its files."""
     guard = guard_of(engine)
@@ -110,108 +110,110 @@ def guarded_save(
     if not save_dir:
         return save(*args, **kwargs)
     call.arguments["tag"] = tag = checkpoint_tag(engine, call.arguments.get("tag"))
-    folder = Path(save_dir) / tag
-    if guard is not None and guard.regroup == "off":
-        guard = None
-    if guard is not None:
-        together(lambda: check_tag(tag))
-    if guard is None or engine.checkpoint_engine.is_decoupled():
-        return _save_unmarked(engine, guard, folder, call, save)
-    layout, writes = _layout(engine, guard), _writes(engine)
+    folder, writes = Path(save_dir) / tag, _writes(engine)
+    guarded = guard is not None and guard.regroup != "off"
+    if guarded:
+        on_all_ranks(lambda: check_tag(tag))
+    if guard is None or not guarded or engine.checkpoint_engine.is_decoupled():
+        if writes and is_plain(tag):  # what an older save said of this folder no longer holds
+            for name in (FILE_NAME, UNFINISHED):
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+        if guard is None or not guarded:
+            return save(*call.args, **call.kwargs)
+        return _save_decoupled(engine, guard, folder, lambda: save(*call.args, **call.kwargs))
+    layout, problems = _layout(engine, guard)
     announces = call.arguments.get("save_latest", True) and distributed.get_rank() == 0
     call.arguments["save_latest"] = False  # DeepSpeed does not wait for the other ranks
-    together(lambda: mark_unfinished(folder) if writes else None)
+    on_all_ranks(lambda: mark_unfinished(folder) if writes else None)
     result = save(*call.args, **call.kwargs)
-    try:
-        if layout is not None and writes:
-            _write(engine, layout, folder)
-    finally:  # the others wait, also for what a filter makes of a warning
-        together(lambda: mark_finished(folder) if writes else None)
-        together(lambda: announce(Path(save_dir), tag) if announces else None)
+    if layout is not None and writes:
+        problems += _write(engine, layout, folder, finished=True)
+    on_all_ranks(lambda: mark_finished(folder) if writes else None)
+    on_all_ranks(lambda: announce(Path(save_dir), tag) if announces else None)
+    _warn(problems)
     return result
 
 
-def _save_unmarked(
-    engine: Any,
-    guard: Guard | None,
-    folder: Path,
-    call: inspect.BoundArguments,
-    save: Callable[..., Any],
-) -> Any:
-    """Save without a guard, or with a checkpoint engine that goes on writing after the call."""
-    layout = None if guard is None else _layout(engine, guard)
-    tag = call.arguments["tag"]
-    if _writes(engine) and is_plain(tag):  # what is there of an older save is wrong from now on
-        for name in (FILE_NAME, UNFINISHED):
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()
-    result = save(*call.args, **call.kwargs)
-    if guard is not None:
-        try:
-            if layout is not None and _writes(engine):
-                _write(engine, layout, folder)
-        finally:
-            distributed.barrier()
+def _save_decoupled(engine: Engine, guard: Guard, folder: Path, save: Callable[[], Any]) -> Any:
+    """Save with a checkpoint engine that goes on writing after the call."""
+    layout, problems = _layout(engine, guard)
+    result = save()
+    if layout is not None and _writes(engine):
+        problems += _write(engine, layout, folder, finished=False)
+    distributed.barrier()
+    _warn(problems)
     return result
 
 
-def _writes(engine: Any) -> bool:
+def _writes(engine: Engine) -> bool:
     """Does this rank write the file?"""
     rank = engine.local_rank if engine.use_node_local_storage() else distributed.get_rank()
     return bool(rank == 0)
 
 
-def _layout(engine: Any, guard: Guard) -> Layout | None:
-    """Of all ranks, on the ranks that write it; nobody raises, as DeepSpeed can save without."""
+def _layout(engine: Engine, guard: Guard) -> tuple[Layout | None, list[str]]:
+    """Of all ranks, on the ranks that write it, and what is to be warned of.
+
+    No rank raises: DeepSpeed can save without a layout.
+    """
+    problems = []
     if not guard.gathered:
         guard.gathered = True
         try:
             guard.layout = gather_layout(engine)
         except CheckpointError as error:
-            _warn(f"{FILE_NAME} is not written, as {error}")
+            problems.append(f"{FILE_NAME} is not written, as {str(error).rstrip('.')}{_WITHOUT}")
         if engine.use_node_local_storage():
             box = [guard.layout]
             distributed.broadcast_object_list(box)
             guard.layout = box[0]
-    return guard.layout
+    return guard.layout, problems
 
 
-def _write(engine: Any, layout: Layout, folder: Path) -> None:
+def _write(engine: Engine, layout: Layout, folder: Path, finished: bool) -> list[str]:
+    """Write the manifest of a checkpoint; what is to be warned of once all ranks have saved.
+
+    Args:
+        finished: all files are there, and are listed.
+    """
+    problems = []
     try:
         manifest = describe_run(engine, with_options_of(engine, layout))
-        write_manifest(_with_files(engine, manifest, folder), folder / FILE_NAME)
-    except Exception as error:
-        _warn(f"{folder} was saved, but {FILE_NAME} could not be written ({error})")
-    if not engine.checkpoint_engine.is_decoupled():
-        _warn_of_missing_weights(layout, folder)
+        if finished:
+            manifest = _with_files(manifest, folder)
+        write_manifest(manifest, folder / FILE_NAME)
+    except (OSError, TypeError, ValueError) as error:  # the last two: options that JSON cannot hold
+        problems.append(
+            f"{folder} was saved, but {FILE_NAME} could not be written ({error}){_WITHOUT}"
+        )
+    if finished:
+        problems += _missing_weights(layout, folder)
+    return problems
 
 
-def _warn_of_missing_weights(layout: Layout, folder: Path) -> None:
+_WITHOUT = ": the checkpoint can be loaded and converted as one of a run without moe-groups."
+
+
+def _missing_weights(layout: Layout, folder: Path) -> list[str]:
     """DeepSpeed saves dense weights on ranks that are first among those that share experts."""
     saved = list_files(folder.parent, folder.name).models
-    if missing := [rank for rank in layout.model_ranks if rank not in saved]:
-        warnings.warn(
-            f"DeepSpeed wrote no weights of the model-parallel rank(s) {missing} into {folder} "
-            "(mp_rank_*_model_states.pt), as tensor-parallel ranks share all experts: the "
-            "checkpoint cannot be loaded. Use an ep_size that is a multiple of the "
-            "tensor-parallel size.",
-            CheckpointWarning,
-            stacklevel=5,
-        )
+    missing = [rank for rank in layout.model_ranks if rank not in saved]
+    if not missing:
+        return []
+    return [
+        f"DeepSpeed wrote no weights of the model-parallel rank(s) {missing} into {folder} "
+        "(mp_rank_*_model_states.pt), as tensor-parallel ranks share all experts: the checkpoint "
+        "cannot be loaded. Use an ep_size that is a multiple of the tensor-parallel size."
+    ]
 
 
-def _warn(what: str) -> None:
-    warnings.warn(
-        f"{what.rstrip('.')}: the checkpoint can be loaded and converted as one of a run without "
-        "moe-groups.",
-        CheckpointWarning,
-        stacklevel=5,  # the caller of save_checkpoint
-    )
+def _warn(problems: list[str]) -> None:
+    for problem in problems:
+        warn(problem, CheckpointWarning)
 
 
-def _with_files(engine: Any, manifest: Manifest, folder: Path) -> Manifest:
-    if engine.checkpoint_engine.is_decoupled():  # it is still writing
-        return manifest
+def _with_files(manifest: Manifest, folder: Path) -> Manifest:
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -221,7 +223,7 @@ def _with_files(engine: Any, manifest: Manifest, folder: Path) -> Manifest:
 
 
 def guarded_load(
-    engine: Any, load: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    engine: Engine, load: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """DeepSpeed's ``load_checkpoint`` for a checkpoint that was saved with the same groups."""
     guard = guard_of(engine)
@@ -245,7 +247,7 @@ def guarded_load(
     return path, client_state
 
 
-def _loads_state(engine: Any, given: Mapping[str, Any]) -> bool:
+def _loads_state(engine: Engine, given: Mapping[str, Any]) -> bool:
     """Does this call put optimizer state into groups?"""
     return bool(
         given["load_optimizer_states"]
@@ -258,12 +260,12 @@ def _loads_state(engine: Any, given: Mapping[str, Any]) -> bool:
 _NAMES = ("name", *LABELS)
 
 
-def _names(engine: Any) -> list[dict[str, Any]]:
+def _names(engine: Engine) -> list[dict[str, Any]]:
     groups = engine.optimizer.param_groups
     return [{key: group[key] for key in _NAMES if key in group} for group in groups]
 
 
-def _restore_names(engine: Any, names: list[dict[str, Any]]) -> None:
+def _restore_names(engine: Engine, names: list[dict[str, Any]]) -> None:
     """DeepSpeed takes the names from the checkpoint; those of the run are registered."""
     for group, own in zip(engine.optimizer.param_groups, names, strict=True):
         for key in _NAMES:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import distributed
-
+from moe_groups._common.ranks import on_first_rank
+from moe_groups._deepspeed.engines import Engine
 from moe_groups.checkpoints.files import find_checkpoint
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout
 from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank
@@ -20,7 +20,7 @@ from moe_groups.errors import CheckpointError, CheckpointMismatchError
 _SHOWN = 8
 
 
-def refuse(engine: Any, load_dir: Path, tag: str) -> NoReturn:
+def refuse(engine: Engine, load_dir: Path, tag: str) -> NoReturn:
     """Raise what differs, the same on all ranks; the first one reads all files for it.
 
     Raises:
@@ -28,17 +28,15 @@ def refuse(engine: Any, load_dir: Path, tag: str) -> NoReturn:
         CheckpointError: what the groups were cannot be read.
     """
     layout = gather_layout(engine)
-    box: list[Any] = [None]
-    if layout is not None:
+
+    def find() -> CheckpointMismatchError:
+        assert layout is not None  # on the first rank
         try:
-            box = [_refusal(describe_run(engine, layout), load_dir, tag)]
+            return _refusal(describe_run(engine, layout), load_dir, tag)
         except CheckpointError as error:
-            box = [CheckpointError(f"{error} Nothing was loaded.")]
-        except Exception as error:
-            text = f"{load_dir / tag}: {type(error).__name__}: {error}. Nothing was loaded."
-            box = [CheckpointError(text)]
-    distributed.broadcast_object_list(box)
-    raise box[0]
+            raise CheckpointError(f"{error} Nothing was loaded.") from error
+
+    raise on_first_rank(find)
 
 
 def _refusal(run: Manifest, load_dir: Path, tag: str) -> CheckpointMismatchError:

@@ -222,3 +222,14 @@ def test_an_expert_without_a_group_name_is_an_error_and_nothing_is_tagged() -> N
     with pytest.raises(TagError, match=r"second\.experts\.0\.up\.weight"):
         tag_experts(model)
     assert not [p for p in model.parameters() if hasattr(p, "expert_group_name")]
+
+
+def test_true_is_no_number_behind_an_expert_with_one() -> None:
+    model = nn.Module()
+    model.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    for number, expert in enumerate(model.experts):
+        for param in expert.parameters():
+            set_expert_tag(param, ExpertTag("ep_size_1", "moe", number))
+    model.experts[1].bias.__dict__["expert_number"] = True
+    with pytest.raises(TagError, match=r"experts\.1\.bias"):
+        tag_experts(model)
