@@ -18,15 +18,15 @@ from moe_groups.tags import (
     set_expert_tag,
 )
 
-check_contract()  # now, and not in the middle of a run that has its layers already
+check_contract()  # now, and not in the middle of a run
 
 
 class MoE(DeepSpeedMoE):
-    """DeepSpeed's mixture-of-experts layer with an ``expert_group_name`` of its own.
+    """DeepSpeed's mixture-of-experts layer with an ``expert_group_name``.
 
     Computes what ``deepspeed.moe.layer.MoE`` computes and has the same state dict. Each
     expert parameter carries ``expert_group_name`` and ``expert_number`` (0 to
-    ``num_local_experts - 1``, the same on every rank) beside DeepSpeed's ``allreduce``
+    ``num_local_experts - 1``, the same on every rank) besides DeepSpeed's ``allreduce``
     and ``group_name``, and keeps them through ``copy.deepcopy`` and ``pickle``.
 
     All arguments but the last are DeepSpeed's (``deepspeed/moe/layer.py``).
@@ -100,7 +100,7 @@ class MoE(DeepSpeedMoE):
         self._set_layer_id(new_layer_id())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoE":
-        """Copy with the tags, which ``Parameter.__deepcopy__`` leaves behind.
+        """Copy with the tags, which ``Parameter.__deepcopy__`` loses.
 
         Process groups are shared and the last auxiliary loss is detached: neither can be
         copied, and DeepSpeed's layer holds both once it has run.
@@ -119,7 +119,7 @@ class MoE(DeepSpeedMoE):
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle as a layer of its own, beside others of this process."""
+        """Unpickle as a new layer, distinct from other layers of this process."""
         super().__setstate__(state)
         self._set_layer_id(new_layer_id())
 

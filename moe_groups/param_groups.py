@@ -37,7 +37,7 @@ def create_moe_param_groups(
 ) -> list[ParamGroup]:
     """Group parameters for an optimizer that DeepSpeed wraps (ZeRO-1, ZeRO-2, BF16_Optimizer).
 
-    Also for FSDP2: DTensors of different device meshes are in different groups.
+    Works for FSDP2 too: DTensors of different device meshes are in different groups.
 
     Call it before ``deepspeed.initialize`` and build the optimizer from the result. Each
     trainable parameter is in exactly one group. No group mixes dense and expert
@@ -46,37 +46,36 @@ def create_moe_param_groups(
 
     Args:
         params: a module, parameters, ``(name, parameter)`` pairs, or group dicts with
-            hyperparameters of their own. A module is tagged on the way (:func:`tag_experts`).
-            Frozen and zero-element parameters are left out, as DeepSpeed does.
-        split_by: "parallel_group" (all experts of one expert-parallel size together, as
-            DeepSpeed does), "module" (a group for each MoE layer) or "expert".
+            hyperparameters of their own. A module is tagged first (:func:`tag_experts`).
+            Frozen and zero-element parameters are left out, as in DeepSpeed.
+        split_by: "parallel_group" (one group for all experts of one expert-parallel size, as
+            in DeepSpeed), "module" (a group for each MoE layer) or "expert".
         max_group_size: most elements of a group, dense groups included. Larger groups are
-            cut in as few tiles as possible, and those as even as the order allows; a
-            single parameter over the cap is a group of its own. None: no cap.
+            cut into the fewest tiles, which are as even as the order allows; a single
+            parameter over the cap has a group to itself. None: no cap.
         max_group_bytes: the same cap as bytes of one rank's partition in the parameters'
-            dtype (before DeepSpeed casts them). The smaller cap holds where both are given.
+            dtype (before DeepSpeed casts them). If both are given, the smaller cap applies.
         data_parallel_size: ranks of the data-parallel world, for ``max_group_bytes``.
-            None: the world size of ``torch.distributed``; give it where tensor or pipeline
+            None: the world size of ``torch.distributed``; pass it if tensor or pipeline
             parallelism makes it smaller.
         weight_decay: for groups that do not have their own.
-        no_decay: ``(name, parameter) -> bool``; weight decay is 0 where it says True and
-            the caller's group has none of its own. :func:`is_norm_or_bias` is a ready one.
+        no_decay: ``(name, parameter) -> bool``; weight decay is 0 where it returns True and
+            the caller's group sets none, for example :func:`is_norm_or_bias`.
         overrides: ``(pattern, options)`` pairs. A glob pattern selects parameters by
             qualified name, by a module above them, or as ``<layer>.expert.<number>`` with
-            the layer's label or module path and the number on this rank. Options win over
-            everything else.
-        plan: make these groups, with the rules that the plan was made with; goes without
-            all other arguments.
+            the layer's label or module path and the number on this rank. These options win
+            over all others.
+        plan: make the groups of this plan, with its rules; excludes all other arguments.
         step_memory_budget: cut and order the groups as :func:`plan_param_groups` does, in
             place of a cap: bytes, a string such as "2GiB", or "auto".
         step: how the model will be stepped: for ``step_memory_budget``, for the warning
-            where groups cost more than they need to, and, under tensor parallelism, for
-            ``max_group_bytes`` of whole experts.
+            about costly groups, and, under tensor parallelism, for ``max_group_bytes`` of
+            uncut experts.
 
     Returns:
         Group dicts in the order dense, then experts by layer, expert and tile. Expert
-        groups have ``moe=True``, ``expert_group_name`` and ``expert_number`` (None where
-        not split so far).
+        groups have ``moe=True``, ``expert_group_name`` and ``expert_number`` (None if
+        ``split_by`` is coarser).
 
     Raises:
         InvalidArgumentError: an argument is out of range.
@@ -88,8 +87,8 @@ def create_moe_param_groups(
 
     Warns:
         CostlyGroupsWarning: the step over the groups peaks at more than 1.5 times what other
-            groups with the same ``split_by`` need, where the number of ranks is known. Only
-            simple ones are tried; :func:`plan_param_groups` searches.
+            groups with the same ``split_by`` need, if the number of ranks is known. It compares
+            with simple groups only; :func:`plan_param_groups` searches.
 
     Example:
         >>> groups = create_moe_param_groups(model, split_by="expert", weight_decay=0.1,
@@ -155,7 +154,7 @@ def _groups_of_plan(params: ParamsInput, plan: "ParamGroupPlan") -> list[ParamGr
     return _make_groups(params, Rules(*plan.rules), make)
 
 
-@no_garbage_collection()  # what it makes on the way is gone before the collector looks
+@no_garbage_collection()  # temporary objects are freed before the collector would run
 def _make_groups(
     params: ParamsInput, rules: Rules, make: Callable[[GroupInput], list[PlannedGroup]]
 ) -> list[ParamGroup]:
@@ -179,10 +178,10 @@ def split_params_into_different_moe_groups_for_optimizer(
 ) -> list[ParamGroup]:
     """DeepSpeed's split under its own name: change the import, keep the call.
 
-    Differs from ``deepspeed.moe.utils`` in what it promises, as
-    :func:`create_moe_param_groups` does: the input stays as it is (use the result), group
-    names are unique and need not be given, the order is the same on every rank and in
-    every run, dense groups are capped too, and no group is empty.
+    Makes the promises of :func:`create_moe_param_groups`, unlike ``deepspeed.moe.utils``: it
+    does not change the input (use the result), group names are unique and need not be
+    given, the order is the same on every rank and in every run, dense groups are capped
+    too, and no group is empty.
 
     Args:
         param_groups: one group dict, or several.

@@ -37,10 +37,10 @@ class ExpertTag(NamedTuple):
     """Where an expert parameter belongs.
 
     Attributes:
-        parallel_group: the process groups it lives in, ``ep_size_<N>``.
+        parallel_group: key of its process groups, ``ep_size_<N>``.
         layer: ``expert_group_name`` of its MoE layer; None while the layer has no name.
-        expert_number: index among this rank's experts of the layer, or None where one
-            tensor holds all of them.
+        expert_number: index among this rank's experts of the layer, or None if one tensor
+            holds all of them.
         num_local_experts: this rank's experts of the layer, or None if not known.
         fused: the tensor's first dimension counts experts.
     """
@@ -67,7 +67,7 @@ _layer_ids = itertools.count()
 
 
 def new_layer_id() -> int:
-    """A value for ``expert_layer_id``, by which two layers with one label are told apart."""
+    """A value for ``expert_layer_id``, which distinguishes two layers with one label."""
     return next(_layer_ids)
 
 
@@ -77,13 +77,13 @@ def is_expert_parameter(param: torch.Tensor) -> bool:
 
 
 def shape_of(param: torch.Tensor) -> torch.Size:
-    """The parameter's shape, also where ZeRO-3 left an empty placeholder (``ds_shape``)."""
+    """The parameter's shape, also of an empty placeholder of ZeRO-3 (``ds_shape``)."""
     shape: torch.Size = param.__dict__.get("ds_shape", param.shape)
     return shape
 
 
 def numel_of(param: torch.Tensor) -> int:
-    """Number of elements, also where ZeRO-3 left an empty placeholder (``ds_numel``)."""
+    """Number of elements, also of an empty placeholder of ZeRO-3 (``ds_numel``)."""
     numel: int | None = param.__dict__.get("ds_numel")
     return param.numel() if numel is None else numel
 
@@ -120,7 +120,7 @@ def get_expert_tag(param: torch.Tensor, name: str = "") -> ExpertTag | None:
         name: the parameter's name, for error messages.
 
     Raises:
-        TagError: the parameter says ``allreduce = False`` but has no usable ``group_name``.
+        TagError: the parameter has ``allreduce = False`` but no usable ``group_name``.
     """
     if getattr(param, "allreduce", True):
         return None
@@ -139,7 +139,7 @@ def get_expert_tag(param: torch.Tensor, name: str = "") -> ExpertTag | None:
 
 
 def copy_expert_tag(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Give ``target`` the tag of ``source``; nothing happens where there is none."""
+    """Give ``target`` the tag of ``source``; does nothing if there is none."""
     for attribute in _ATTRIBUTES:
         if attribute in source.__dict__:
             setattr(target, attribute, source.__dict__[attribute])
@@ -149,7 +149,7 @@ def check_parallel_group(value: object, owner: str) -> None:
     """Refuse what DeepSpeed could not use as the key of a process group.
 
     ``_get_max_expert_size`` (``deepspeed/utils/groups.py``) reads the expert-parallel
-    size out of the key when a checkpoint is saved, so any other form fails there.
+    size from the key when a checkpoint is saved, so any other form fails there.
     """
     if not isinstance(value, str) or not PARALLEL_GROUP.fullmatch(value):
         raise TagError(
@@ -160,13 +160,13 @@ def check_parallel_group(value: object, owner: str) -> None:
 
 
 def parallel_group_of(name: str) -> str:
-    """``ep_size_<N>`` out of the name of a MoE param group; another name as it is."""
+    """``ep_size_<N>`` from the name of a MoE param group; any other name unchanged."""
     match = _GROUP_NAME.fullmatch(name)
     return match[1] if match else name
 
 
 def check_number(value: object, owner: str) -> None:
-    """Refuse an ``expert_number`` that is no count.
+    """Refuse an ``expert_number`` that is not a count.
 
     Raises:
         TagError: neither None nor an integer of at least 0.

@@ -11,7 +11,7 @@ from moe_groups.errors import InvalidArgumentError
 
 def world_size() -> int | None:
     """The world size of ``torch.distributed``; None before it is initialized."""
-    torch = sys.modules.get("torch")  # who has not imported it has not initialized it
+    torch = sys.modules.get("torch")  # without the import it is not initialized
     if torch is None or not torch.distributed.is_available():
         return None
     return int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else None
@@ -28,8 +28,8 @@ def sharing_ranks(parallel_group: str | None, world: int, tensor_ranks: int = 1)
     Args:
         parallel_group: of the parameter; None if it is dense.
         world: data-parallel ranks.
-        tensor_ranks: tensor-parallel ranks that share out whole experts among them too, as
-            DeepSpeed has it (``_create_expert_and_data_parallel``, ``deepspeed/utils/groups.py``).
+        tensor_ranks: tensor-parallel ranks over which DeepSpeed distributes uncut experts too
+            (``_create_expert_and_data_parallel``, ``deepspeed/utils/groups.py``).
 
     Raises:
         InvalidArgumentError: the expert-parallel size does not divide the world.
@@ -56,16 +56,16 @@ class Topology:
     Ranks are numbered as DeepSpeed's pipeline grid and Megatron number them: tensor-parallel
     ranks are neighbours, then come the data-parallel ones, and each pipeline stage is a block.
     For layers of several ``ep_size``, make one topology each. Sequence parallelism and AutoEP
-    are not covered: DeepSpeed makes their groups in other ways.
+    are not covered, because DeepSpeed makes their groups in another way.
 
     Args:
         world_size: number of ranks.
         tp_size: tensor-parallel ranks.
         pp_size: pipeline stages.
-        ep_size: ``ep_size`` of the MoE layers, the ranks that the experts of a layer are shared
-            out to.
+        ep_size: ``ep_size`` of the MoE layers, over which the experts of a layer are
+            distributed.
         expert_tensor_parallelism: the layers' ``enable_expert_tensor_parallelism``: experts are
-            cut over the tensor-parallel ranks too, and not whole on each of them.
+            cut over the tensor-parallel ranks too.
         use_data_before_expert_parallel: ``use_data_before_expert_parallelism`` of DeepSpeed's
             config: ranks that hold the same experts are neighbours.
 
@@ -103,7 +103,7 @@ class Topology:
 
     @property
     def expert_data_parallel_size(self) -> int:
-        """Ranks that share each expert parameter, and that its group is partitioned over."""
+        """Ranks that share each expert parameter and the partitions of its group."""
         return len(self._lines()[0]) // self.ep_size
 
     def stage(self, rank: int) -> int:
@@ -121,8 +121,7 @@ class Topology:
     def expert_rank(self, rank: int) -> int:
         """The place of a rank in its expert-parallel group, 0 to ``ep_size`` - 1.
 
-        It says which experts the rank holds: of a layer with E experts, those from
-        ``expert_rank * E / ep_size`` on.
+        Of a layer with E experts, the rank holds those from ``expert_rank * E / ep_size`` on.
         """
         return self.group_of("expert", rank).index(rank)
 
@@ -139,9 +138,9 @@ class Topology:
         """All groups of one kind; every rank is in exactly one.
 
         * "data": the same dense parameters; their gradients are averaged over these ranks.
-        * "tensor": slices of the same dense layers, and of the same experts where those are cut.
-        * "pipeline": the same batch, with other layers on each.
-        * "expert": one set of a layer's experts, shared out; these ranks exchange tokens.
+        * "tensor": slices of the same dense layers, and of the same experts if those are cut.
+        * "pipeline": the same batch, with different layers on each rank.
+        * "expert": one set of a layer's experts, distributed; these ranks exchange tokens.
         * "expert_data": the same experts; their gradients are summed over these ranks.
 
         Returns:

@@ -1,13 +1,15 @@
-"""Docstrings for the API page: roles become links, "Example:" the section "Examples:"."""
+"""Docstrings for the API page: names on it become links, "Example:" the section "Examples:"."""
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import griffe
 
-_ROLE = re.compile(r":\w+:`(?:moe_groups\.)?(\w+)`")
+_ROLE = re.compile(r":\w+:`~?(?:moe_groups\.)?([\w.]+)`")
 _EXAMPLE = re.compile(r"^(\s*)Example:$", re.MULTILINE)
+_ENTRY = re.compile(r"^::: ((?:\w+\.)*(\w+))$", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
@@ -15,21 +17,39 @@ class Docstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Rewrite all docstrings below ``pkg``."""
-        items = list(_walk(pkg))
-        public = {str(name) for name in pkg.exports or ()}
-        paths = {item.name: item.path for item in items if item.name in public}
-
-        def link(role: re.Match[str]) -> str:
-            path = paths.get(role[1])
-            return f"[`{role[1]}`][{path}]" if path else f"`{role[1]}`"
-
-        for item in items:
+        page = Path(__file__).parents[1] / "api.md"
+        paths = {name: path for path, name in _ENTRY.findall(page.read_text())}
+        for item in list(_walk(pkg)):
+            if item.is_module:
+                _know_errors(item, pkg["errors"])
             if item.docstring is not None:
-                text = _ROLE.sub(link, item.docstring.value)
+                text = _ROLE.sub(
+                    lambda role, item=item: _link(role[1], item, paths), item.docstring.value
+                )
                 item.docstring.value = _EXAMPLE.sub(r"\1Examples:", text)
 
 
-def _walk(item: Any) -> Iterator[griffe.Object]:
+def _link(name: str, item: Any, paths: dict[str, str]) -> str:
+    """The name with its anchor on the page, if it has one; a method may stand without its class."""
+    owner, _, method = name.partition(".")
+    if owner not in paths:
+        own = item if item.is_class else item.parent
+        owner, method = (
+            (own.name, name) if own is not None and name in own.members else (name, method)
+        )
+    if owner not in paths:
+        return f"`{name}`"
+    return f"[`{name}`][{paths[owner]}{'.' * bool(method)}{method}]"
+
+
+def _know_errors(module: Any, errors: Any) -> None:
+    """What a module's docstrings say is raised can be looked up from there."""
+    for name, error in errors.members.items():
+        if error.is_class and name not in module.members:
+            module.set_member(name, griffe.Alias(name, error.path, parent=module))
+
+
+def _walk(item: Any) -> Iterator[Any]:
     """``item`` and all that is defined in it; members after their owner."""
     yield item
     for member in item.members.values():

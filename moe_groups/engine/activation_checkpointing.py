@@ -23,34 +23,34 @@ def checkpoint_activations(
 
     Like ``torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)``: the
     activations of ``function`` are dropped after the forward pass and computed again in the
-    backward pass, and gradients are the same, bit for bit. But what the collectives of
-    DeepSpeed's MoE layers gave is kept, and not communicated again. A training step then runs 4
-    all-to-alls for each layer (2 forward, 2 backward) where torch's checkpoint runs 6. Kept
-    are the two all-to-alls, the capacity that ranks agree on with ``drop_tokens=False``, and the
-    gathering of tokens under tensor parallelism. Random choices of the gate are the same in the
-    recomputation, as long as ``preserve_rng_state`` is left on.
+    backward pass, and gradients are the same, bit for bit. But the results of the collectives of
+    DeepSpeed's MoE layers are kept, and the collectives do not run again. A training step then
+    runs 4 all-to-alls for each layer (2 forward, 2 backward) where torch's checkpoint runs 6. It
+    keeps the results of the two all-to-alls, the capacity that ranks agree on with
+    ``drop_tokens=False``, and the gathered tokens under tensor parallelism. The gate makes the
+    same random choices in the recomputation, as long as ``preserve_rng_state`` is on.
 
-    **Memory** that is kept beside what torch's checkpoint keeps, for each MoE layer with
-    ``ep_size > 1``, on each rank, from its forward to its backward pass:
-    2 x experts x capacity x hidden x bytes of an element, where experts are those of all ranks
-    and capacity is the tokens that one rank sends to an expert at most (about capacity_factor x
-    k x tokens / experts). So about 2 x capacity_factor x k tensors of the size of the layer's
-    input. Under tensor parallelism these are split over its ranks, and the gathered tokens come
-    on top: one such tensor, whole.
+    **Memory**: besides what torch's checkpoint keeps, each rank keeps for each MoE layer with
+    ``ep_size > 1``, from its forward to its backward pass,
+    2 x experts x capacity x hidden x bytes of an element, where experts counts those of all ranks
+    and capacity is the largest number of tokens that one rank sends to an expert (about
+    capacity_factor x k x tokens / experts). So about 2 x capacity_factor x k tensors of the size
+    of the layer's input. Under tensor parallelism these are split over its ranks, and the
+    gathered tokens come on top: one such tensor, unsplit.
 
     It also serves as ``activation_checkpoint_func`` of DeepSpeed's ``PipelineModule``. All
     ranks of an expert-parallel group must checkpoint a layer in the same way.
 
     The first call changes three functions of DeepSpeed; outside of checkpointed functions they
-    do what they did. Source: ``MOELayer.forward`` in DeepSpeed's ``moe/sharded_moe.py``, and
+    behave as before. Source: ``MOELayer.forward`` in DeepSpeed's ``moe/sharded_moe.py``, and
     ``context_fn`` of ``torch.utils.checkpoint.checkpoint``.
 
     Args:
-        function: what is run, and later run again, with ``args`` and ``kwargs``.
-        args: tensors, or anything else.
+        function: is called, and later called again, with ``args`` and ``kwargs``.
+        args: tensors, or any other objects.
         context_fn: as of torch's checkpoint: makes one context for the forward pass and one
             for the recomputation, such as those of ``create_selective_checkpoint_contexts``.
-            They are entered outside of ours.
+            They enclose ours.
         kwargs: arguments of ``function``, and those of torch's checkpoint
             (``preserve_rng_state``, ``determinism_check``, ``debug``, ``early_stop``).
 
@@ -59,9 +59,9 @@ def checkpoint_activations(
 
     Raises:
         InvalidArgumentError: ``use_reentrant=True``, which recomputes in another way.
-        RecomputationError: in the backward pass: the function did something else than in the
-            forward pass, or a kept result was changed in place.
-        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on; nothing
+        RecomputationError: in the backward pass: the function ran other collectives than in the
+            forward pass, or changed a kept result in place.
+        UnsupportedDeepSpeedError: this DeepSpeed lacks a function that is needed; nothing
             has been changed.
 
     Example:

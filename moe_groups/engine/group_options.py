@@ -18,14 +18,14 @@ from moe_groups.tags import ExpertTag
 
 
 def select_groups(engine: Engine, patterns: Sequence[str]) -> list[list[int]]:
-    """For each pattern the places of this rank's groups, all ranks together.
+    """For each pattern the positions of this rank's groups; all ranks call it together.
 
-    A pattern is compared with what ``overrides`` are compared with, but experts have their
-    numbers over all ranks.
+    A pattern is compared with the same addresses as ``overrides``, but with global numbers of
+    experts.
 
     Raises:
-        OverrideError: on all ranks, where a pattern selects nothing on any of them, or a part of
-            a group on one of them.
+        OverrideError: on all ranks, if a pattern selects nothing on any rank, or a part of a
+            group on some rank.
     """
     found = find_experts(engine.module)
     selected, problem = _select(engine, patterns, found)
@@ -49,7 +49,7 @@ def select_groups(engine: Engine, patterns: Sequence[str]) -> list[list[int]]:
 def _select(
     engine: Engine, patterns: Sequence[str], found: TaggedModel
 ) -> tuple[list[list[int]], str | None]:
-    """Places of the selected groups, and what is wrong with the first that is cut in two."""
+    """Positions of the selected groups, and the problem of the first that is selected in part."""
     names = {
         id(param): (found.names[row], _addresses(found, row))
         for row, param in enumerate(found.params)
@@ -108,26 +108,26 @@ Schedule: TypeAlias = Callable[[int], Options]
 def set_group_options(engine: Engine, pattern: str, **options: float | bool | None) -> None:
     """Set options of the groups that a pattern selects, from the next step on.
 
-    All ranks call it together, between ``engine.step()`` and the next forward. The options
-    stay until they are set again; those that are not given stay as they are, and None gives
-    a group its own value back. They are saved and loaded with DeepSpeed's checkpoints. They
-    hold inside of the optimizer's step only: a learning-rate scheduler does not see them, and
-    goes on as without them.
+    All ranks call it together, between ``engine.step()`` and the next forward pass. Options
+    stay until they are set again; options that are not given do not change, and None restores
+    a group's own value. DeepSpeed's checkpoints save and load them. They apply inside of the
+    optimizer's step only: a learning-rate scheduler does not see them, and continues as
+    without them.
 
     Args:
         engine: from ``deepspeed.initialize``.
         pattern: a glob pattern as in ``overrides`` of :func:`create_moe_param_groups`, with one
-            difference: the number in ``<layer>.expert.<number>`` is the expert's number over
-            *all* ranks. Ranks that hold other experts leave their groups as they are.
-        **options: ``lr`` in place of the group's (and the scheduler's); ``lr_multiplier``, a
-            factor of it; ``weight_decay``; ``frozen``: True leaves weights and optimizer state
-            as they are, bit for bit, and takes the group out of the gradient norm.
+            difference: the number in ``<layer>.expert.<number>`` is the *global* number of the
+            expert. Ranks that hold other experts do not change their groups.
+        **options: ``lr`` replaces the group's (and the scheduler's); ``lr_multiplier`` is a
+            factor of it; ``weight_decay``; ``frozen``: True keeps weights and optimizer state
+            unchanged, bit for bit, and takes the group out of the gradient norm.
 
     Raises:
         InvalidArgumentError: an unknown option or a value out of range, or an engine that
             does not step with ZeRO-1, ZeRO-2, BF16_Optimizer or without a wrapper.
-        OverrideError: on all ranks, where the pattern selects nothing on any rank, or a part
-            of a group on one of them. Nothing has been changed then.
+        OverrideError: on all ranks, if the pattern selects nothing on any rank, or a part of
+            a group on some rank. Nothing has been changed then.
 
     Example:
         >>> set_group_options(engine, "blocks.1.moe.expert.5", frozen=True)    # doctest: +SKIP
@@ -140,17 +140,17 @@ def set_group_options(engine: Engine, pattern: str, **options: float | bool | No
 
 
 class GroupSchedule:
-    """Options that depend on the step; call :meth:`apply` before each forward.
+    """Options that depend on the step; call :meth:`apply` before each forward pass.
 
-    All ranks make one together. It says anew before each step what holds there, so that a run
-    that was resumed has the options of its step.
+    All ranks make one. It computes the options again before each step, so a resumed run has the
+    options of its step.
 
     Args:
         engine: from ``deepspeed.initialize``.
-        schedules: pairs of a pattern, as in :func:`set_group_options`, and a function that makes
-            options of the number of optimizer steps done so far, the same on all ranks; an
-            option that it gives once it gives at every step. Where two select the same group,
-            the later one wins.
+        schedules: pairs of a pattern, as in :func:`set_group_options`, and a function from the
+            number of optimizer steps done so far to options. It is the same on all ranks, and
+            returns the same options at every step. If two select the same group, the later one
+            wins.
 
     Raises:
         InvalidArgumentError: as :func:`set_group_options`; :meth:`apply` too.
@@ -182,7 +182,7 @@ class GroupSchedule:
 
 def _check_engine(engine: Engine, what: str) -> None:
     check_steps_partitions(engine, what)
-    support_our_groups(moe=True)  # load_checkpoint takes the options up
+    support_our_groups(moe=True)  # so that load_checkpoint applies the options
 
 
 def _check_options(pattern: str, options: Mapping[str, object]) -> None:

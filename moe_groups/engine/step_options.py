@@ -1,8 +1,8 @@
-"""Options of a group that hold while it is stepped, and for nobody else.
+"""Options of a group that apply only while it is stepped.
 
-They stand in the group's dict under one key, so that DeepSpeed saves and loads them with the
-group. A hook puts them in place right before the torch optimizer steps and takes them out right
-after: learning-rate schedulers, ``verify`` and checkpoints see the group as it was made.
+They are in the group's dict under one key, so DeepSpeed saves and loads them with the group. A hook
+writes them into the group right before the torch optimizer steps and removes them right after:
+learning-rate schedulers, ``verify`` and checkpoints see the group without them.
 """
 
 import weakref
@@ -22,7 +22,7 @@ Options: TypeAlias = Mapping[str, float | bool | None]
 
 
 def stepped_lr(group: Mapping[str, Any]) -> Any:
-    """The learning rate that the group is stepped with, asked before, in or after the step."""
+    """The learning rate of the group's step, whether called before, in or after the step."""
     options = group.get(STEP_OPTIONS, {})
     if options.get("frozen"):
         return 0.0
@@ -31,7 +31,7 @@ def stepped_lr(group: Mapping[str, Any]) -> Any:
 
 
 class StepHooks:
-    """Puts the options of an optimizer's groups in place while it steps, and holds the frozen."""
+    """Applies the options of an optimizer's groups while it steps, and skips frozen groups."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_pre_hook(self._before)
@@ -41,7 +41,7 @@ class StepHooks:
         self._held: dict[int, list[Any]] = {}
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._after()  # a step that raised has left them in place
+        self._after()  # if the last step raised, they are still there
         for group in optimizer.param_groups:
             if options := group.get(STEP_OPTIONS):
                 self._put(group, options)
@@ -50,7 +50,7 @@ class StepHooks:
         if options.get("frozen"):
             for tensor in group["params"]:
                 self._skipped.append((tensor, tensor.grad))
-                tensor.grad = None  # a torch optimizer leaves it alone, and its state too
+                tensor.grad = None  # so a torch optimizer skips it and its state
             return
         lr = stepped_lr(group)
         group[_OWN] = {key: group[key] for key in _REPLACED if key in group}
@@ -63,18 +63,18 @@ class StepHooks:
         while self._changed:
             group = self._changed.pop()
             group.update(group.pop(_OWN))
-        while self._skipped:  # an offloaded optimizer's gradients have one buffer for ever
+        while self._skipped:  # an offloaded optimizer reuses its gradient buffers
             tensor, grad = self._skipped.pop()
             tensor.grad = grad
 
     def hold(self, index: int, params: Iterable[torch.Tensor]) -> None:
-        """Gradients of a frozen group are zero, so that it does not count in the norm."""
+        """Make the gradients of a frozen group zero, so that it does not count in the norm."""
         if index not in self._held:
             trained = [param for param in params if param.requires_grad]
             self._held[index] = [param.register_hook(torch.zeros_like) for param in trained]
 
     def let_go(self, index: int) -> None:
-        """The group has gradients again."""
+        """Let the group have gradients again."""
         for handle in self._held.pop(index, ()):
             handle.remove()
 
@@ -83,7 +83,7 @@ _HOOKS: "weakref.WeakKeyDictionary[Any, StepHooks]" = weakref.WeakKeyDictionary(
 
 
 def write_options(engine: Engine, options: Mapping[int, Options]) -> None:
-    """Set options of groups, by their place in the optimizer; None takes one away."""
+    """Set options of groups, by their position in the optimizer; None removes an option."""
     groups = engine.optimizer.param_groups
     switched: list[int] = []
     for index, given in options.items():
@@ -98,7 +98,7 @@ def write_options(engine: Engine, options: Mapping[int, Options]) -> None:
 
 
 def take_up_options(engine: Engine) -> None:
-    """Follow the options that the groups have, as after a checkpoint was loaded."""
+    """Apply the options in the groups, for example after a checkpoint was loaded."""
     groups = getattr(engine.optimizer, "param_groups", [])
     if engine in _HOOKS or any(STEP_OPTIONS in group for group in groups):
         _hold_frozen(engine, range(len(groups)))

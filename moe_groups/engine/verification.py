@@ -1,4 +1,4 @@
-"""Check an initialized engine against what was asked for, across ranks."""
+"""Check the groups of an initialized engine, across ranks."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -28,14 +28,14 @@ _Layout = tuple[Any, ...]
 def verify(engine: Engine) -> None:
     """Check the optimizer groups of an initialized engine; all ranks call it together.
 
-    Checks that every trainable parameter is stepped by exactly one group, with the
-    learning rate and weight decay that its optimizer had when the engine took it over; that
-    names are unique and lead to process groups; that experts are in groups marked
-    ``moe``; and that the groups are the same and in the same order on all ranks of the
-    data-parallel group (one all-gather of 24 bytes a rank; details follow only where
-    something is wrong). With a learning-rate scheduler, ``initial_lr`` is checked in place
-    of ``lr`` (torch), or the rate that a warm-up ends at (DeepSpeed, whose ``WarmupLR`` sets
-    one rate for all groups unless it is given a list), or nothing if it has neither.
+    Checks that exactly one group steps every trainable parameter, with the learning rate and
+    weight decay that its optimizer had in ``deepspeed.initialize``; that names are unique and
+    lead to process groups; that experts are in groups marked ``moe``; and that the groups are
+    the same and in the same order on all ranks of the data-parallel group (one all-gather of
+    24 bytes a rank; ranks exchange details only if something is wrong). With a learning-rate
+    scheduler it checks ``initial_lr`` in place of ``lr`` (torch), or the final rate of a
+    warm-up (DeepSpeed, whose ``WarmupLR`` sets one rate for all groups unless it has a list),
+    or no rate if the scheduler has neither.
 
     Args:
         engine: what ``deepspeed.initialize`` returned first.
@@ -67,7 +67,7 @@ def verify(engine: Engine) -> None:
             *_check_marks(stepped, names),
             *_check_given(stepped, names, engine),
         ]
-    except Exception as error:  # the other ranks wait for this one's answer
+    except Exception as error:  # the other ranks wait in the all-gather
         problems = [f"checking failed: {type(error).__name__}: {error}"]
     _agree(engine, problems, layout)
 
@@ -172,7 +172,7 @@ def _actual_options(
 
 
 def _layout(group: dict[str, Any], params: list[torch.Tensor], names: dict[int, str]) -> _Layout:
-    """What all ranks that share the group must agree on."""
+    """The layout on which all ranks that share the group must agree."""
     members = [(names.get(id(p), "?"), tuple(shape_of(p)), str(p.dtype)) for p in params]
     options = (float(group.get("lr", 0.0)), float(group.get("weight_decay", 0.0)))
     return _name(group), bool(group.get("moe")), options, members

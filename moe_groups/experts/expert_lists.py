@@ -1,4 +1,4 @@
-"""Hand-made and fused experts: who is one, and which expert of which list it is.
+"""Hand-made and fused experts: which parameters are theirs, and which expert of which list.
 
 DeepSpeed knows them by ``allreduce = False`` alone; layer and number are read off the tree
 of modules. Each function looks at a module a bounded number of times: models have tens of
@@ -37,8 +37,8 @@ class Place(NamedTuple):
 def find_flags(nodes: list[ModuleNode], known: Sequence[object]) -> dict[int, int]:
     """The rows of expert parameters, each with the row of the one whose attributes say so.
 
-    That is itself, or for what PEFT adds the parameter that it adapts or copies: a copy has
-    the name of its original.
+    That is the row itself, or for a PEFT adapter or copy the parameter that it adapts or
+    copies; a copy has the name of its original.
 
     Args:
         nodes: the tree.
@@ -125,7 +125,7 @@ def _children(nodes: list[ModuleNode], index: int) -> list[ModuleNode]:
 
 
 def _alike(children: list[ModuleNode], flags: Mapping[int, int]) -> bool:
-    """Do all hold nothing but expert parameters, in the same shapes?"""
+    """Do all modules hold only expert parameters, of the same shapes?"""
     signatures = set()
     for child in children:
         rows, (names, params) = range(child.row, child.row_stop), child.columns

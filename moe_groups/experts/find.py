@@ -123,33 +123,31 @@ def tag_experts(
     """Tag every expert parameter of ``model`` with its layer and expert number.
 
     For models that were not built with :class:`moe_groups.MoE`: DeepSpeed's own layers,
-    hand-made experts, fused experts, and adapters that PEFT added inside of experts
-    (they are marked as expert parameters, else DeepSpeed would average them over
-    different experts). A layer without an ``expert_group_name`` is labelled with its
-    qualified module name; a label that a hand-made expert carries is kept. Safe to call
-    again, as after a change of the model.
+    hand-made experts, fused experts, and PEFT adapters inside of experts (which DeepSpeed
+    would otherwise average over different experts). A layer without an
+    ``expert_group_name`` gets its qualified module name as label; labels of hand-made
+    experts are kept. It can be called again, for example after a change of the model.
 
     With a ``pattern``, all parameters below the modules that it matches become expert
-    parameters first. That is for models that no DeepSpeed layer makes expert-parallel, as
-    with FSDP2: call it after ``fully_shard``, which puts new parameters in the place of
-    those that it is given.
+    parameters first. This is for models without DeepSpeed's layers, as with FSDP2: call it after
+    ``fully_shard``, which replaces the parameters.
 
     Args:
         model: the module, wrapped or not.
         pattern: glob pattern of qualified module names, as ``"*.experts"``. A list of
             experts (``nn.ModuleList``) is numbered; a tensor that holds all experts of a
-            layer is fused.
-        ep_size: with a pattern, the number of ranks that share out a layer's experts; None
-            is 1. The parallel group is called ``ep_size_<N>``.
+            layer counts as fused.
+        ep_size: with a pattern, the number of ranks over which a layer's experts are
+            distributed; None is 1. The parallel group is called ``ep_size_<N>``.
 
     Returns:
         Qualified parameter name to tag, for each expert parameter of the model.
 
     Raises:
-        TagError: two layers with one name, or an expert parameter without a usable
+        TagError: two layers have one name, or an expert parameter has no usable
             ``group_name``.
-        InvalidArgumentError: ``pattern`` matches nothing, ``ep_size`` is no positive integer,
-            or is given without a pattern. In each case nothing has been tagged.
+        InvalidArgumentError: ``pattern`` matches nothing, or ``ep_size`` is not a positive
+            integer or is given without a pattern. In each case nothing has been tagged.
 
     Example:
         >>> tags = tag_experts(model)                            # doctest: +SKIP

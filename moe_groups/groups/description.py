@@ -37,17 +37,17 @@ class GroupRow:
 
     Attributes:
         name: the group's name.
-        layer: ``expert_group_name`` of its MoE layer; None for dense groups and where
-            layers are not kept apart.
-        expert: number of its expert in the layer over all ranks, once the process groups
-            exist, before that on this rank; None where experts are not kept apart.
+        layer: ``expert_group_name`` of its MoE layer; None for dense groups and groups that
+            mix layers.
+        expert: global number of its expert once the process groups exist, before that the
+            local one; None if the group holds several experts.
         moe: does it hold experts?
         tensors: number of parameters.
         elements: number of elements, without padding.
         partition_bytes: bytes of the part that one rank owns, padded, in the parameters'
             dtype.
         lr: its learning rate; None if the optimizer's default applies.
-        weight_decay: likewise.
+        weight_decay: its weight decay; None if the optimizer's default applies.
     """
 
     name: str
@@ -67,7 +67,7 @@ class GroupTable:
 
     Attributes:
         rows: one for each group, in order.
-        max_rows: more rows than this are folded when shown.
+        max_rows: the table folds more rows than this.
     """
 
     rows: list[GroupRow]
@@ -213,8 +213,8 @@ def describe(
     """A table of param groups: name, layer, expert, sizes, learning rate, weight decay.
 
     Args:
-        groups: the result of :func:`create_moe_param_groups` or an optimizer over it, or
-            after ``deepspeed.initialize`` the engine.
+        groups: the result of :func:`create_moe_param_groups`, an optimizer over it, or after
+            ``deepspeed.initialize`` the engine.
         max_rows: fold neighbouring groups when there are more than this.
         data_parallel_size: ranks that share dense parameters; None takes the engine's, or
             the world size of ``torch.distributed``, or 1.
@@ -223,7 +223,7 @@ def describe(
         A table whose ``rows`` are data, shown by ``print`` and by notebooks.
 
     Raises:
-        InvalidArgumentError: not groups, or groups that DeepSpeed has taken over.
+        InvalidArgumentError: not groups, or groups that belong to an engine by now.
 
     Example:
         >>> print(describe(groups))                                       # doctest: +SKIP

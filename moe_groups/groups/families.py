@@ -55,8 +55,7 @@ def read_table(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
 class _Reader:
     """Looks at each parameter once, and checks each distinct tag once.
 
-    With tens of thousands of parameters, reading attributes of tensors is what grouping
-    costs.
+    With tens of thousands of parameters, reading attributes of tensors takes most of the time.
     """
 
     def __init__(self, given: GroupInput, split_by: SplitBy) -> None:
@@ -75,7 +74,7 @@ class _Reader:
             around = group, label, layer_id, dtype
             if around != last:
                 if not (isinstance(group, _NAME) and isinstance(label, _NAME)):
-                    self._check(start, label, layer_id)  # no key of a dict, maybe
+                    self._check(start, label, layer_id)  # it may be unhashable
                 last = around
                 if around not in known:
                     known[around] = self._family(start, *around)

@@ -19,8 +19,8 @@ def make_plan(
 ) -> list[PlannedGroup]:
     """Cut the families by size and put them in order; dense groups first, then experts.
 
-    Expert groups stand in the order in which their parallel group and layer first appear,
-    then by expert number, variant, dtype and mesh, so order and names depend on the order of
+    Expert groups have the order in which their parallel group and layer first appear, then
+    expert number, variant, dtype and mesh, so order and names depend on the order of
     the input alone.
 
     Args:

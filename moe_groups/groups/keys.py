@@ -16,9 +16,9 @@ NO_EXPERT = -1
 
 
 class Key(NamedTuple):
-    """What all parameters of a group have in common beside the expert.
+    """What all parameters of a group have in common besides the expert.
 
-    ``layer`` is None where layers are not kept apart, both are None for dense parameters.
+    ``layer`` is None if groups mix layers; it and ``parallel_group`` are None for dense ones.
     ``mesh`` is the device mesh of parameters that are DTensors, as FSDP2 makes them.
     """
 
@@ -47,7 +47,7 @@ class Table:
 
     @property
     def sharded(self) -> bool:
-        """Are parameters DTensors, which another library shards and steps than DeepSpeed?"""
+        """Are parameters DTensors, which another library than DeepSpeed shards and steps?"""
         return any(key.mesh is not None for key in self.families)
 
     def sizes_of(self, rows: Rows) -> tuple[int, ...]:

@@ -36,26 +36,26 @@ def split_for_muon(
 ) -> list[ParamGroup]:
     """Split parameters into a half for Muon and one for Adam, to be grouped.
 
-    Call it before :func:`create_moe_param_groups` and pass the result on: groups then never
-    mix the halves, and each has ``use_muon``, which DeepSpeed's ``MuonWithAuxAdam`` asks for.
-    Each parameter is marked with ``use_muon`` too, as DeepSpeed's wrappers look there.
+    Pass the result to :func:`create_moe_param_groups`: groups then never mix the halves, and
+    each has ``use_muon``, which DeepSpeed's ``MuonWithAuxAdam`` needs. Each parameter gets
+    ``use_muon`` too, which DeepSpeed's wrappers read.
 
     Args:
-        params: as for :func:`create_moe_param_groups`. A module is tagged on the way. Each
+        params: as for :func:`create_moe_param_groups`. A module is tagged first. Each
             group dict becomes two; its own options win over those of the halves, but
             ``betas`` and ``eps`` reach only Adam, ``momentum`` and ``ns_method`` only Muon.
         muon: options of the Muon half, as ``{"lr": 0.02, "momentum": 0.95}``.
         adam: options of the Adam half, as ``{"lr": 3e-4, "betas": (0.9, 0.95)}``.
-        is_muon: ``(name, parameter) -> bool``; in its place by default
-            :func:`is_hidden_matrix`, and False for the weights of ``nn.Embedding``.
+        is_muon: ``(name, parameter) -> bool``; by default :func:`is_hidden_matrix`, and False
+            for the weights of ``nn.Embedding``.
 
     Returns:
-        Group dicts called ``muon`` and ``adam``, or ``<name>.muon`` and ``<name>.adam`` where
-        the given group has a name, with ``(name, parameter)`` pairs.
+        Group dicts called ``muon`` and ``adam``, or ``<name>.muon`` and ``<name>.adam`` if the
+        given group has a name, with ``(name, parameter)`` pairs.
 
     Raises:
-        InvalidArgumentError: an option that belongs to the grouping, or ``is_muon`` chooses a
-            parameter that is no matrix.
+        InvalidArgumentError: an option that the grouping sets, or ``is_muon`` selects a
+            parameter that is not a matrix.
         ParameterInputError: ``params`` is not one of the accepted forms.
         TagError: as :func:`tag_experts`.
 
@@ -81,14 +81,13 @@ def split_for_muon(
 
 
 def is_hidden_matrix(name: str, param: torch.Tensor) -> bool:
-    """The usual rule: True for matrices that are no embedding, head, norm or bias.
+    """The usual rule: True for matrices, except embeddings, heads, norms and biases.
 
-    A tensor that holds one matrix for each expert, shape ``(experts, rows, columns)``, is
-    True: each expert's matrix is orthogonalized of its own. A bias of all experts, shape
-    ``(experts, features)``, is False.
+    True for fused experts of shape ``(experts, rows, columns)``: Muon orthogonalizes each
+    expert's matrix separately. False for a bias of all experts, ``(experts, features)``.
 
     Args:
-        name: qualified name, which tells embeddings and heads; "" judges by the shape alone.
+        name: qualified name, to recognize embeddings and heads; with "" only the shape counts.
         param: the parameter; its values are not read.
 
     Example:
@@ -105,7 +104,7 @@ def is_hidden_matrix(name: str, param: torch.Tensor) -> bool:
 
 
 def _own_dims(param: torch.Tensor) -> int:
-    """Dimensions of the parameter, or of one expert's part where it holds that of all."""
+    """Dimensions of the parameter, or of one expert's part of fused experts."""
     return len(shape_of(param)) - bool(getattr(param, "fused_experts", False))
 
 

@@ -12,13 +12,13 @@ from moe_groups.tags import PARALLEL_GROUP, label_from_path
 class GroupNames:
     """Makes the names of one plan.
 
-    ``dense`` or the caller's name, for experts ``ep_size_<N>``, followed by what tells the
-    group from its neighbours: layer, expert, the caller's group, decay, overrides, dtype and
-    mesh (where a neighbour has another one) and tile, as in
+    ``dense`` or the caller's name, for experts ``ep_size_<N>``, followed by what distinguishes
+    the group from its neighbours: layer, expert, the caller's group, decay, overrides, dtype and
+    mesh (if a neighbour has another one) and tile, as in
     ``ep_size_2_blocks.1.moe.expert.3.no_decay.tile.0``.
 
     Args:
-        given: names of the caller's groups, None where there is none.
+        given: names of the caller's groups; None for a group without a name.
         keys: keys of all groups.
     """
 
@@ -54,13 +54,13 @@ class GroupNames:
         return name
 
     def _prefix(self, key: Key) -> str:
-        """Where the parameters live: the process groups and the layer."""
+        """The process groups and the layer."""
         if key.parallel_group is None:
             return self.given[key.variant.source] or "dense"
         return f"{key.parallel_group}_{key.layer or 'experts'}"
 
     def _suffix(self, key: Key) -> str:
-        """What tells the group from others in the same place."""
+        """What distinguishes the group from others of the same layer and expert."""
         variant = key.variant
         own = self.given[variant.source]
         parts = [] if len(self.given) < 2 else [own or f"group.{variant.source}"]

@@ -24,12 +24,11 @@ _RESERVED = ("params", "param_names", "name", "moe", "expert_group_name", "exper
 def is_norm_or_bias(name: str, param: torch.Tensor) -> bool:
     """The usual ``no_decay`` rule: True for biases, norms and 1-D parameters.
 
-    Knows that experts held in one tensor have one dimension more: a bias of all experts,
-    shape ``(experts, features)``, is a bias, and so is a norm. ZeRO-3 placeholders are judged
-    by their ``ds_shape``.
+    Fused experts have one dimension more: a tensor of shape ``(experts, features)`` is the
+    bias or the norm of all experts. For ZeRO-3 placeholders ``ds_shape`` counts.
 
     Args:
-        name: qualified name; "" judges by the shape alone.
+        name: qualified name; with "" only the shape counts.
         param: the parameter; its values are not read.
 
     Example:
@@ -47,7 +46,7 @@ def is_norm_or_bias(name: str, param: torch.Tensor) -> bool:
 
 
 class Variant(NamedTuple):
-    """What sets one part of a caller's group apart from its other parts.
+    """What distinguishes one part of a caller's group from its other parts.
 
     Attributes:
         source: index of the caller's group.
@@ -65,8 +64,8 @@ class Rules:
     """Decay rule and overrides, applied to one parameter after the other.
 
     Raises:
-        InvalidArgumentError: an override that is no ``(pattern, options)`` pair, or that
-            sets a key which belongs to the grouping.
+        InvalidArgumentError: an override is not a ``(pattern, options)`` pair, or sets a key
+            that the grouping sets.
     """
 
     weight_decay: float | None = None

@@ -1,4 +1,4 @@
-"""Groups for an optimizer that Accelerate prepares, with an optimizer block or without."""
+"""Groups for an optimizer that Accelerate prepares, with or without an optimizer block."""
 
 from typing import Any, TypeVar
 
@@ -25,24 +25,24 @@ _NOT_HERE = {
 
 
 def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> _Optimizer:
-    """Put MoE groups into an optimizer, between its making and ``accelerator.prepare``.
+    """Put MoE groups into an optimizer, before ``accelerator.prepare``.
 
-    Takes a torch optimizer over ``model.parameters()`` or over groups of yours, whose
-    hyperparameters are kept. With an ``"optimizer"`` block in the DeepSpeed config, takes
-    Accelerate's ``DummyOptim``: type and hyperparameters are then those of the block. Make a
-    learning-rate scheduler afterwards, for it remembers the groups that it finds.
+    The optimizer is a torch optimizer over ``model.parameters()`` or over your groups, whose
+    hyperparameters are kept. With an ``"optimizer"`` block in the DeepSpeed config it is
+    Accelerate's ``DummyOptim``, and the block sets type and hyperparameters. Make a
+    learning-rate scheduler afterwards, because it stores the groups of its optimizer.
 
     Args:
         optimizer: is changed, and returned.
-        model: the model that is prepared with it, not wrapped by DeepSpeed yet.
-        options: of :func:`moe_groups.create_moe_param_groups`, but for ``plan`` and
-            ``weight_decay``. ``no_decay`` counts for groups that have no weight decay of their
+        model: the model that is prepared with it, not yet wrapped by DeepSpeed.
+        options: of :func:`moe_groups.create_moe_param_groups`, except ``plan`` and
+            ``weight_decay``. ``no_decay`` applies to groups that have no weight decay of their
             own.
 
     Raises:
         InvalidArgumentError: such an optimizer or option cannot be used.
-        MoEGroupsError: as :func:`moe_groups.create_moe_param_groups`. The optimizer is as it
-            was then.
+        MoEGroupsError: as :func:`moe_groups.create_moe_param_groups`. The optimizer is then
+            not changed.
 
     Example:
         >>> optimizer = group_optimizer(AdamW(model.parameters(), lr=3e-4), model,

@@ -19,21 +19,21 @@ def autoep_optimizer(
 ) -> Callable[[Any], torch.optim.Optimizer]:
     """An ``optimizer=`` for ``deepspeed.initialize`` that groups the experts which AutoEP makes.
 
-    AutoEP replaces modules inside of ``deepspeed.initialize``, so that groups of before hold
-    parameters that are in no model any more. A callable is asked later, and groups what is
-    there: each layer's fused experts by themselves, with ``split_by="module"``.
+    AutoEP replaces modules inside of ``deepspeed.initialize``, so groups that were made before
+    hold parameters that are no longer in the model. The returned function is called later,
+    and it groups the new parameters, with ``split_by="module"`` by layer.
 
-    Makes AutoEP work with transformers 5.3 and newer too, on the way
+    Also makes AutoEP work with transformers 5.3 and newer
     (:func:`support_new_transformers`).
 
     Args:
-        model: what ``deepspeed.initialize`` gets.
-        make: makes the optimizer of the groups, as ``lambda groups: AdamW(groups, lr=1e-4)``.
+        model: the model for ``deepspeed.initialize``.
+        make: makes the optimizer from the groups: ``lambda groups: AdamW(groups, lr=1e-4)``.
         grouping: arguments of :func:`create_moe_param_groups`.
 
     Returns:
-        A function of the parameters that DeepSpeed gives it. It raises ParameterInputError
-        where AutoEP has not made any layer, and what :func:`create_moe_param_groups` raises.
+        A function of the parameters that DeepSpeed passes. It raises ParameterInputError if
+        AutoEP has not made any layer, and the errors of :func:`create_moe_param_groups`.
 
     Example:
         >>> optimizer = autoep_optimizer(model, lambda groups: AdamW(groups, lr=1e-4),
@@ -59,9 +59,9 @@ def autoep_optimizer(
 def support_new_transformers() -> None:
     """Let AutoEP find the outputs that a ``transformers`` model records, whatever its version.
 
-    AutoEP (deepspeed 0.19.8, ``module_inject/auto_ep_presets/base.py``) asks the registry of
-    transformers as a dict of class names. Since transformers made its ``get`` take a model,
-    that is a TypeError; with this, ``get`` takes either. Does nothing where it is not needed.
+    AutoEP (deepspeed 0.19.8, ``module_inject/auto_ep_presets/base.py``) uses the registry of
+    transformers as a dict of class names. Newer registries have a ``get`` that takes a model,
+    which raises a TypeError; after this call ``get`` takes either. Does nothing if not needed.
     """
     try:
         registry = type(importlib.import_module(_REGISTRY)._CAN_RECORD_REGISTRY)

@@ -42,18 +42,18 @@ class MoETrainer(Trainer):
     ``"optimizer"`` block in the DeepSpeed config. The groups are verified on all ranks before
     the first step (:func:`moe_groups.verify`).
 
-    Goes before other subclasses of ``Trainer`` in a class of yours:
+    Put it before other subclasses of ``Trainer`` in your own class:
     ``class MoESFTTrainer(MoETrainer, SFTTrainer): ...``.
 
     Args:
         args: and ``kwargs``: as for the class that it is mixed into.
         group_options: of :func:`moe_groups.create_moe_param_groups`: ``split_by``, the caps,
-            ``overrides``, ``step_memory_budget`` and what belongs to them.
+            ``overrides``, ``step_memory_budget`` and their further arguments.
         regroup: what to do with a checkpoint of other groups, as in
             :func:`moe_groups.protect_checkpoints`.
 
     Raises:
-        InvalidArgumentError: an option that Trainer decides, or one that does not exist.
+        InvalidArgumentError: an option that Trainer sets, or one that does not exist.
 
     Example:
         >>> trainer = MoETrainer(model=model, args=args, train_dataset=data,

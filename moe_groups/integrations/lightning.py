@@ -15,18 +15,18 @@ _VARIANT = re.compile(r"(\.no_decay)?(\.override\.\d+)*(\.tile\.\d+)?$")
 
 
 class GroupLearningRateMonitor(Callback):
-    """Logs the learning rates of param groups, those that are equal as one curve.
+    """Logs the learning rates of param groups, equal rates as one curve.
 
     Lightning's ``LearningRateMonitor`` accepts our groups, and logs a curve for each of them.
     Here each MoE layer (or expert) and each dense group of the caller is one curve,
-    ``lr/<layer>``, whatever was set apart in it by caps, decay rules or experts. Groups whose rate
-    is not that of the others (an override, a change in the middle of the run) get a curve of
-    their own, ``lr/<name of the first of them>``, and keep it. Logs to all loggers, in every
+    ``lr/<layer>``, for all its groups by cap, decay rule or expert. Groups with another rate than
+    the rest (an override, a change in the middle of the run) get their own curve,
+    ``lr/<name of the first of them>``, and keep it. Logs to all loggers, in every
     ``log_every_n_steps``-th step of the trainer.
 
     Args:
         by: "layer", or "expert": a curve for each expert of a layer too, where the groups are
-            split by expert. Rates are logged by rank 0, and experts have their numbers on it.
+            split by expert. Rank 0 logs, so experts have their local numbers on it.
 
     Attributes:
         curves: name of each curve to the indices of its param groups.

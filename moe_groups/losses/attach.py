@@ -1,8 +1,8 @@
-"""Losses that reach the parameters although nobody adds them to the loss.
+"""Losses that train parameters without being part of the last stage's loss.
 
-A pipeline stage knows the load-balancing losses of its own layers, and sends the activations
-alone. Attached to them, a loss gets its gradient when theirs comes back, and what stages exchange
-stays as it was (as Megatron-Core's ``MoEAuxLossAutoScaler`` does it).
+A pipeline stage computes the load-balancing losses of its own layers, and sends only activations.
+A loss that is attached to these runs its backward pass with theirs, and stages exchange what they
+exchange without it (as with Megatron-Core's ``MoEAuxLossAutoScaler``).
 """
 
 from collections.abc import Callable
@@ -19,28 +19,28 @@ Scale: TypeAlias = float | Callable[[], float]
 def attach_loss(
     hidden: torch.Tensor, loss: torch.Tensor, *, scale: Scale | None = None
 ) -> torch.Tensor:
-    """``hidden``, with ``loss`` attached: backward through it is backward through ``loss`` too.
+    """Attach ``loss`` to ``hidden``: a backward pass through the result runs that of ``loss`` too.
 
-    The gradients are those of adding ``loss`` to what ``engine.backward`` gets in the same
-    micro-batch: divided by the steps of gradient accumulation (also where its caller does that
-    itself, with ``scale_wrt_gas=False``) and multiplied by the loss scale.
-    They come once for each forward, also where activation checkpointing computes it again, or a
-    graph is walked twice, as a pipeline engine does whose stages exchange several tensors.
+    The gradients are those of adding ``loss`` to the loss that ``engine.backward`` gets in the
+    same micro-batch: divided by the steps of gradient accumulation (also if the caller divides
+    itself, with ``scale_wrt_gas=False``) and multiplied by the loss scale. They count once for
+    each forward pass, also if activation checkpointing repeats it, or if a pipeline engine whose
+    stages exchange several tensors goes through the graph twice.
 
-    Nothing is added to any reported loss: log it with :class:`LossTracker`. The result is a view:
+    Reported losses do not include it: log it with :class:`LossTracker`. The result is a view:
     write ``h = h + x`` after it, not ``h += x``.
 
     Args:
         hidden: activations on the way to the loss, of any shape; the result has its values.
         loss: of one element, times its coefficient.
-        scale: what a loss of 1 is multiplied with before backward. None: that of the DeepSpeed
-            engine whose backward runs (:func:`gradient_scale`), which has to be initialized after
-            a call of :func:`create_moe_param_groups`. 1.0 for plain torch; a function is
-            called in each backward.
+        scale: factor of the loss before the backward pass. None: that of the DeepSpeed engine
+            whose backward runs (:func:`gradient_scale`), which has to be initialized after a
+            call of :func:`create_moe_param_groups`. 1.0 for plain torch; a function is called
+            in each backward pass.
 
     Raises:
-        InvalidArgumentError: ``loss`` has more than one element; in backward: no engine is known,
-            or several are and none runs.
+        InvalidArgumentError: ``loss`` has more than one element; in the backward pass: there is
+            no engine, or there are several and none runs.
 
     Example:
         >>> y, balance, _ = self.moe(x)                                  # doctest: +SKIP
@@ -78,7 +78,7 @@ def _value(scale: Scale | None) -> float:
 
 
 def gradient_scale(engine: Engine) -> float:
-    """What ``engine.backward(loss)`` multiplies the loss with before it goes backward.
+    """The factor by which ``engine.backward(loss)`` multiplies the loss.
 
     The loss scale (fp16) divided by ``gradient_accumulation_steps``.
     """

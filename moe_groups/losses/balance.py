@@ -1,7 +1,7 @@
-"""Losses that keep a router's work spread over its experts, for DeepSpeed's gate or any other.
+"""Losses that make a router spread tokens over its experts, for DeepSpeed's gate or any other.
 
-All are computed in fp32 and are 0-dimensional. Coefficients are the caller's: add
-``coefficient * loss`` to the language-model loss, or attach it where it arises
+All are computed in fp32 and are 0-dimensional. The caller multiplies by a coefficient: add
+``coefficient * loss`` to the language-model loss, or attach it in the layer
 (:func:`attach_loss`).
 """
 
@@ -24,31 +24,31 @@ def load_balancing_loss(
     mask: torch.Tensor | None = None,
     group: "distributed.ProcessGroup | None" = None,
 ) -> torch.Tensor:
-    """The Switch / GShard load-balancing loss; 1 where all experts get the same share.
+    """The Switch / GShard load-balancing loss; 1 if all experts get the same share.
 
-    With E experts, k assignments of each of T tokens, ``f_e`` the share of all assignments that
-    went to expert e and ``P_e`` the mean probability that the router gave it::
+    With E experts, k assignments of each of T tokens, ``f_e`` the share of all assignments to
+    expert e and ``P_e`` the mean probability of expert e::
 
         loss = E * sum_e f_e * P_e,    f_e = 1/(k T) * sum_t [e assigned to t],
                                        P_e = 1/T * sum_t probs[t, e]
 
-    The gradient goes through ``P_e`` alone. For k = 1 it is equation 4 of Switch Transformers
-    (arXiv 2101.03961) and the ``l_aux`` of DeepSpeed's ``top1gating``; for k > 2 that of its
-    ``topkgating``. DeepSpeed's ``top2gating`` counts the first choice alone, as GShard does (arXiv
-    2006.16668, algorithm 1): give that choice as ``assigned``. Hugging Face's
-    ``load_balancing_loss_func`` is k times this one.
+    Only ``P_e`` has a gradient. For k = 1 it is equation 4 of Switch Transformers (arXiv
+    2101.03961) and the ``l_aux`` of DeepSpeed's ``top1gating``; for k > 2 that of its
+    ``topkgating``. DeepSpeed's ``top2gating`` counts only the first choice, as GShard does (arXiv
+    2006.16668, algorithm 1): pass that choice as ``assigned``. Hugging Face's
+    ``load_balancing_loss_func`` is k times this loss.
 
     Args:
         probs: probabilities over the experts, of shape (..., E): (tokens, E), or with the batch
-            first (batch, sequence, E). Not those of the chosen experts alone.
+            first (batch, sequence, E), for all experts and not only the chosen ones.
         assigned: the chosen experts: indices of shape (..., k) with k < E, where a negative one
             stands for a dropped assignment, or a bool mask of shape (..., E).
-        balance: "batch" balances over all tokens together; "sequence" within each sequence, and
-            takes the mean (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20): ``probs`` must have
+        balance: "batch" balances over all tokens; "sequence" balances each sequence, and takes
+            the mean (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20): ``probs`` must have
             three dimensions.
         mask: True for tokens that count, of shape (...); None for all.
-        group: ranks over which ``f_e`` is averaged, so that the whole batch is balanced and not
-            each rank's part (arXiv 2501.11873). All of them call it together; only for "batch".
+        group: ranks over which ``f_e`` is averaged, to balance the whole batch instead of each
+            rank's part (arXiv 2501.11873). All of them call it; only for "batch".
 
     Raises:
         InvalidArgumentError: shapes do not fit.
@@ -77,7 +77,7 @@ def load_balancing_loss(
     share = assignments / total.clamp(min=1)
     mean = (probs.float() * weights).sum(-2) / tokens.clamp(min=1)
     losses = probs.shape[-1] * (share * mean).sum(-1)
-    counts = (tokens.squeeze(-1) > 0).float()  # a sequence of padding alone is none
+    counts = (tokens.squeeze(-1) > 0).float()  # a sequence of padding only does not count
     return (losses * counts).sum() / counts.sum().clamp(min=1)
 
 
@@ -121,7 +121,7 @@ def _as_mask(probs: torch.Tensor, assigned: torch.Tensor) -> torch.Tensor:
             f"assigned has dtype {assigned.dtype} and probs' shape {tuple(probs.shape)}: give a "
             "one-hot mask as assigned.bool(); where every expert is chosen, nothing is balanced."
         )
-    on_host = assigned.device.type == "cpu"  # to look at a GPU's numbers would stop it
+    on_host = assigned.device.type == "cpu"  # reading a GPU's numbers would block
     if on_host and assigned.numel() and int(assigned.max()) >= probs.shape[-1]:
         raise InvalidArgumentError(
             f"assigned names expert {int(assigned.max())}, but probs has {probs.shape[-1]}."

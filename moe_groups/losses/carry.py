@@ -1,8 +1,8 @@
 """Carry the load-balancing loss through a PipelineModule, as a second activation.
 
-Every layer of the pipeline is wrapped in :class:`CarryLoss` and passes ``(hidden, aux_loss)``
-on; the loss function of the last stage is wrapped in :class:`CarriedLoss` and adds the sum. What
-the stages exchange grows by one number, and the reported loss is the whole one.
+Every layer of the pipeline is wrapped in :class:`CarryLoss` and passes on ``(hidden, aux_loss)``;
+the loss function of the last stage is wrapped in :class:`CarriedLoss` and adds the sum. Stages
+exchange one more number, and the reported loss includes all losses.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ Carried: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 class CarryLoss(nn.Module):
-    """A layer of a pipeline that adds its loss to the sum it is given, and passes both on.
+    """A pipeline layer that adds its loss to the sum of its input and passes on both.
 
     Args:
         block: the layer, or its class, which is then called with the other arguments: so
-            ``LayerSpec(CarryLoss, Block, 64)`` builds the block on its own stage alone. It
-            returns hidden states, or ``(hidden states, loss, ...)`` as ``MoE`` does, whose
-            further values are dropped.
+            ``LayerSpec(CarryLoss, Block, 64)`` builds the block on its own stage only. It
+            returns hidden states, or ``(hidden states, loss, ...)`` as ``MoE`` does; further
+            values are dropped.
 
     Shape:
-        input: hidden states (the first layer; a sum is begun), or :data:`Carried`.
+        input: hidden states (of the first layer, which begins a sum), or :data:`Carried`.
         output: :data:`Carried`.
 
     Example:
@@ -45,7 +45,7 @@ class CarryLoss(nn.Module):
         result = self.block(hidden)
         made, loss = (result, None) if isinstance(result, torch.Tensor) else self._made(result)
         if total is None:
-            # PipelineEngine wants every float that is sent to be part of the graph.
+            # PipelineEngine needs every float that is sent to be part of the graph.
             total = made.flatten()[:0].sum(dtype=torch.float32)
         return made, total if loss is None else total + loss.float().reshape(())
 
@@ -72,7 +72,7 @@ class CarryLoss(nn.Module):
 
 
 class CarriedLoss:
-    """A loss function for :class:`CarryLoss` layers: ``loss_fn``'s, and the sum they carried.
+    """A loss function for :class:`CarryLoss` layers: the result of ``loss_fn`` plus their sum.
 
     Args:
         loss_fn: takes the last layer's hidden states and the labels.
@@ -95,10 +95,10 @@ class CarriedLoss:
 def carrying_problem(
     layers: Sequence[Any], loss_fn: Any, partitioned: bool, recomputed: bool, where: str
 ) -> str | None:
-    """Why a loss carried along a pipeline gets lost in this stage, and what to do; None if not.
+    """Why this stage would drop a carried loss, and what to do; None if it does not.
 
     Args:
-        layers: the stage's layers in order; of functions among them nothing is known.
+        layers: the stage's layers in order; functions among them are not checked.
         loss_fn: the pipeline's.
         partitioned: does the engine cut activations over tensor-parallel ranks?
         recomputed: are layers recomputed by DeepSpeed's own activation checkpointing?

@@ -1,8 +1,8 @@
-"""See load-balancing losses and experts' loads of all ranks, in one collective now and then.
+"""Track load-balancing losses and experts' loads of all ranks, with one collective per interval.
 
-A log of the last pipeline stage knows nothing of the layers before it. Here every rank adds up
-what its own layers do, on its device and without waiting; once in an interval one all-reduce over
-the world brings it all together.
+The last pipeline stage has no figures of the layers before it. Here every rank sums the figures of
+its own layers, on its device and without synchronization; one all-reduce over the world per
+interval combines them.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ _LOSS, _DROPPED, _FORWARDS, _HEAD = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class LayerBalance:
-    """How a layer's router did since the last report, over all ranks and micro-batches.
+    """What a layer's router did since the last report, over all ranks and micro-batches.
 
     Attributes:
-        loss: mean of the layer's load-balancing loss over its forwards, without a coefficient.
-        shares: for each expert the part of all assignments that chose it; their sum is 1.
-        dropped: part of all assignments that found no room in their expert's capacity.
+        loss: mean of the layer's load-balancing loss over forward passes, without a coefficient.
+        shares: each expert's share of all assignments; their sum is 1.
+        dropped: share of all assignments that exceeded the capacity of their expert.
     """
 
     loss: float
@@ -37,21 +37,21 @@ class LayerBalance:
 
     @property
     def imbalance(self) -> float:
-        """Load of the busiest expert, divided by the mean load: 1 where all do the same."""
+        """Load of the busiest expert, divided by the mean load: 1 if all loads are equal."""
         return max(self.shares) * len(self.shares)
 
 
 @dataclass(frozen=True)
 class BalanceReport:
-    """What :meth:`LossTracker.step` found, the same on all ranks.
+    """The report of :meth:`LossTracker.step`, the same on all ranks.
 
     Attributes:
         step: optimizer steps so far.
         total: mean loss that was trained on, auxiliary losses included.
-        lm: the same without them.
-        aux: the coefficient times the sum of the layers' mean losses; that of the loss where
-            each layer runs once in a micro-batch.
-        layers: by label, or by module path where a layer has none; in the order of the model.
+        lm: the same without auxiliary losses.
+        aux: the coefficient times the sum of the layers' mean losses; exact if each layer runs
+            once in a micro-batch.
+        layers: by label, or by module path without a label; in the order of the model.
     """
 
     step: int
@@ -78,17 +78,17 @@ class BalanceReport:
 class LossTracker:
     """Collects losses and loads of all MoE layers; call :meth:`step` after each optimizer step.
 
-    All ranks make one together, and report together. DeepSpeed's ``MoE`` layers are found and
-    watched (also ours); for another router call :meth:`record` in its forward. What activation
-    checkpointing computes again is not counted, nor what is not training.
+    All ranks make one, and all ranks report. It finds DeepSpeed's ``MoE`` layers (and ours) and
+    records them; for another router call :meth:`record` in its forward pass. It counts neither
+    the repeated forward passes of activation checkpointing nor passes outside of training.
 
     Args:
         engine: from ``deepspeed.initialize``, of a pipeline or not.
         coefficient: of the load-balancing losses in the loss.
         interval: optimizer steps between reports.
-        in_loss: does the loss that is given to :meth:`step` contain the load-balancing losses
-            (added up, or carried)? False where they are attached (:func:`attach_loss`).
-        experts: of routers that are not DeepSpeed's: their names and numbers of experts.
+        in_loss: does the loss that :meth:`step` gets contain the load-balancing losses (added
+            up, or carried)? False if they are attached (:func:`attach_loss`).
+        experts: names and numbers of experts of routers that are not DeepSpeed's.
         per_expert: send each expert's share to the monitor too.
 
     Raises:
@@ -138,13 +138,13 @@ class LossTracker:
         counts: torch.Tensor,
         dropped: torch.Tensor | int = 0,
     ) -> None:
-        """Add what one forward of a router did.
+        """Add the figures of one forward pass of a router.
 
         Args:
             name: of the layer, one of ``experts``.
             loss: its load-balancing loss, without the coefficient.
-            counts: assignments to each expert, those that are dropped included, of shape (E,).
-            dropped: how many of them found no room.
+            counts: assignments to each expert, dropped ones included, of shape (E,).
+            dropped: number of dropped assignments.
 
         Raises:
             InvalidArgumentError: there is no layer of this name, or it has another number of
@@ -184,7 +184,7 @@ class LossTracker:
         return None if step == self._reported or step % self.interval else self.report()
 
     def report(self) -> BalanceReport:
-        """What happened since the last report, over all ranks, which call it together."""
+        """The report since the last one, over all ranks; all ranks call it together."""
         self._reported = self.engine.global_steps
         distributed.all_reduce(self._sums)
         head, *rows = self._sums.tolist()
@@ -201,7 +201,7 @@ class LossTracker:
         return report
 
     def close(self) -> None:
-        """Watch no more."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -248,5 +248,5 @@ def _of_all_ranks(
 
 
 def _recomputes() -> bool:
-    """Is this forward part of a backward, as activation checkpointing repeats it?"""
+    """Is this forward pass a repetition by activation checkpointing, inside of a backward pass?"""
     return torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""What an optimizer step takes, plans that take less, and measuring it."""
+"""Memory of an optimizer step: prediction, plans that lower it, and measurement."""
 
 from typing import TYPE_CHECKING
 

@@ -1,9 +1,9 @@
-"""Warn of groups that cost much more memory in the step than they need to.
+"""Warn of groups that need much more memory in the step than necessary.
 
-No plan is searched for, which takes up to seconds. What no groups can do without
-(:func:`least_peak`) says where nothing is to be gained. Elsewhere some simple ways to cut are
-priced exactly, and the warning names the best of them: it is silent where only the search would
-find better groups, and never names a peak that cannot be had.
+A search for a plan takes up to seconds, so there is none. A lower bound for all groups
+(:func:`least_peak`) rules out cases in which nothing can be gained. In the others some simple
+ways to cut are priced exactly, and the warning names the best of them: there is no warning if only
+the search would find better groups, and the named peak can always be reached.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ from moe_groups.topology import ep_size_of, sharing_ranks, world_size
 
 FACTOR = 1.5
 WORTH_A_WORD = 64 << 20
-"""Bytes that could be saved; on smaller models nothing is said."""
+"""Bytes that could be saved; if fewer, there is no warning."""
 
 Alike: TypeAlias = Counter[tuple[tuple[int, ...], str | None]]
 """How many groups have parameters of these sizes and this parallel group."""
@@ -37,9 +37,9 @@ def warn_if_costly(
     step: StepConfig | None,
     data_parallel_size: int | None,
 ) -> None:
-    """Warn where T + R is more than 1.5 times that of simple groups with this ``split_by``.
+    """Warn if T + R is more than 1.5 times that of simple groups with this ``split_by``.
 
-    Silent where the number of ranks is not known, or does not fit the experts.
+    Does nothing if the number of ranks is not known, or does not fit the experts.
     """
     world = data_parallel_size or world_size()
     config = step or StepConfig()
@@ -111,7 +111,7 @@ def simple_cuts(uncut: Alike, world: int, tensor_ranks: int) -> Iterator[Alike]:
 def least_peak(
     uncut: Mapping[tuple[tuple[int, ...], str | None], int], world: int, step: StepConfig
 ) -> int:
-    """Bytes that T + R of the worst rank take at least, however these groups are cut and ordered.
+    """Lower bound in bytes of T + R on the worst rank, for any cut and order of these groups.
 
     Rank 0 has the first partition of every group. So with bf16 accumulation it holds, until
     the last group has stepped, the whole of the first parameter of each, and of all parameters
@@ -119,7 +119,7 @@ def least_peak(
     partition is at least its share.
 
     Args:
-        uncut: the groups that there are without a cap.
+        uncut: the groups without a cap.
     """
     from moe_groups.memory.step_cost import MASTER, NORM
 

@@ -1,4 +1,4 @@
-"""PyTorch's private parts that tell what its CPU allocator does: a profiler, and c10's symbols."""
+"""PyTorch's private parts that report its CPU allocations: a profiler, and symbols of c10."""
 
 import ctypes
 import functools
@@ -28,13 +28,13 @@ def start_profiler() -> None:
     settings = torch.autograd.profiler.profile(profile_memory=True, use_kineto=True)
     config, activities = settings.config(), settings.kineto_activities
     _autograd._prepare_profiler(config, activities)
-    # Of all scopes only the user's: memory is reported all the same, and not recording every
-    # operator makes it about ten times cheaper.
+    # Only the user's scope: memory is reported anyway, and without recording every operator this
+    # is about ten times cheaper.
     _autograd._enable_profiler(config, activities, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
 
 
 def stop_profiler() -> list[tuple[int, int, int]]:
-    """What it did since, in the order of time.
+    """Its events since the start, in the order of time.
 
     Returns:
         Address and size of each block, the size of a freed one negative, and the sum of all

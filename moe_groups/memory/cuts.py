@@ -29,14 +29,14 @@ _POSITIONS = 48
 def least_held(
     sizes: tuple[int, ...], ranks: int, limit: int, tile_prices: tuple[float, ...]
 ) -> tuple[Cut | None, ...]:
-    """For each price the cut whose tiles hold least, where a tile costs so many elements more.
+    """For each price of a tile, in elements, the cut whose tiles hold the fewest gradients.
 
     Args:
         limit: most elements of a tile; a single parameter may be larger.
 
     Returns:
-        Of equal cuts the one with the shorter last tile; None where no cut at the positions
-        that are considered keeps to the limit.
+        Of equal cuts the one with the shorter last tile; None if no cut at the positions
+        considered stays within the limit.
     """
     if len(set(sizes)) == 1:
         return _alike(sizes, ranks, limit, np.array(tile_prices))
@@ -46,7 +46,7 @@ def least_held(
 def _alike(
     sizes: tuple[int, ...], ranks: int, limit: int, prices: NDArray[np.float64]
 ) -> tuple[Cut, ...]:
-    """For equal sizes what a tile holds depends on its length alone; all prices at once."""
+    """For equal sizes: a tile's gradients depend on its length alone; all prices at once."""
     lengths, held = _lengths(sizes, ranks)
     allowed = (lengths * sizes[0] <= limit) | (lengths == 1)
     lengths, costs = lengths[allowed], held[allowed]
@@ -96,7 +96,7 @@ def _held(sizes: tuple[int, ...], ranks: int) -> int:
 
 @lru_cache(maxsize=64)
 def _lengths(sizes: tuple[int, ...], ranks: int) -> tuple[Ints, Ints]:
-    """Lengths of tiles of equal parameters that are worth a look, and what each holds."""
+    """Lengths of tiles of equal parameters to consider, and the gradients of each."""
     count = len(sizes)
     aligned = range(ranks, count + 1, ranks)
     some = {1, 2, 3, 4, count % ranks, *aligned, *range(1, min(ranks, count) + 1), count}
@@ -107,7 +107,7 @@ def _lengths(sizes: tuple[int, ...], ranks: int) -> tuple[Ints, Ints]:
 
 @lru_cache(maxsize=64)
 def _pieces(sizes: tuple[int, ...], ranks: int) -> tuple[list[int], Ints, Ints]:
-    """Positions, and between any two (later, earlier) the elements and what they hold."""
+    """Positions, and between any two (later, earlier) the elements and their gradients."""
     positions = _positions(sizes)
     sums = np.concatenate([[0], np.cumsum(sizes)])[positions]
     held = np.zeros((len(positions), len(positions)), dtype=np.int64)
@@ -141,8 +141,8 @@ class Line:
         sizes: elements of each.
         ranks: ranks that share them.
         partition_of: the partition that each rank of the data-parallel world owns.
-        count: lines that are all like this one.
-        dense: no experts.
+        count: number of lines equal to this one.
+        dense: it has no experts.
     """
 
     sizes: tuple[int, ...]
@@ -156,7 +156,7 @@ class Line:
 
 
 def proposed_cuts(lines: Sequence[Line], settings: StepSettings) -> Iterator[tuple[Cut, ...]]:
-    """Cuts of all lines that are worth to be priced: simple ones, and what bounds lead to."""
+    """Cuts of all lines to price: simple ones, and those under a bound on the partition."""
     yield from _simple(lines)
     for bound in _bounds(lines):
         yield tuple(_under_bound(line, bound) for line in lines)
@@ -214,7 +214,7 @@ def _greedy(line: Line, number: int) -> Cut:
 
 
 def _bounds(lines: Sequence[Line]) -> list[int]:
-    """Sizes of partitions to try: what no cap gives, what single parameters need, and between."""
+    """Sizes of partitions to try: between those without a cap and those of single parameters."""
     whole = max(padded_partition(sum(line.sizes), line.ranks) for line in lines)
     least = max(padded_partition(max(line.sizes), line.ranks) for line in lines)
     aligned = {max(line.sizes) * many for line in lines for many in (1, 2, 3, 4, 6, 8)}
@@ -229,7 +229,7 @@ def _tile_prices(lines: Sequence[Line]) -> list[float]:
 
 
 def _under_bound(line: Line, bound: int) -> Cut:
-    """The fewest tiles whose partitions stay under the bound, and those even."""
+    """The fewest tiles whose partitions stay under the bound, of even size."""
     return tuple(pack(line.sizes, max(1, bound // 2 * 2 * line.ranks)))
 
 
@@ -241,7 +241,7 @@ def _least_held(line: Line, bound: int, tile_prices: tuple[float, ...]) -> list[
 
 
 def _growing(lines: Sequence[Line], settings: StepSettings, first: int) -> tuple[Cut, ...]:
-    """Tiles that grow as gradients are let go, from partitions of ``first`` elements on."""
+    """Tiles that grow as gradients are released, from partitions of ``first`` elements on."""
     per_element = max(settings.temporaries + 4, 6)
     left = sum(
         settings.grad_bytes * line.count * padded_partition(sum(line.sizes), line.ranks)

@@ -41,7 +41,7 @@ class StepMemory:
 
     Attributes:
         transient: T, allocated on top of what is there when the step begins.
-        held: R, gradients that are there when it begins and gone when it ends.
+        held: R, gradients that are there when it begins and released by its end.
         step_peak: T + R, the peak above what stays.
         first_step_peak: the same in the first step, with the optimizer's state created in it.
         phase: what sets the peak.
@@ -49,7 +49,7 @@ class StepMemory:
         worst_rank: in the data-parallel world, or of it times ``step.tensor_ranks``.
         least: step peak of the rank that needs least.
         resident: what stays between steps, by kind.
-        host: the same on the host, where the optimizer is offloaded.
+        host: the same on the host, if the optimizer is offloaded.
         groups: one row for each group, in order.
         step: how the model is stepped.
         data_parallel_size: ranks of the data-parallel world.
@@ -95,7 +95,7 @@ SizedGroup: TypeAlias = tuple[str, tuple[int, ...], str | None]
 
 @runtime_checkable
 class Planned(Protocol):
-    """Groups that were planned for a step on so many ranks, before any optimizer exists."""
+    """Groups that were planned for a number of ranks, before any optimizer exists."""
 
     step: StepConfig
     data_parallel_size: int
@@ -234,8 +234,8 @@ def on_ranks(
     """The group with its partitions; experts of ``ep_size_N`` have world / N of them.
 
     DeepSpeed gives neighbouring ranks different experts (``deepspeed/utils/groups.py``), so
-    rank r owns partition r // N. Where ``tensor_ranks`` share out whole experts, rank r is
-    one of world times those, and owns the dense partition of its data-parallel rank.
+    rank r owns partition r // N. If uncut experts are distributed over ``tensor_ranks`` too,
+    r counts world x tensor_ranks ranks, and rank r owns the dense partition of its DP rank.
 
     Raises:
         InvalidArgumentError: the expert-parallel size does not divide the world.
@@ -249,7 +249,7 @@ def on_ranks(
 
 
 def _held(tiles: Sequence["GroupOnRanks"], step: StepConfig) -> list[int]:
-    """Bytes of gradients of each group on the rank that holds most of it."""
+    """Bytes of gradients of each group on the rank that holds the most."""
     settings = step.settings
     if settings.wrapper == "bf16_optimizer":
         low = settings.weight_bytes if settings.keeps_low_precision else 0
@@ -286,10 +286,10 @@ def _offloaded(
 ) -> StepMemory:
     """With the optimizer on the host, bf16 gradients leave the device in the backward pass.
 
-    Those that accumulate in fp32 stay there as exact partitions, each until its group has
-    stepped (``copy_grads_in_partition``, ``_release_preflattened_grad_buffers``).
+    Gradients that accumulate in fp32 stay on the device as exact partitions, each until its
+    group has stepped (``copy_grads_in_partition``, ``_release_preflattened_grad_buffers``).
 
-    Not counted, for no argument says what it takes: with ``gradient_accumulation_steps``
+    Not counted, because no argument determines it: with ``gradient_accumulation_steps``
     above 1 ZeRO-2 keeps on the host the bf16 gradients of all parameters that reach into a
     partition; ZeRO-1 with fp32 accumulation keeps its reduce bucket through the step.
     """

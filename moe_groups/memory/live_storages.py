@@ -12,9 +12,9 @@ import torch
 def live_storages(device: torch.device | str) -> list[torch.UntypedStorage]:
     """Each storage on ``device`` that a tensor known to Python uses, if it has memory.
 
-    One for each address. A device without an index stands for all of its type. Gradients
-    count as known; tensors that only C++ holds, as those that a graph saved for its
-    backward, do not.
+    One for each address. A device without an index stands for all of its type. Gradients are
+    included; tensors that only C++ holds, such as those that a graph saved for its backward
+    pass, are not.
     """
     device = torch.device(device)
     found: dict[int, torch.UntypedStorage] = {}
@@ -29,7 +29,7 @@ def live_storages(device: torch.device | str) -> list[torch.UntypedStorage]:
 
 
 def _parts(tensor: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """The tensor, its gradient and that one's, and what sparse ones are made of."""
+    """The tensor, its gradients, and the parts of sparse tensors."""
     while tensor is not None:
         if tensor.layout == torch.sparse_coo:
             yield from (tensor._indices(), tensor._values())

@@ -39,7 +39,7 @@ class MeasuredPhase:
 
     @property
     def transient(self) -> int:
-        """T: bytes on top of what was there when the phase began, at the peak."""
+        """T: bytes at the peak on top of those allocated when the phase began."""
         return self.peak - self.before
 
     def __getattr__(self, name: str) -> Any:
@@ -72,7 +72,7 @@ class MeasuredStep(MeasuredPhase):
 
     @property
     def step_peak(self) -> int:
-        """T + R: the peak above what stays of the memory from before."""
+        """T + R: the peak above the memory from before that stays."""
         return self.transient + self.held
 
     def __str__(self) -> str:
@@ -118,7 +118,7 @@ class MeasuredIteration:
 
     @property
     def phases(self) -> list[MeasuredPhase]:
-        """In the order of time; what was allocated or released between them is there too."""
+        """All phases in the order of time, including those between named phases."""
         return [use for use in self._uses if use.name != _BETWEEN or _busy(use)]
 
     @property
@@ -163,15 +163,15 @@ def _busy(use: MeasuredPhase) -> bool:
 
 @contextmanager
 def measure_step_memory(device: torch.device | str | None = None) -> Iterator[MeasuredStep]:
-    """Exact tensor memory of the code in the block, as ``engine.step()``.
+    """Exact tensor memory of the code in the block, for example ``engine.step()``.
 
-    Counts what PyTorch's allocator of ``device`` hands out, temporaries inside C++ kernels
-    included, in all threads, and not what communication libraries allocate by themselves.
+    Counts what PyTorch's allocator of ``device`` hands out in all threads, including
+    temporaries inside C++ kernels, but not what communication libraries allocate themselves.
     The figures for CUDA are those of the allocator's blocks, which are multiples of 512
-    bytes; ``torch.cuda.max_memory_allocated`` starts anew.
+    bytes; ``torch.cuda.max_memory_allocated`` is reset.
 
     Args:
-        device: "cpu" or a CUDA device; None is the current CUDA device where CUDA is in use,
+        device: "cpu" or a CUDA device; None is the current CUDA device if CUDA is in use,
             else the CPU.
 
     Raises:
@@ -199,7 +199,7 @@ def measure_iteration_memory(
     """Exact tensor memory of a whole iteration, and the phase that sets its peak.
 
     Args:
-        device: as for :func:`measure_step_memory`, of which all else holds here too.
+        device: as for :func:`measure_step_memory`, whose description applies here too.
 
     Raises:
         InvalidArgumentError: another kind of device, or one that is not there.

@@ -62,7 +62,7 @@ def hints(
 
 
 def cost_lines(found: list[Line], table: Table, world: int, tensor_ranks: int) -> list["CostLine"]:
-    """The lines as the search wants them: sizes, and where their partitions are."""
+    """The lines in the form of the search: sizes, and where their partitions are."""
     from moe_groups.memory.cuts import Line as CostLine
 
     places: dict[str | None, Any] = {}
@@ -107,7 +107,7 @@ class ParamGroupPlan:
     Attributes:
         groups: name, key, expert number and rows of the parameters of each group.
         sizes: elements of each parameter of the model, by row.
-        split_by: the level at which groups are kept apart.
+        split_by: the level at which groups are separated.
         step: how the model will be stepped.
         data_parallel_size: ranks of the data-parallel world.
         curve: the best plans found with this ``split_by``, from few groups to low peaks.
@@ -127,7 +127,7 @@ class ParamGroupPlan:
     made_for: bytes = field(repr=False)
 
     def sized(self) -> list[SizedGroup]:
-        """Name, sizes and parallel group of each group, as the estimate takes them."""
+        """Name, sizes and parallel group of each group, the input of an estimate."""
         return [
             (name, tuple(self.sizes[row] for row in rows), key.parallel_group)
             for name, key, _, rows in self.groups
@@ -172,19 +172,19 @@ def plan_param_groups(
     """Cut and order the groups for the memory of ``engine.step()``.
 
     Args:
-        params: as for :func:`create_moe_param_groups`; meta parameters will do.
+        params: as for :func:`create_moe_param_groups`; meta parameters suffice.
         step_memory_budget: bytes, or a string like "2GiB": the fewest groups whose step
             peak T + R fits on every rank. "auto": the lowest peak that is worth its groups
-            (each one more must save ``GROUP_PRICE``).
-        max_groups: the lowest peak with at most so many groups.
-        split_by: groups never mix more than this, whatever that costs.
+            (each further group must save ``GROUP_PRICE``).
+        max_groups: the lowest peak with at most this number of groups.
+        split_by: groups never mix more than this level, at any cost.
         step: wrapper, optimizer and dtypes; None: ZeRO-2, foreach AdamW, bf16 gradients.
         data_parallel_size: ranks that share dense parameters; None: the world size of
             ``torch.distributed``.
         weight_decay: as for :func:`create_moe_param_groups`, like the next two.
 
     Raises:
-        PlanError: no plan fits; the message has the smallest budget, or the smallest number
+        PlanError: no plan fits; the message names the smallest budget, or the smallest number
             of groups, that works.
         InvalidArgumentError: an argument is out of range.
         MoEGroupsError: as :func:`create_moe_param_groups`.

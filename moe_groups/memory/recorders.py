@@ -1,9 +1,9 @@
-"""What the allocator of a device did, cut into segments: the two sides of ``measure``.
+"""Record what the allocator of a device does, in segments; ``measure`` uses it.
 
-Both recorders do the same: :meth:`start`, then :meth:`mark` at the end of each segment, then
-:meth:`stop`. On CUDA the allocator keeps the figures. On the CPU nothing does, but each block
-that it hands out or takes back can be reported to PyTorch's profiler, from which the figures
-are added up again.
+Both recorders have the same methods: :meth:`start`, then :meth:`mark` at the end of each segment,
+then :meth:`stop`. On CUDA the allocator keeps the figures. On the CPU it keeps none, but it can
+report each block that it hands out or takes back to PyTorch's profiler, and the figures are sums
+of these reports.
 """
 
 import ctypes
@@ -46,18 +46,18 @@ class Recording(NamedTuple):
 
 
 _SETTLE = 0.05
-"""Seconds in which gloo's threads let go of the buckets that they have reduced."""
+"""Seconds within which gloo's threads release the buckets that they have reduced."""
 
 
 class CPURecorder:
     """Follows the blocks of PyTorch's CPU allocator, also those inside C++ kernels.
 
-    The allocator keeps the sizes and the sum of blocks that are handed out while a profiler
-    runs in the thread, and tells the profiler. Two things are added, both by way of c10's
-    own symbols (``ProfiledCPUMemoryReporter`` in c10/core/CPUAllocator.cpp): every storage
-    that Python can reach is announced when recording starts, as if it were handed out then;
-    and a flag makes the allocator keep the sum in all threads. That matters, for which thread
-    releases a gradient bucket, this one or gloo's, is chance.
+    While a profiler runs in the thread, the allocator keeps the sizes and the sum of the blocks
+    that it hands out, and reports them. Two things are added through c10's own symbols
+    (``ProfiledCPUMemoryReporter`` in c10/core/CPUAllocator.cpp): every storage that Python can
+    reach is announced when recording starts, as if it were handed out then; and a flag makes the
+    allocator keep the sum in all threads, because either this thread or one of gloo's may
+    release a gradient bucket.
     """
 
     def __init__(self) -> None:
@@ -87,8 +87,8 @@ class CPURecorder:
     def _announce(self) -> None:
         """Tell the allocator's table of the blocks that are there.
 
-        What is released meanwhile is not released in the first segment: garbage, unless it
-        waits, and what other threads let go of.
+        Blocks that are released meanwhile do not count as released in the first segment: garbage,
+        and blocks of other threads.
         """
         with no_garbage_collection():
             for storage in live_storages("cpu"):

@@ -15,9 +15,9 @@ from moe_groups.memory.cuts import Cut, Line, proposed_cuts
 from moe_groups.memory.step_cost import GroupOnRanks, StepSettings, step_cost
 
 _EXHAUSTIVE = 2048
-"""Up to so many ways to cut all lines are tried out."""
+"""Up to this number of ways to cut all lines, all are tried."""
 _BUNDLES = 8
-"""Lines that are all alike are cut in at most so many ways."""
+"""Equal lines are cut in at most this number of ways."""
 _MIXED = 24
 """Neighbours on the trade-off curve between which mixtures are tried."""
 _LAST = 3
@@ -42,11 +42,11 @@ class Candidate:
 def orders(tiles: Sequence[GroupOnRanks], settings: StepSettings) -> Iterator[list[int]]:
     """Orders of stepping, of which one peaks lowest: the largest partition last.
 
-    ZeRO lets go of gradients as it steps, all at the end or group by group; either way an
-    exchange of two neighbours shows that the smaller goes first. Where all gradients are
-    let go at the end, the last group steps without them, and for the last place another
-    one can be better, as one that needs no copy to be flattened. BF16_Optimizer holds on to
-    its gradients, and the order stays as it is.
+    ZeRO releases gradients while it steps, group by group or all before the last group; in
+    both cases exchanging two neighbours shows that the smaller should step first. If all are
+    released before the last group, that group steps without them, and another last group can
+    be better, such as one that needs no copy to be flattened. BF16_Optimizer keeps its
+    gradients, and the order is not changed.
     """
     indices = list(range(len(tiles)))
     if settings.wrapper == "bf16_optimizer":
@@ -87,8 +87,8 @@ def best_order(tiles: Sequence[GroupOnRanks], settings: StepSettings) -> tuple[i
 def trade_off(lines: Sequence[Line], settings: StepSettings) -> list[Candidate]:
     """The best candidates found, from few groups to low peaks; each beats those before it.
 
-    Where there are few ways to cut the lines, all are tried. Else lines that are alike are
-    searched together, in up to eight bundles.
+    If there are few ways to cut the lines, all are tried. Otherwise equal lines are searched
+    together, in up to eight bundles.
     """
     if _ways(lines) <= _EXHAUSTIVE:
         return _best(price(lines, cuts, settings) for cuts in _all_cuts(lines))
@@ -112,7 +112,7 @@ def _best(found: Iterable[Candidate]) -> list[Candidate]:
 
 
 def _bundle(lines: Sequence[Line]) -> tuple[list[Line], list[int]]:
-    """Lines that are alike as few lines with a count, and the bundle of each line."""
+    """Equal lines as one line with a count, and the bundle of each line."""
     alike: dict[tuple[tuple[int, ...], int, bytes, bool], list[int]] = {}
     for index, line in enumerate(lines):
         key = line.sizes, line.ranks, line.partition_of.tobytes(), line.dense

@@ -15,7 +15,7 @@ _KINDS = {**TEMPORARIES, "FusedAdam": 0, "CPUAdam": 0}
 
 @dataclass(frozen=True, slots=True)
 class StepConfig:
-    """What the memory of ``engine.step()`` depends on beside the model and its groups.
+    """What the memory of ``engine.step()`` depends on besides the model and its groups.
 
     Attributes:
         zero_stage: 1 or 2; both wrap the optimizer in ``DeepSpeedZeroOptimizer``.
@@ -33,7 +33,7 @@ class StepConfig:
         weight_bytes: bytes of an element of the weights.
         tp_size: tensor-parallel ranks.
         expert_tensor_parallel: they cut experts too (``enable_expert_tensor_parallelism``);
-            if not, whole experts are shared out over them as over data-parallel ranks.
+            if not, uncut experts are distributed over them as over data-parallel ranks.
 
     Raises:
         InvalidArgumentError: a combination that DeepSpeed does not have.
@@ -71,12 +71,12 @@ class StepConfig:
 
     @property
     def tensor_ranks(self) -> int:
-        """Tensor-parallel ranks that whole experts are shared out to."""
+        """Tensor-parallel ranks over which uncut experts are distributed."""
         return 1 if self.expert_tensor_parallel else self.tp_size
 
     @property
     def label(self) -> str:
-        """For people: ``ZeRO-2, foreach, bf16 gradients``."""
+        """A short description: ``ZeRO-2, foreach, bf16 gradients``."""
         if self.uses_bf16_optimizer:
             return f"BF16_Optimizer, {self.optimizer}"
         compact = ", compact" if self.compact_gradients else ""
@@ -109,7 +109,7 @@ class StepConfig:
     def from_deepspeed(
         cls, config: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None
     ) -> "StepConfig":
-        """Read it off a DeepSpeed config and, if there is one, the client optimizer.
+        """Read it from a DeepSpeed config and, if there is one, the client optimizer.
 
         Raises:
             InvalidArgumentError: ZeRO-3, fp16, or an optimizer whose cost is not known.

@@ -28,7 +28,7 @@ TEMPORARIES = {"for-loop": 2 * MASTER, "foreach": MASTER, "fused": 0}
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """What decides the cost of a step beside the groups.
+    """What decides the cost of a step besides the groups.
 
     Attributes:
         wrapper: DeepSpeed's ZeRO-1/2 optimizer or ``BF16_Optimizer``.
@@ -59,7 +59,7 @@ class Layout:
 
     Attributes:
         partition: elements of a partition, padding included.
-        touched: elements of all parameters that reach into the partition, in their whole size.
+        touched: elements of all parameters that reach into the partition, in full size.
         padding: elements of the partition that belong to no parameter.
         tensors: gradients and padding tensors that make up the partition.
         largest_slice: elements of the largest piece of one parameter.
@@ -103,7 +103,7 @@ class GroupOnRanks:
         sizes: elements of each parameter, in order.
         partition_of: the partition that each rank of the data-parallel world owns.
         ranks: number of partitions.
-        count: neighbouring groups that are all like this one.
+        count: number of neighbouring groups equal to this one.
     """
 
     sizes: tuple[int, ...]
@@ -140,7 +140,7 @@ class StepCost:
         return self.peak - self.held
 
     def raise_to(self, bytes_: Ints, phase: int, group: int) -> None:
-        """Note that ``bytes_`` are there at once, above the floor."""
+        """Note that ``bytes_`` are allocated at the same time, above the floor."""
         higher = bytes_ > self.peak
         self.peak = np.where(higher, bytes_, self.peak)
         self.phase = np.where(higher, phase, self.phase)
@@ -191,7 +191,7 @@ def _zero(groups: Sequence[GroupOnRanks], settings: StepSettings, first: bool) -
         last = np.where((last_user == index) & final, shared, 0)
         state += settings.state_bytes * partition if first else 0
         during = now + upcast + settings.temporaries * partition + state
-        if upcasts:  # the copy is made, the gradients are let go
+        if upcasts:  # the copy is made, the gradients are released
             during = during - own[index] - last
         cost.raise_to(during, _OPTIMIZER, index)
         now = now - copies * own[index] - last
@@ -203,8 +203,8 @@ def _zero(groups: Sequence[GroupOnRanks], settings: StepSettings, first: bool) -
 def _in_turn(groups: Sequence[GroupOnRanks]) -> Iterator[tuple[int, GroupOnRanks, int, bool]]:
     """``(index, group, copies, whether the last is among them)``.
 
-    Of several alike all but the last are taken at once: the first of them needs most, since
-    each lets go of its gradients, and only the last may let go of what all groups share.
+    Of equal groups all but the last are taken at once: the first of them needs the most, since
+    each releases its gradients, and only the last may release what all groups share.
     """
     for index, group in enumerate(groups):
         if group.count > 1:
@@ -215,11 +215,11 @@ def _in_turn(groups: Sequence[GroupOnRanks]) -> Iterator[tuple[int, GroupOnRanks
 def _gradients(
     groups: Sequence[GroupOnRanks], settings: StepSettings
 ) -> tuple[list[Ints], Ints, Ints]:
-    """Bytes that each group holds alone, that all hold together, and who lets go of those last.
+    """Bytes that each group holds alone, bytes that all share, and the group that releases those.
 
     Without exact partitions the gradients of a rank are pieces of one buffer
-    (``grads_in_partition``), which is there until the last group with a piece of it has
-    stepped; only tensors of padding are a group's own.
+    (``grads_in_partition``), which exists until the last group with a piece of it has stepped;
+    only tensors of padding belong to one group.
     """
     ranks = len(groups[0].partition_of)
     own: list[Ints] = []

@@ -1,4 +1,4 @@
-"""Learning rate, norms and updates of every layer and expert, in one collective now and then."""
+"""Learning rate, norms and updates of every layer and expert, with one collective per interval."""
 
 from typing import Any
 
@@ -22,22 +22,22 @@ from moe_groups.metrics.sums import GRAD, PARAM, UPDATE, SteppedPieces, StepSums
 class GroupMetrics:
     """Reports norms by layer and expert; call :meth:`step` after each ``engine.step()``.
 
-    All ranks make one together, after ``deepspeed.initialize``, and report together. For ZeRO-1,
-    ZeRO-2, BF16_Optimizer and engines without a wrapper, however the parameters are grouped:
-    numbers go by the layer and expert of each parameter. In the step that is reported the hooks
-    of the torch optimizer read the partitions that this rank steps; one all-reduce over the
-    world brings them together. In other steps the hooks compare a number.
+    All ranks make one, after ``deepspeed.initialize``, and all ranks report. Works for ZeRO-1,
+    ZeRO-2, BF16_Optimizer and engines without a wrapper, with any grouping: numbers are summed
+    by the layer and expert of each parameter. In a step with a report, hooks of the torch
+    optimizer read the partitions that this rank steps, and one all-reduce over the world combines
+    them. In other steps the hooks compare a number.
 
     Args:
         engine: from ``deepspeed.initialize``, of a pipeline or not.
         interval: optimizer steps between reports.
         per_expert: send each expert's numbers to the monitor too.
-        update_ratio: False leaves out the update, for which the reported step keeps a copy of
-            the master weights that are being stepped: 4 bytes an element of the largest
-            partition under ZeRO, of all partitions of the rank under BF16_Optimizer.
+        update_ratio: False leaves out the update, which needs a copy of the master weights
+            during a step with a report: 4 bytes an element of the largest partition under ZeRO,
+            of all partitions of the rank under BF16_Optimizer.
 
     Raises:
-        InvalidArgumentError: not such an engine, or an interval below 1.
+        InvalidArgumentError: another kind of engine, or an interval below 1.
 
     Example:
         >>> metrics = GroupMetrics(engine, interval=50)                      # doctest: +SKIP
@@ -70,7 +70,7 @@ class GroupMetrics:
         self._undo = [before.remove, after.remove, clipping]
 
     def _begins(self) -> bool:
-        """Is the step that runs now reported? Forgets one that nobody asked for."""
+        """Does the running step get a report? Drops one that was not asked for."""
         step = self.engine.global_steps + 1
         if step % self.interval:
             return False
@@ -81,7 +81,7 @@ class GroupMetrics:
 
     @torch.no_grad()
     def _read_unclipped(self) -> None:
-        """Gradients of an engine without a wrapper, which clips them where they are."""
+        """Gradients of an engine without a wrapper, which clips them in place."""
         if self._begins():
             self._gradients_at = self._read_at
             for part in self._parts.values():
@@ -117,7 +117,7 @@ class GroupMetrics:
         return [self._parts[key] for key in keys if key in self._parts]
 
     def step(self) -> MetricsReport | None:
-        """The report, if the optimizer step before ended an interval; else None."""
+        """The report, if the last optimizer step ended an interval; else None."""
         if self._read_at != self.engine.global_steps:
             return None
         self._read_at = -1
@@ -129,6 +129,6 @@ class GroupMetrics:
         return report
 
     def close(self) -> None:
-        """Watch no more, and leave the engine as it was."""
+        """Remove the hooks from the engine."""
         while self._undo:
             self._undo.pop()()

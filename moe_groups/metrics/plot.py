@@ -1,4 +1,4 @@
-"""Draw a map of experts over layers: which of them gets gradients, and which moves."""
+"""Draw a map of experts over layers: their gradients, norms, updates or learning rates."""
 
 import math
 import os
@@ -26,15 +26,15 @@ _MOST = 32
 def write_expert_map(report: MetricsReport, path: str | Path, metric: str = "update_ratio") -> None:
     """Write a picture of one number of all experts: a row for each layer, a column for each expert.
 
-    Colours are logarithmic. Experts that are not trained stay white, and those with a value of 0.
+    Colours are logarithmic. Experts that are not trained, or have a value of 0, stay white.
 
     Args:
         report: of :meth:`GroupMetrics.step`; one rank draws it.
-        path: of the picture; its ending says the format, as ".png" or ".svg".
+        path: of the picture; its ending, such as ".png" or ".svg", selects the format.
         metric: "lr", "grad_norm", "param_norm" or "update_ratio".
 
     Raises:
-        InvalidArgumentError: no such metric, none of it in the report, no matplotlib
+        InvalidArgumentError: no such metric, no value of it in the report, no matplotlib
             (``pip install 'moe-groups[plot]'``), or the file cannot be written.
 
     Example:

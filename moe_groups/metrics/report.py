@@ -16,12 +16,12 @@ class GroupStats:
     """Numbers of one optimizer step, of all parameters of a block, a layer or an expert.
 
     Attributes:
-        lr: learning rate of the step; the mean over the elements where parameters differ.
+        lr: learning rate of the step; if parameters differ, the mean over the elements.
         grad_norm: L2 norm of the gradient that is averaged over ranks and micro-batches, before
             clipping.
         param_norm: L2 norm of the parameters after the step, in the optimizer's precision.
-        update_norm: L2 norm of what the step changed; NaN if it was not asked for.
-        elements: trained parameters, each counted once.
+        update_norm: L2 norm of the change by the step; NaN with ``update_ratio=False``.
+        elements: trained elements, each counted once.
     """
 
     lr: float
@@ -42,8 +42,8 @@ class LayerStats:
 
     Attributes:
         total: of all its experts together.
-        experts: of each, by its number over all ranks; None where nothing of it is trained, or
-            where the layer does not tell its experts apart.
+        experts: of each expert, by its global number; None if no parameter of it is trained, or
+            if the layer does not distinguish its experts.
     """
 
     total: GroupStats
@@ -52,7 +52,7 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class MetricsReport:
-    """What :meth:`GroupMetrics.step` found, the same on all ranks.
+    """The report of :meth:`GroupMetrics.step`, the same on all ranks.
 
     Attributes:
         step: optimizer steps so far.
@@ -69,7 +69,7 @@ class MetricsReport:
     def as_dict(self, per_expert: bool = False) -> dict[str, float]:
         """Names and numbers for a logger; ``per_expert`` adds those of each expert.
 
-        Names are as ``grad_norm/dense/blocks.3``, ``grad_norm/moe/blocks.3.moe`` and
+        Names are like ``grad_norm/dense/blocks.3``, ``grad_norm/moe/blocks.3.moe`` and
         ``grad_norm/moe/blocks.3.moe/expert_5``. An ``update_ratio`` that is NaN is left out.
         """
         found = {"total": self.total}

@@ -1,7 +1,7 @@
-"""Whose numbers lie where in the tensors that this rank's optimizer steps.
+"""Which layer and expert each piece of a stepped tensor belongs to.
 
 ZeRO and BF16_Optimizer step flat partitions: a partition begins and ends inside of a parameter,
-and holds pieces of many layers and experts. Here each piece gets the row that it counts for.
+and holds pieces of many layers and experts. Here each piece gets the row in which it counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +20,12 @@ from moe_groups.topology import ep_size_of
 
 
 class Row(NamedTuple):
-    """What numbers are told apart by.
+    """The layer and expert of a number.
 
     Attributes:
         layer: label of an MoE layer, or the block of dense parameters.
-        moe: it is the experts of the layer, and not the dense parameters of a block.
-        expert: the expert's number over all ranks; None where it has none.
+        moe: True for experts of the layer, False for dense parameters of a block.
+        expert: the expert's global number; None if it has none.
     """
 
     layer: str
@@ -68,7 +68,7 @@ def stepped_tensors(engine: Engine) -> tuple[list[Stepped], list[Row]]:
     """What this rank steps, and the rows of all that it shares, in the order of the groups.
 
     Each element of the model is in a piece of exactly one rank: copies of a parameter on other
-    ranks are not counted, as in DeepSpeed's global norm.
+    ranks do not count, as in DeepSpeed's global norm.
     """
     found = find_experts(engine.module)
     names, tags = found.name_of(), found.tags()
@@ -111,7 +111,7 @@ def _rows(name: str, param: torch.Tensor, tag: ExpertTag | None) -> list[tuple[R
 
 
 def _all_rows(runs: Sequence[tuple[Row, int]], tag: ExpertTag | None) -> list[Row]:
-    """Rows of a parameter; of an expert's those of its whole layer, on all ranks."""
+    """Rows of a parameter; for an expert, all rows of its layer, over all ranks."""
     if tag is None:
         return [row for row, _ in runs]
     layer = runs[0][0].layer

@@ -33,7 +33,7 @@ class SteppedPieces:
 
 
 class StepSums:
-    """What the hooks of one step found: norms stay on their device until they are added up."""
+    """Norms that the hooks of one step take; they stay on their device until they are summed."""
 
     def __init__(self) -> None:
         self._norms: dict[int, list[torch.Tensor]] = {}
@@ -41,7 +41,7 @@ class StepSums:
         self._lines: dict[int, list[int]] = {}
 
     def add_norms(self, column: int, part: SteppedPieces, values: torch.Tensor | None) -> None:
-        """Count the squared norm of each piece of ``values``; nothing where there are none."""
+        """Add the squared norm of each piece of ``values``; nothing if there are none."""
         if values is not None:
             self._norms.setdefault(column, []).extend(part.norms(values))
             self._lines.setdefault(column, []).extend(part.lines)

@@ -1,4 +1,4 @@
-"""``load_experts``: each rank reads its own experts out of a Hugging Face checkpoint."""
+"""``load_experts``: each rank reads its own experts from a Hugging Face checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ class LoadedExperts:
     """What :func:`load_experts` did on this rank.
 
     Attributes:
-        experts: path of each MoE layer to the numbers, over all ranks, of the experts here.
-        filled: the model's parameters that have values of the checkpoint now;
-            ``<layer>.experts.*.<name>`` for a matrix of all experts, ``<layer>.router.<name>``.
-        not_filled: those for which the checkpoint has nothing; they are as they were.
+        experts: path of each MoE layer to the global numbers of this rank's experts.
+        filled: the model's parameters that were loaded; ``<layer>.experts.*.<name>`` for a
+            matrix of all experts, ``<layer>.router.<name>`` for the router.
+        not_filled: parameters for which the checkpoint has no tensor; they keep their values.
         unused: tensors of the checkpoint that no rank has read.
-        bytes_read: by this rank.
+        bytes_read: bytes that this rank has read.
     """
 
     experts: dict[str, range]
@@ -58,44 +58,44 @@ def load_experts(
     router: str = ROUTER,
     topology: Topology | None = None,
 ) -> LoadedExperts:
-    """Fill a model from a dense checkpoint; of the experts each rank reads its own alone.
+    """Load a dense checkpoint into a model; each rank reads only its own experts.
 
     Call it on all ranks, before ``deepspeed.initialize`` with the model, or after it with the
-    engine: its full-precision weights are then refreshed too. The layers are DeepSpeed's
+    engine, whose full-precision weights are then refreshed too. The layers are DeepSpeed's
     ``MoE`` (or :class:`moe_groups.MoE`) and, once the engine has made them, AutoEP's. Their
     experts, each a module with ``w1``, ``w2``, ``w3`` or ``gate_proj``, ``down_proj``,
-    ``up_proj``, and their routers are filled from Mixtral, Qwen3-MoE and DeepSeek checkpoints
-    and others with such names, per expert or with one tensor for all. Everything else is
-    filled where a tensor of the checkpoint has the same name. Plain floating-point values are
+    ``up_proj``, and their routers are loaded from Mixtral, Qwen3-MoE and DeepSeek checkpoints
+    and others with such names, with one tensor for each expert or one for all. Other parameters
+    are loaded if a tensor of the checkpoint has the same name. Floating-point values are
     converted to the parameter's dtype.
 
-    Everything is checked first, in the files' headers. Weights are copied out of mapped files, a
-    matrix at a time, so that no memory is needed beside the model's own.
+    It checks everything in the files' headers first. It copies weights from mapped files, a
+    matrix at a time, so it needs no memory besides the model's own.
 
     Args:
         model: the module, not wrapped by another one; or a DeepSpeed engine without ZeRO-3.
         directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files.
-        strict: refuse a checkpoint that leaves a parameter or saved buffer of the model
-            without a value, or has a tensor for which the model has no place.
-        layers: path of a MoE layer in the model to what its names in the checkpoint begin
-            with, ``{}`` standing for a number: ``{"blocks.{}.moe": "model.layers.{}.mlp"}``.
+        strict: refuse a checkpoint that lacks a parameter or saved buffer of the model, or has
+            a tensor that the model lacks.
+        layers: path of a MoE layer in the model to the prefix of its names in the checkpoint,
+            where ``{}`` stands for a number: ``{"blocks.{}.moe": "model.layers.{}.mlp"}``.
             None: the layer of the same path, or with the same number.
         matrices: name of a parameter inside the model's expert to its name inside the
-            checkpoint's, where these are not the known ones: ``{"up.weight": "up_proj.weight"}``.
+            checkpoint's, if these are not the known ones: ``{"up.weight": "up_proj.weight"}``.
         router: name of the router in the checkpoint, below the layer's.
-        topology: which ranks there are, where it is not DeepSpeed's default: with tensor or
-            pipeline parallelism, or ``use_data_before_expert_parallelism``. Not needed after
-            ``deepspeed.initialize``, which refuses experts that are not the rank's.
+        topology: the ranks, if not DeepSpeed's default: with tensor or pipeline parallelism, or
+            ``use_data_before_expert_parallelism``. Not needed after ``deepspeed.initialize``,
+            which refuses experts of another rank.
 
     Returns:
-        What was filled, and what was not.
+        What was loaded, and what was not.
 
     Raises:
         CheckpointError: a file is missing or damaged; names, shapes, dtypes or numbers of
             experts do not fit. Nothing has been changed.
         InvalidArgumentError: an argument does not fit the model, the rank's experts are not
             known, or the package ``safetensors`` is missing.
-        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on.
+        UnsupportedDeepSpeedError: this DeepSpeed lacks a function that is needed.
 
     Example:
         >>> loaded = load_experts(model, "Mixtral-8x7B-v0.1")            # doctest: +SKIP
@@ -111,7 +111,7 @@ def load_experts(
         unused = sorted(set(files.tensors) - plan.used)
         _refuse(plan, unused, strict, files.directory)
         if local and model is module:
-            support_our_groups(moe=True)  # deepspeed.initialize looks at the places
+            support_our_groups(moe=True)  # so that deepspeed.initialize checks the places
         read = _copy(plan, files)
     if model is module:
         note_places(module, local)

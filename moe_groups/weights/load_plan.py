@@ -1,4 +1,4 @@
-"""What goes where when a checkpoint is loaded: all of it checked, nothing copied."""
+"""Plan which tensor of a checkpoint goes where: checks everything, copies nothing."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,14 +29,14 @@ class NamesGiven(NamedTuple):
 
 @dataclass
 class LoadPlan:
-    """Copies to make, and what is wrong.
+    """Copies to make, and problems.
 
     Attributes:
         copies: ``(tensor of the model, where its values are)``.
         filled: names in the model that the copies fill.
         not_filled: names in the model for which the checkpoint has nothing.
         used: names in the checkpoint that some rank reads.
-        problems: one line for each thing that keeps the checkpoint from being loaded.
+        problems: one line for each reason not to load the checkpoint.
     """
 
     copies: list[tuple[torch.Tensor, Piece]] = field(default_factory=list)
@@ -49,12 +49,12 @@ class LoadPlan:
 def plan_load(
     files: SafetensorsFiles, model: nn.Module, layers: list[LocalExperts], given: NamesGiven
 ) -> LoadPlan:
-    """Find a place in the checkpoint for all that the model holds.
+    """Find the tensor of the checkpoint for every tensor of the model.
 
-    Every rank looks at the experts of all ranks, so that all find the same problems.
+    Every rank checks the experts of all ranks, so that all ranks find the same problems.
 
     Raises:
-        InvalidArgumentError: a name in ``given`` is of nothing.
+        InvalidArgumentError: a name in ``given`` does not exist.
     """
     stored = find_stored_layers(files.tensors)
     prefixes = match_layers([layer.path for layer in layers], stored, given.layers)

@@ -1,4 +1,4 @@
-"""A rank's part of each MoE layer of a model: which experts it has, and what their tensors are."""
+"""A rank's part of each MoE layer of a model: its experts and their tensors."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ class LocalExperts:
         path: of the layer in the model.
         total: experts over all ranks.
         first: number of this rank's first expert among them.
-        experts: the tensors of each of this rank's experts by their name in it; views where
-            one parameter holds all of them.
-        router: what the router is made of, by its name in it.
-        params: ``id`` of each parameter or buffer that the above are of.
+        experts: the tensors of each of this rank's experts by their name in it; views if one
+            parameter holds all of them.
+        router: tensors of the router, by their name in it.
+        params: ``id`` of each parameter or buffer of these tensors.
         writes: the rank is the first of those that hold the same experts.
-        assumed: the ranks by which the above was told; None where process groups tell.
+        assumed: the ranks from which this was computed; None if process groups exist.
     """
 
     path: str
@@ -42,7 +42,7 @@ class LocalExperts:
 
     @property
     def numbers(self) -> range:
-        """This rank's experts by their number over all ranks."""
+        """Global numbers of this rank's experts."""
         return range(self.first, self.first + len(self.experts))
 
 
@@ -50,7 +50,7 @@ def module_of(model: Any, name: str) -> nn.Module:
     """The module that ``model`` is, or that the engine ``model`` steps.
 
     Args:
-        name: of the function that wants its weights.
+        name: of the function that needs its weights.
 
     Raises:
         InvalidArgumentError: it is neither, or ZeRO-3 has its weights.
@@ -72,11 +72,11 @@ def find_local_experts(model: nn.Module, topology: Topology | None) -> list[Loca
     """The layers of DeepSpeed (ours and AutoEP's included) in the model's order.
 
     Args:
-        topology: which ranks there are, while DeepSpeed's expert groups do not exist; None:
-            all ranks of ``torch.distributed`` as DeepSpeed shares experts out by default.
+        topology: the ranks, while DeepSpeed's expert groups do not exist; None: all ranks of
+            ``torch.distributed``, as DeepSpeed distributes experts by default.
 
     Raises:
-        InvalidArgumentError: nobody knows which of the ranks this is.
+        InvalidArgumentError: the number of this rank is not known.
     """
     found = []
     for node in walk(model):
@@ -104,7 +104,7 @@ def find_local_experts(model: nn.Module, topology: Topology | None) -> list[Loca
 def _place(
     parts: LayerParts, topology: Topology | None, path: str
 ) -> tuple[int, bool, Topology | None]:
-    """This rank among those that share the experts; is it the first that has its own ones?"""
+    """This rank in its EP group, and whether it is the first rank that holds its experts."""
     known = expert_place(parts.parallel_group)
     ep_size = parts.ep_size
     if known is not None:
@@ -130,7 +130,7 @@ def _place(
 def dense_tensors(
     model: nn.Module, layers: list[LocalExperts]
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Parameters and saved buffers that are not of the layers; all names of what is tied."""
+    """Parameters and saved buffers outside of the layers; all names of tied ones."""
     taken = frozenset().union(*(layer.params for layer in layers))
     names: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
@@ -147,15 +147,15 @@ _LOADED = "_moe_groups_loaded"
 
 
 def note_places(model: nn.Module, layers: Iterable[LocalExperts]) -> None:
-    """Keep on the model by which ranks its layers were filled, by their paths."""
+    """Store on the model the ranks for which its layers were loaded, by their paths."""
     setattr(model, _LOADED, {layer.path: layer.assumed for layer in layers if layer.assumed})
 
 
 def check_places(model: nn.Module) -> None:
-    """Compare what was noted of ``model`` or a part of it; process groups exist now.
+    """Compare the stored ranks of ``model`` or a part of it with the process groups.
 
-    No communication: who has not loaded anything would not take part. Ranks that share out
-    experts among them look at each other's places, and say the same.
+    No communication, because ranks that have not loaded anything would not take part. Ranks of
+    an EP group compute each other's places, and so raise the same.
 
     Raises:
         InvalidArgumentError: a rank of this expert-parallel group holds another one's experts.

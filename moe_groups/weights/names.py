@@ -24,12 +24,12 @@ from moe_groups.weights.safetensors_files import Index, StoredTensor
 def match_layers(
     paths: list[str], prefixes: Iterable[str], given: Mapping[str, str] | None
 ) -> dict[str, str]:
-    """Path of each layer in the model to its prefix in the checkpoint, where it has one.
+    """Path of each layer in the model to its prefix in the checkpoint, if it has one.
 
     Without ``given``: the same path, or the only layer with the same number in its path.
 
     Raises:
-        InvalidArgumentError: a key or a prefix of ``given`` is of no layer.
+        InvalidArgumentError: a key or a prefix of ``given`` belongs to no layer.
     """
     stored = list(prefixes)
     if given is not None:
@@ -54,7 +54,7 @@ def expand(paths: list[str], given: Mapping[str, str]) -> dict[str, str]:
     """The layers that ``given`` names, each with its own prefix; ``{}`` is a number in both.
 
     Raises:
-        InvalidArgumentError: a key is of no layer, or two layers get one prefix.
+        InvalidArgumentError: a key belongs to no layer, or two layers get one prefix.
     """
     found: dict[str, str] = {}
     for key, value in given.items():
@@ -106,9 +106,9 @@ class Piece(NamedTuple):
     """One matrix of one expert in a checkpoint.
 
     Attributes:
-        tensor: the name of what holds it.
-        part: where it is in there.
-        shape: its own.
+        tensor: the name of the tensor that holds it.
+        part: its index in that tensor.
+        shape: the shape of the matrix.
     """
 
     tensor: str
@@ -121,9 +121,9 @@ class StoredLayer:
     """The experts of one MoE layer in a checkpoint.
 
     Attributes:
-        prefix: what the names of all its tensors begin with, as "model.layers.0.mlp".
-        tensors: those of its experts.
-        numbers: of the experts that have tensors of their own, or that the fused ones hold.
+        prefix: with which the names of all its tensors begin, as "model.layers.0.mlp".
+        tensors: the tensors of its experts.
+        numbers: the numbers of its experts, in tensors of their own or in fused ones.
     """
 
     prefix: str
@@ -131,16 +131,16 @@ class StoredLayer:
     numbers: set[int] = field(default_factory=set)
 
     def missing(self) -> list[int]:
-        """Experts that are not there, though one with a higher number is."""
+        """Missing experts below the highest number."""
         return sorted(set(range(max(self.numbers, default=-1) + 1)) - self.numbers)
 
     def piece(self, number: int, matrix: str) -> Piece | None:
-        """Where the matrix of an expert is; None where the checkpoint has none.
+        """Where the matrix of an expert is; None if the checkpoint lacks it.
 
         Args:
-            number: of the expert, over all ranks.
-            matrix: its name inside the expert, as "w1.weight" or "gate_proj.weight", in
-                either of the families' words.
+            number: global number of the expert.
+            matrix: its name inside the expert, such as "w1.weight" or "gate_proj.weight", in
+                the words of any family.
         """
         for name in _SAME.get(matrix, (matrix,)):
             own = f"{self.prefix}.experts.{number}.{name}"
@@ -167,7 +167,7 @@ class StoredLayer:
 
 
 def find_stored_layers(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredLayer]:
-    """All MoE layers of a checkpoint by prefix. Shared experts are dense, and none of them."""
+    """All MoE layers of a checkpoint by prefix, without shared experts, which are dense."""
     layers: dict[str, StoredLayer] = {}
     for name, tensor in tensors.items():
         own, fused = _PER_EXPERT.fullmatch(name), _FUSED.fullmatch(name)
@@ -181,12 +181,12 @@ def find_stored_layers(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredL
 
 
 def saved_prefix(family: Family, number: str) -> str:
-    """What the names of decoder layer ``number``'s MoE begin with."""
+    """With which the names of the MoE in decoder layer ``number`` begin."""
     return f"model.layers.{number}.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}"
 
 
 def saved_matrix(family: Family, name: str) -> str:
-    """A matrix inside of an expert in a family's words; another name as it is."""
+    """The family's name of a matrix inside of an expert; any other name unchanged."""
     words = _NUMBERED if family == "mixtral" else _PROJECTIONS
     same = _SAME.get(name, (name,))
     return next((word for word in same if word.partition(".")[0] in words), name)

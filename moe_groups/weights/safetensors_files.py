@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint of safetensors files: what is in it, and slices out of it."""
+"""A Hugging Face checkpoint of safetensors files: its contents, and slices of its tensors."""
 
 import contextlib
 import json
@@ -34,12 +34,12 @@ _OTHERS = {
 
 
 class StoredTensor(NamedTuple):
-    """What a file's header says about one tensor.
+    """The entry of one tensor in a file's header.
 
     Attributes:
         shape: its sizes.
-        dtype: in the format's own words, such as "BF16".
-        file: name of the file that it is in.
+        dtype: the format's name of the dtype, such as "BF16".
+        file: name of its file.
     """
 
     shape: tuple[int, ...]
@@ -47,24 +47,24 @@ class StoredTensor(NamedTuple):
     file: str
 
     def fits(self, dtype: torch.dtype) -> bool:
-        """Can it be copied to ``dtype``: the same, or both plain floating point?"""
+        """Can it be copied to ``dtype``: is it the same, or are both plain floating point?"""
         known = FLOATS | _OTHERS
         both_float = self.dtype in FLOATS and dtype in FLOATS.values()
         return both_float or known.get(self.dtype) == dtype
 
 
 class SafetensorsFiles:
-    """The tensors of a checkpoint by name, read when they are asked for.
+    """The tensors of a checkpoint by name; each is read when it is needed.
 
-    All headers are read at once; of the weights nothing. The files stay mapped into memory
-    until the context ends.
+    All headers are read at once, but no weights. The files stay mapped into memory until the
+    context ends.
 
     Args:
         directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and the
             files that it names.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or a header is not what the index says.
+        CheckpointError: a file is missing or damaged, or a header does not match the index.
         InvalidArgumentError: the package ``safetensors`` is missing.
     """
 
@@ -97,7 +97,7 @@ class SafetensorsFiles:
         self._files.close()
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """The tensor, or its ``index``, as a view of the mapped file: nothing else is read."""
+        """The tensor, or its ``index``, as a view of the mapped file; reads nothing else."""
         file = self._open[self.tensors[name].file]
         tensor: torch.Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
         return tensor
@@ -107,7 +107,7 @@ class SafetensorsFiles:
 
         path = self.directory / file
         try:
-            if not path.is_file():  # a pipe would wait for a writer
+            if not path.is_file():  # opening a pipe would block
                 raise FileNotFoundError(path)
             opened = self._files.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:

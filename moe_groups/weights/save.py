@@ -50,22 +50,22 @@ def save_experts(
 ) -> list[Path]:
     """Write the model's weights as safetensors with the names of a Hugging Face family.
 
-    The way back of :func:`load_experts`. Call it on all ranks; they must see the same
-    directory. Each writes the experts that it has into files of its own (of ranks with the
-    same experts the first one), rank 0 what is dense and the index, last. Nothing is gathered:
-    tensors in CPU memory are written from where they are, those of a GPU a file at a time.
-    The dtype is the model's. What is not in MoE layers keeps its name; ``config.json`` and the
-    tokenizer are for you to copy.
+    The inverse of :func:`load_experts`. Call it on all ranks, which need the same directory.
+    Each rank writes its experts into its own files (of ranks with the same experts the first
+    one does); rank 0 writes the dense tensors, and the index last. Nothing is gathered: tensors
+    in CPU memory are written directly, those on a GPU a file at a time. The dtype is the
+    model's. Tensors outside of MoE layers keep their names. Copy ``config.json`` and the
+    tokenizer yourself.
 
     Args:
         model: the module, or a DeepSpeed engine without ZeRO-3.
         directory: a new one, or one without safetensors files.
-        family: whose names the experts get: "mixtral", "qwen3_moe" or "deepseek_v3".
+        family: family whose names the experts get: "mixtral", "qwen3_moe" or "deepseek_v3".
         layers: as in :func:`load_experts`. None: ``model.layers.<n>.mlp`` (Mixtral's:
             ``block_sparse_moe``) with the number in the layer's path.
         matrices: as in :func:`load_experts`.
         router: name of the router in the checkpoint, below the layer's.
-        max_shard_size: of a file, in bytes or as "2GiB"; a larger tensor is in a file alone.
+        max_shard_size: of a file, in bytes or as "2GiB"; a larger tensor has its own file.
         topology: as in :func:`load_experts`.
 
     Returns:
@@ -162,7 +162,7 @@ class _Job:
         self.directory, self.rank = directory, rank
 
     def together(self, work: Callable[[], None]) -> None:
-        """Do it on all ranks; if it fails on one, all raise its error."""
+        """Call it on all ranks; if it fails on one, all raise its error."""
 
         def checked() -> None:
             try:
@@ -185,9 +185,9 @@ class _Job:
             )
 
     def remove(self, paths: list[Path]) -> None:
-        """What a save that failed has left."""
+        """Remove the files of a save that failed."""
         for path in paths:
-            with contextlib.suppress(OSError):  # the disk may be what failed
+            with contextlib.suppress(OSError):  # the disk may have failed
                 path.unlink(missing_ok=True)
 
 

@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import re
+import runpy
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,28 @@ def test_api_page_has_every_public_name() -> None:
     page = (ROOT / "docs/api.md").read_text()
     documented = re.findall(r"^::: moe_groups\.(?:\w+\.)*(\w+)$", page, re.MULTILINE)
     assert set(moe_groups.__all__) <= set(documented)
+
+
+def test_picture_of_the_packages_is_that_of_the_import_contract() -> None:
+    """If not: ``python docs/assets/draw_packages.py``."""
+    script = runpy.run_path(str(ROOT / "docs/assets/draw_packages.py"))
+    assert script["PICTURE"].read_text() == script["draw"](script["read_layers"]())
+
+
+def test_page_on_the_packages_names_each() -> None:
+    packages = {f"{p.parent.name}/" for p in (ROOT / "moe_groups").glob("*/__init__.py")}
+    files = {p.name for p in (ROOT / "moe_groups").glob("*.py")} - {"__init__.py", "_version.py"}
+    page = (ROOT / "docs/how-it-is-built.md").read_text()
+    named = set(re.findall(r"`(?:\w+/)?(\w+(?:/|\.py))`", page))
+    assert packages | files <= named
+
+
+def test_files_named_for_contributors_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:moe_groups|tests|docs|benchmarks)/[\w/.-]*)`", page))
+    links = set(re.findall(r"\]\(([\w/.-]+)\)", page))
+    assert len(named) > 20
+    assert [path for path in sorted(named | links) if not (ROOT / path).exists()] == []
 
 
 def test_readme_quotes_the_benchmark() -> None:
