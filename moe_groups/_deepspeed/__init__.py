@@ -1,6 +1,6 @@
 """The one place that touches DeepSpeed's private parts.
 
-Tested against the version in ``constraints.txt``; ``tests/distributed/test_contract*.py``
+Tested against the version in ``constraints.txt``; ``tests/distributed/_deepspeed/test_contract*.py``
 hold one test for each fact relied on here. DeepSpeed is imported when a function needs
 it, never when this package is imported; where it is there already, a release that lacks
 what is relied on is refused at once (:func:`~moe_groups._deepspeed.contract.check_contract`).
@@ -19,7 +19,7 @@ train as before, bit for bit, but where its norm was wrong and clipping uses it)
   those of DeepSpeed's own names, bit for bit;
 * stages of a pipeline make the same process groups, and take part in each other's
   all-reduces of the norm (ZeRO-1 runs one for each group, BF16_Optimizer one for each
-  parallel group), where DeepSpeed waits for ever unless all stages are alike;
+  parallel group), where DeepSpeed waits for ever unless all stages have the same ones;
 * ZeRO's norm counts the experts of all tensor-parallel ranks;
 * gloo gathers tokens over tensor-parallel ranks;
 * parameters under Muon are those of the groups that say ``use_muon``, and what cannot step

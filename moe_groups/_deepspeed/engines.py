@@ -179,3 +179,19 @@ def refresh_master_weights(engine: Any) -> None:
     refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
     if refresh is not None:
         refresh()
+
+
+class TrackerReport(Protocol):
+    """What a tracker found up to a step, as names and numbers."""
+
+    @property
+    def step(self) -> int: ...
+
+    def as_dict(self, per_expert: bool = False) -> dict[str, float]: ...
+
+
+def send_to_monitor(engine: Any, report: TrackerReport, per_expert: bool) -> None:
+    """Write the report to TensorBoard, W&B or CSV, as DeepSpeed's config says, from rank 0."""
+    if engine.monitor.enabled and torch.distributed.get_rank() == 0:
+        values = report.as_dict(per_expert).items()
+        engine.monitor.write_events([(f"Train/{key}", value, report.step) for key, value in values])

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from moe_groups._deepspeed.engines import Engine, stage_of
+from moe_groups._deepspeed.engines import Engine, send_to_monitor, stage_of
 from moe_groups._deepspeed.layers import routed, routers_of
-from moe_groups._deepspeed.monitor import send
 from moe_groups.errors import InvalidArgumentError
 
 _LOSS, _DROPPED, _FORWARDS, _HEAD = 0, 1, 2, 3
@@ -197,7 +196,7 @@ class LossTracker:
         given = head[_LOSS] / max(head[_FORWARDS], 1)
         lm = given - aux if self.in_loss else given
         report = BalanceReport(self.engine.global_steps, lm + aux, lm, aux, layers)
-        send(self.engine, report, self.per_expert)
+        send_to_monitor(self.engine, report, self.per_expert)
         return report
 
     def close(self) -> None:

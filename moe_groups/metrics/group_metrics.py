@@ -10,8 +10,7 @@ from moe_groups._deepspeed.around_step import (
     check_steps_partitions,
     clipping_divisor,
 )
-from moe_groups._deepspeed.engines import Engine
-from moe_groups._deepspeed.monitor import send
+from moe_groups._deepspeed.engines import Engine, send_to_monitor
 from moe_groups.engine.step_options import stepped_lr
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.metrics.report import MetricsReport, make_report
@@ -125,7 +124,7 @@ class GroupMetrics:
         distributed.all_reduce(sums)
         sums[:, GRAD] *= clipping_divisor(self.engine) ** 2
         report = make_report(self.engine.global_steps, self._rows, sums.tolist(), self.update_ratio)
-        send(self.engine, report, self.per_expert)
+        send_to_monitor(self.engine, report, self.per_expert)
         return report
 
     def close(self) -> None:
