@@ -1,8 +1,8 @@
 """The errors of this library.
 
-Every message names the parameter, layer or group it is about and says what to do.
-All kinds derive from :class:`MoEGroupsError`; those that stand for a bad argument are
-``ValueError`` too, so that code which expects the built-in keeps working.
+Every message names the parameter, layer or group and says what to do. All kinds derive from
+:class:`MoEGroupsError`. Those for a bad argument derive from ``ValueError`` too, so code that
+expects the built-in works.
 """
 
 __all__ = [
@@ -28,44 +28,44 @@ class MoEGroupsError(Exception):
 
 
 class InvalidArgumentError(MoEGroupsError, ValueError):
-    """An argument is out of its range or of a type that cannot be used."""
+    """An argument is out of its range or has a type that cannot be used."""
 
 
 class ParameterInputError(MoEGroupsError, ValueError):
-    """The parameters or group dicts cannot be grouped as they are given."""
+    """The given parameters or group dicts cannot be grouped."""
 
 
 class TagError(MoEGroupsError, ValueError):
-    """An expert parameter's tag is missing, malformed or contradicts another one."""
+    """The tag of an expert parameter is missing, malformed or contradicts another tag."""
 
 
 class OverrideError(MoEGroupsError, ValueError):
-    """An override pattern matches nothing, or two of them set different values."""
+    """An override pattern matches nothing, or two patterns set different values."""
 
 
 class PlanError(MoEGroupsError, ValueError):
-    """No plan fits what was asked for, or a plan was made for other parameters."""
+    """No plan fits the request, or a plan was made for other parameters."""
 
 
 class MeasurementError(MoEGroupsError):
-    """Memory cannot be measured here, or a measurement is used out of turn."""
+    """Memory cannot be measured here, or methods of a measurement are called in a wrong order."""
 
 
 class RecomputationError(MoEGroupsError):
-    """A checkpointed function cannot be computed again as it was in the forward pass."""
+    """A recomputation in activation checkpointing differs from the forward pass."""
 
 
 class CheckpointError(MoEGroupsError):
-    """A checkpoint cannot be read, converted or written; nothing has been changed by it."""
+    """A checkpoint cannot be read, converted or written; nothing has been changed."""
 
 
 class CheckpointMismatchError(CheckpointError):
     """A checkpoint was saved with other groups than the engine has; it was not loaded.
 
     Attributes:
-        lines: what differs, one line for each.
-        target: file that holds the engine's groups, for ``moe-groups regroup-checkpoint``;
-            None where converting does not help.
+        lines: one line for each difference.
+        target: file with the engine's groups, for ``moe-groups regroup-checkpoint``; None if
+            conversion does not help.
     """
 
     def __init__(self, message: str, lines: list[str], target: str | None = None) -> None:
@@ -81,14 +81,14 @@ class CheckpointWarning(UserWarning):
 
 
 class CostlyGroupsWarning(UserWarning):
-    """Groups that need much more memory in the optimizer step than the same level of splitting."""
+    """Groups need much more memory in the optimizer step than others of the same ``split_by``."""
 
 
 class VerificationError(MoEGroupsError):
-    """What an initialized engine steps is not what was asked for.
+    """The groups of an initialized engine differ from those that were given.
 
     Attributes:
-        problems: one line for each thing that is wrong.
+        problems: one line for each problem.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -103,4 +103,4 @@ class VerificationError(MoEGroupsError):
 
 
 class UnsupportedDeepSpeedError(MoEGroupsError):
-    """The installed DeepSpeed lacks something that this library relies on."""
+    """The installed DeepSpeed lacks a function that this library needs."""

@@ -1,4 +1,4 @@
-"""Which ranks share what: the process groups that DeepSpeed makes, from the sizes alone."""
+"""Compute the process groups that DeepSpeed makes from the sizes alone."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from moe_groups.errors import InvalidArgumentError
 
 def world_size() -> int | None:
     """The world size of ``torch.distributed``; None before it is initialized."""
-    torch = sys.modules.get("torch")  # without the import it is not initialized
+    torch = sys.modules.get("torch")  # not imported means not initialized
     if torch is None or not torch.distributed.is_available():
         return None
     return int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else None
@@ -23,11 +23,11 @@ def ep_size_of(parallel_group: str | None) -> int:
 
 
 def sharing_ranks(parallel_group: str | None, world: int, tensor_ranks: int = 1) -> int:
-    """Ranks that share a parameter: the data-parallel world, for experts by their EP size.
+    """Number of ranks that share a parameter: the DP size, for experts divided by the EP size.
 
     Args:
-        parallel_group: of the parameter; None if it is dense.
-        world: data-parallel ranks.
+        parallel_group: the parameter's; None if it is dense.
+        world: number of data-parallel ranks.
         tensor_ranks: tensor-parallel ranks over which DeepSpeed distributes uncut experts too
             (``_create_expert_and_data_parallel``, ``deepspeed/utils/groups.py``).
 
@@ -51,26 +51,26 @@ GroupKind = Literal["data", "tensor", "pipeline", "expert", "expert_data"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """The groups of ranks that DeepSpeed makes for native MoE layers; no process group is needed.
+    """The groups of ranks that DeepSpeed makes for its own MoE layers, without process groups.
 
     Ranks are numbered as DeepSpeed's pipeline grid and Megatron number them: tensor-parallel
     ranks are neighbours, then come the data-parallel ones, and each pipeline stage is a block.
-    For layers of several ``ep_size``, make one topology each. Sequence parallelism and AutoEP
-    are not covered, because DeepSpeed makes their groups in another way.
+    For layers with different ``ep_size``, make one topology each. Sequence parallelism and AutoEP
+    are not covered, because DeepSpeed makes their groups differently.
 
     Args:
         world_size: number of ranks.
         tp_size: tensor-parallel ranks.
         pp_size: pipeline stages.
-        ep_size: ``ep_size`` of the MoE layers, over which the experts of a layer are
-            distributed.
+        ep_size: ``ep_size`` of the MoE layers: the number of ranks over which the experts of a
+            layer are distributed.
         expert_tensor_parallelism: the layers' ``enable_expert_tensor_parallelism``: experts are
             cut over the tensor-parallel ranks too.
         use_data_before_expert_parallel: ``use_data_before_expert_parallelism`` of DeepSpeed's
-            config: ranks that hold the same experts are neighbours.
+            config: ranks with the same experts are neighbours.
 
     Raises:
-        InvalidArgumentError: a size is no positive integer, or one does not divide the ranks.
+        InvalidArgumentError: a size is no positive integer or does not divide the ranks.
 
     Example:
         >>> Topology(world_size=8, ep_size=2).groups("expert_data")
@@ -111,25 +111,25 @@ class Topology:
         return self._checked(rank) // (self.world_size // self.pp_size)
 
     def data_rank(self, rank: int) -> int:
-        """The place of a rank in its data-parallel group."""
+        """The position of a rank in its data-parallel group."""
         return self._checked(rank) // self.tp_size % self.data_parallel_size
 
     def tensor_rank(self, rank: int) -> int:
-        """The place of a rank in its tensor-parallel group."""
+        """The position of a rank in its tensor-parallel group."""
         return self._checked(rank) % self.tp_size
 
     def expert_rank(self, rank: int) -> int:
-        """The place of a rank in its expert-parallel group, 0 to ``ep_size`` - 1.
+        """The EP rank of a rank: its position in its EP group, 0 to ``ep_size`` - 1.
 
-        Of a layer with E experts, the rank holds those from ``expert_rank * E / ep_size`` on.
+        Of a layer with E experts, it has E / ep_size from ``expert_rank * E / ep_size`` on.
         """
         return self.group_of("expert", rank).index(rank)
 
     def group_of(self, kind: GroupKind, rank: int) -> list[int]:
-        """The ranks, ascending, that ``rank`` shares a group of this kind with, itself included.
+        """The ranks, ascending, of the group of this kind that includes ``rank``.
 
         Raises:
-            InvalidArgumentError: the kind is unknown, or there is no such rank.
+            InvalidArgumentError: the kind is unknown, or the rank does not exist.
         """
         self._checked(rank)
         return next(ranks for ranks in self.groups(kind) if rank in ranks)
@@ -139,8 +139,8 @@ class Topology:
 
         * "data": the same dense parameters; their gradients are averaged over these ranks.
         * "tensor": slices of the same dense layers, and of the same experts if those are cut.
-        * "pipeline": the same batch, with different layers on each rank.
-        * "expert": one set of a layer's experts, distributed; these ranks exchange tokens.
+        * "pipeline": different layers for the same batch.
+        * "expert": one set of a layer's experts, distributed over ranks that exchange tokens.
         * "expert_data": the same experts; their gradients are summed over these ranks.
 
         Returns:
@@ -162,7 +162,7 @@ class Topology:
                 line for stage in _blocks(ranks, width) for line in _combs(stage, self.tp_size)
             ]
         else:
-            # Of each line one kind takes neighbours, and the other one rank of each of those.
+            # On each line the groups of one kind are neighbours; the other kind crosses them.
             neighbours = (kind == "expert") != self.use_data_before_expert_parallel
             size = self.ep_size if kind == "expert" else self.expert_data_parallel_size
             for line in self._lines():
@@ -170,7 +170,7 @@ class Topology:
         return sorted(found)
 
     def _lines(self) -> Sequence[Sequence[int]]:
-        """The ranks that experts are shared out to: a stage's, or those of one tensor rank."""
+        """Ranks over which experts are distributed: those of a stage, or of one tensor rank."""
         if self.expert_tensor_parallelism:
             return self.groups("data")
         return _blocks(range(self.world_size), self.world_size // self.pp_size)
@@ -202,10 +202,10 @@ def _check_size(name: str, value: object) -> None:
 
 
 def _blocks(ranks: Sequence[int], size: int) -> list[list[int]]:
-    """Neighbours: blocks of ``size`` ranks."""
+    """Groups of ``size`` neighbouring ranks."""
     return [list(ranks[start : start + size]) for start in range(0, len(ranks), size)]
 
 
 def _combs(ranks: Sequence[int], number: int) -> list[list[int]]:
-    """Every ``number``-th rank, from each start."""
+    """Groups of every ``number``-th rank, one for each start."""
     return [list(ranks[start::number]) for start in range(number)]

@@ -1,1 +1,1 @@
-"""What knows nothing of experts: arguments, units, tables, paths."""
+"""Helpers that do not depend on MoE: arguments, units, tables, paths."""

@@ -1,4 +1,4 @@
-"""Arguments that several functions take: their values, and their checks."""
+"""Values and checks of arguments that several functions share."""
 
 import importlib
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from moe_groups.errors import InvalidArgumentError
 
 
 def need(package: str, extra: str, what: str) -> None:
-    """Raise InvalidArgumentError unless ``package`` of the optional ``extra`` is there.
+    """Raise InvalidArgumentError unless ``package`` of the optional ``extra`` is installed.
 
     Args:
-        what: a plural that the sentence "... need rich" starts with.
+        what: the plural subject of the sentence "... need rich".
     """
     try:
         importlib.import_module(package)
@@ -30,7 +30,7 @@ def check_one_of(name: str, value: object, known: Sequence[object]) -> None:
     """Refuse a value that is not among the known ones.
 
     Raises:
-        InvalidArgumentError: with the values that there are.
+        InvalidArgumentError: the message lists the known values.
     """
     if value not in known:
         raise InvalidArgumentError(

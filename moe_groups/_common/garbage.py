@@ -1,4 +1,4 @@
-"""Hold Python's cyclic garbage collector back for a while."""
+"""Pause Python's cyclic garbage collector."""
 
 import contextlib
 import gc
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """No collection inside, and afterwards as before."""
+    """Disable automatic collection in the block; afterwards it is as before."""
     if not gc.isenabled():
         yield
         return

@@ -1,4 +1,4 @@
-"""Packages that import what they offer when somebody first asks for it."""
+"""Packages that import a public name when it is first used."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ def offer(package: str, names: Mapping[str, Sequence[str]]) -> Offer:
     """``__all__``, ``__getattr__`` and ``__dir__`` of a package.
 
     Args:
-        package: its name.
-        names: what it offers, by the module that has it.
+        package: the package's name.
+        names: each module of the package with the public names in it.
     """
     module_of = {name: module for module, own in names.items() for name in own}
 

@@ -1,4 +1,4 @@
-"""What may be written and removed: files below a folder of one's own, under plain names."""
+"""Write and remove files only below a given folder, under plain names."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 from moe_groups.errors import CheckpointError
 
 PART = ".part-"
-"""Is behind the name of a file while it is written, and before some digits."""
+"""Follows the name of a file while it is written; some digits come after it."""
 
 
 def is_plain(name: str) -> bool:
-    """Does a name that a user or a file gives lead to what is below a folder?
+    """Does a name from a user or a file lead to a path below a folder?
 
-    It is one component or several with slashes between them, none of which is empty, "." or "..".
+    It has one or more components, separated by slashes; none of them is empty, "." or "..".
     """
     try:
         os.fsencode(name)
@@ -25,12 +25,12 @@ def is_plain(name: str) -> bool:
 
 
 def own(folder: Path, path: Path) -> Path:
-    """``path``, if it is below ``folder`` and no link on the way there leads elsewhere.
+    """``path``, if it is below ``folder`` and no directory on the way is a link.
 
-    Whoever writes or removes a file asks here first, wherever its name comes from.
+    All code that writes or removes a file calls this first, wherever its name comes from.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: the path leads out of the folder.
     """
     below = path.relative_to(folder).parts if path.is_relative_to(folder) else ()
     way = [folder.joinpath(*below[:count]) for count in range(1, len(below))]
@@ -44,20 +44,20 @@ def own(folder: Path, path: Path) -> Path:
 
 @contextlib.contextmanager
 def finished_file(path: Path, folder: Path) -> Iterator[Path]:
-    """A path to write to; when that ends well, the file appears under its own name, on the disk.
+    """Yield a path to write to; after success the file is synced and gets its own name.
 
-    The path is nobody else's, so several processes may write the same file. A link under the
-    file's name is replaced, not followed.
+    The path is unique, so several processes may write the same file. A link under the file's
+    name is replaced, not followed.
 
     Args:
-        path: of the file.
-        folder: of one's own, which the file is in.
+        path: the file.
+        folder: the folder below which the file has to be.
 
     Raises:
         CheckpointError: the file is not in the folder.
     """
     own(folder, path)
-    # torch calls an archive what the file is called up to the last dot: the same each time
+    # torch names an archive like the file up to the last dot, so it has the same name each time
     part = path.with_name(f"{path.name}{PART}{secrets.token_hex(4)}")
     try:
         yield part
@@ -65,21 +65,21 @@ def finished_file(path: Path, folder: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # the disk may be what failed
+        with contextlib.suppress(OSError):  # the disk may have failed
             part.unlink(missing_ok=True)
         raise
 
 
 def remove_others(folder: Path, wanted: set[Path]) -> None:
-    """Remove from a folder of one's own what is neither a wanted file nor on the way to one.
+    """Remove everything from a folder but the wanted files and the directories on the way to them.
 
     Links are removed, not followed.
 
     Raises:
-        OSError: something cannot be removed.
+        OSError: a file or directory cannot be removed.
     """
     on_the_way = {parent for path in wanted for parent in path.parents}
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a directory before it
+    for path in sorted(folder.rglob("*"), reverse=True):  # files before their directory
         own(folder, path)
         if path.is_dir() and not path.is_symlink():
             if path not in on_the_way:

@@ -1,4 +1,4 @@
-"""Work on many files with a few threads."""
+"""Process many files with a few threads."""
 
 import threading
 from collections import deque
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes that were read so far, and all that will be."""
+"""Called with the number of bytes read so far, and of all bytes to read."""
 
 
 class ProgressSum:
@@ -26,14 +26,14 @@ class ProgressSum:
                 self.progress(self.done, self.total)
 
     def finish(self) -> None:
-        """All is done; parts of files that nobody reads count too."""
+        """Report that all is done; parts of files that no thread reads count too."""
         self(self.total)
 
 
 def in_order(
     pool: ThreadPoolExecutor, calls: Iterable[tuple[Any, ...]], ahead: int
 ) -> Iterator[Any]:
-    """The calls' results in their order; no more than ``ahead`` are kept."""
+    """Results of the calls in their order; at most ``ahead`` calls run or wait at a time."""
     waiting: deque[Future[Any]] = deque()
     for function, *args in calls:
         waiting.append(pool.submit(function, *args))

@@ -1,7 +1,7 @@
-"""All ranks, or none: what fails on one rank is raised on all of them.
+"""All ranks or none: an error on one rank is raised on all of them.
 
-The collectives are those of the world. Each rank runs its part first and reports then, so that no
-rank waits for one that has raised.
+The collectives are those of the world. Each rank first runs its part and then reports, so no rank
+waits for one that has raised.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 def on_all_ranks(work: Callable[[], T]) -> list[T]:
-    """Run ``work`` on every rank; all ranks call this together, and get what each rank gave.
+    """Run ``work`` on every rank; all ranks call this together, and get the results of all ranks.
 
     Raises:
-        CheckpointError: the one of the first rank on which ``work`` raised. What is no error of
-            ours is its cause on that rank, with the traceback, and its text on the others.
+        CheckpointError: that of the first rank on which ``work`` raised. Another type of error
+            becomes its cause, with the traceback, on that rank, and its text on the others.
     """
     value, problem = _tried(work)
     found: list[Any] = [None] * distributed.get_world_size()
@@ -28,7 +28,7 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 and give what it gave to all ranks, which call this together.
+    """Run ``work`` on rank 0 and return its result on all ranks, which call this together.
 
     Raises:
         CheckpointError: ``work`` raised.
@@ -45,7 +45,7 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, CheckpointError | None]:
         return work(), None
     except CheckpointError as error:
         return None, error
-    except Exception as error:  # the other ranks would wait for this one for ever
+    except Exception as error:  # the other ranks wait in the collective
         problem = CheckpointError(f"{type(error).__name__}: {error}")
         problem.__cause__ = error
         return None, problem
@@ -55,6 +55,6 @@ def _given(found: list[Any], own: CheckpointError | None) -> list[Any]:
     for _, problem in found:
         if problem is not None:
             if own is not None and str(own) == str(problem):
-                raise own  # it knows its cause
+                raise own  # it has its cause
             raise problem
     return [value for value, _ in found]

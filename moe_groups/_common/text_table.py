@@ -1,4 +1,4 @@
-"""Columns of text, for a terminal and for a notebook."""
+"""Tables of text, for a terminal and for a notebook."""
 
 import html
 from collections.abc import Collection, Sequence
@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 def text_table(
     rows: Sequence[Sequence[str]], headers: Sequence[str], right: Collection[int]
 ) -> str:
-    """Rows under a line of headers and one of dashes; the columns in ``right`` end together."""
-    # Two places more than a header has: narrow columns would run into each other.
+    """Rows under a line of headers and one of dashes; columns in ``right`` are right-aligned."""
+    # Two more than the header, because narrow columns would run into each other.
     widths = [
         max([len(header) + 2, *map(len, cells)])
         for header, *cells in zip(headers, *rows, strict=True)

@@ -1,4 +1,4 @@
-"""Bytes as people write and read them."""
+"""Parse and print numbers of bytes with units."""
 
 import re
 
@@ -16,7 +16,7 @@ def parse_bytes(value: int | float | str, name: str) -> int:
     """``"2GiB"``, ``"1.5 GB"`` or a number, in bytes.
 
     Args:
-        name: what the value is for, for the error message.
+        name: the argument's name, for the error message.
 
     Raises:
         InvalidArgumentError: not a size, or below 1.

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user, however deep they are given."""
+"""Warnings that point at the line of the user, from any depth of calls."""
 
 import sys
 import warnings
@@ -12,7 +12,7 @@ def warn(message: str, category: type[Warning]) -> None:
     while True:
         try:
             frame = sys._getframe(level)
-        except ValueError:  # nothing else is running
+        except ValueError:  # there are no further frames
             break
         if str(frame.f_globals.get("__name__")).partition(".")[0] not in _SKIPPED:
             break

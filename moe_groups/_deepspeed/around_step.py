@@ -1,4 +1,4 @@
-"""Around the optimizer's step: which parameters count in the norm, and what clipping does."""
+"""Before and after the optimizer's step: parameters that the norm counts, and clipping."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ _PARTITIONED = ("ZeRO-1", "ZeRO-2", "BF16_Optimizer")
 
 
 def check_steps_partitions(engine: Any, what: str) -> None:
-    """Refuse engines whose torch optimizer does not step what :class:`LaidOut` tells.
+    """Refuse engines whose torch optimizer does not step the partitions of :class:`LaidOut`.
 
     Raises:
         InvalidArgumentError: not an engine with an optimizer, or one with another wrapper.
@@ -35,8 +35,8 @@ def check_steps_partitions(engine: Any, what: str) -> None:
 def is_counted(engine: Any, param: torch.Tensor) -> bool:
     """Does the global norm count this parameter here, and not a copy on another rank?
 
-    As in ``get_grads_for_norm`` and ``get_grad_norm_direct``: of copies on tensor-parallel ranks
-    the first counts, and of those that pipeline stages tie the first stage's.
+    As in ``get_grads_for_norm`` and ``get_grad_norm_direct``: the norm counts the copy on the first
+    tensor-parallel rank, and the copy on the first of the pipeline stages that tie a parameter.
     """
     from deepspeed.runtime.utils import is_model_parallel_parameter
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
@@ -48,10 +48,10 @@ def is_counted(engine: Any, param: torch.Tensor) -> bool:
 
 
 def is_own(param: torch.Tensor, marked: Any) -> bool:
-    """Has each tensor-parallel rank another ``param``, and not a copy of the first rank's?
+    """Does ``param`` differ between tensor-parallel ranks, instead of being a copy?
 
-    Whole experts are others on each rank, unless tensor parallelism cuts them: then their
-    parts are ``marked`` (``model_parallel``), and the rest (a bias, a norm) are copies.
+    Uncut experts differ between these ranks. If tensor parallelism cuts experts, their
+    slices are ``marked`` (``model_parallel``), and the rest (a bias, a norm) are copies.
     """
     from deepspeed.utils import groups
 
@@ -61,7 +61,7 @@ def is_own(param: torch.Tensor, marked: Any) -> bool:
 
 
 def clipping_divisor(engine: Any) -> float:
-    """What the wrapper divided all gradients of the last step by, to clip them; 1 if by nothing.
+    """The number by which the wrapper divided all gradients of the last step to clip them; or 1.
 
     The formula is in ``unscale_and_clip_grads`` and ``clip_tensors_by_global_norm``.
     """
@@ -73,7 +73,7 @@ def clipping_divisor(engine: Any) -> float:
 
 
 def before_own_clipping(engine: Any, function: Callable[[], None]) -> Callable[[], None]:
-    """Call ``function`` before an engine without a wrapper clips; gives what undoes it."""
+    """Call ``function`` before an engine without a wrapper clips; returns a function to undo it."""
     functions: list[Callable[[], None]] | None = getattr(engine, _BEFORE_CLIPPING, None)
     if functions is None:
         setattr(engine, _BEFORE_CLIPPING, functions := [])

@@ -1,4 +1,4 @@
-"""How a wrapper lays groups out and names its files; saving and loading, guarded."""
+"""How a wrapper lays out groups and names its files; the guards around saving and loading."""
 
 import functools
 import itertools
@@ -13,13 +13,13 @@ from moe_groups.tags import numel_of, parallel_group_of
 
 
 class LaidOut(NamedTuple):
-    """A group as this rank's wrapper laid it out.
+    """The layout of a group in this rank's wrapper.
 
     Attributes:
-        options: the dict of the optimizer.
+        options: the group's dict in the optimizer.
         members: ``(name, parameter, first element in the group's flat buffer)``.
-        ranks: data-parallel ranks that share it, in the order of their partitions; the number
-            of these plus the global rank for those of another model-parallel rank.
+        ranks: data-parallel ranks that share it, in the order of their partitions; ranks of
+            other model-parallel ranks are the DP size plus their global rank.
     """
 
     options: dict[str, Any]
@@ -31,7 +31,7 @@ def laid_out_groups(engine: Any) -> list[LaidOut]:
     """This rank's groups in order, with the names that DeepSpeed writes into checkpoints.
 
     ZeRO-1/2 may reorder a group (``round_robin_gradients``) and align parameters
-    (``parameter_alignment``); the other wrappers lay parameters behind each other.
+    (``parameter_alignment``); the other wrappers lay parameters one after the other.
     """
     optimizer = engine.optimizer
     data_parallel = torch.distributed.get_process_group_ranks(_data_parallel_group(engine))
@@ -71,7 +71,7 @@ def _sharing_ranks(options: Mapping[str, Any]) -> list[int] | None:
 
 
 def checkpoint_rank(engine: Any) -> tuple[int, int]:
-    """``(model-parallel rank, data-parallel rank)``, which name this rank's files."""
+    """``(model-parallel rank, data-parallel rank)``; the names of this rank's files have them."""
     tensor_parallel = getattr(engine, "checkpoint_mp_rank", None)
     if tensor_parallel is None:  # DeepSpeed before 0.19
         tensor_parallel = 0 if engine.mpu is None else engine.mpu.get_model_parallel_rank()
@@ -79,12 +79,12 @@ def checkpoint_rank(engine: Any) -> tuple[int, int]:
 
 
 def checkpoint_tag(engine: Any, tag: object) -> str:
-    """The name under which ``save_checkpoint`` saves."""
+    """The tag under which ``save_checkpoint`` saves."""
     return f"global_step{engine.global_steps}" if tag is None else str(tag)
 
 
 def wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Write what the groups are beside the checkpoint."""
+    """Write the manifest of the groups beside the checkpoint."""
 
     def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
         return PORTS.save_checkpoint(self, functools.partial(original, self), args, kwargs)
@@ -93,7 +93,7 @@ def wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Compare the groups with what was written; options of experts go on from what was loaded."""
+    """Compare the groups with the manifest before loading; then apply the loaded group options."""
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = PORTS.load_checkpoint(self, functools.partial(original, self), args, kwargs)

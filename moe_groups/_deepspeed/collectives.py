@@ -11,7 +11,7 @@ from moe_groups._deepspeed.patching import Change, change_functions
 
 
 def wrap_gather_tokens(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """gloo wants the shape of what it gathers, not a flat buffer, as nccl takes it."""
+    """Gather into tensors of the input's shape: gloo does not accept nccl's flat buffer."""
 
     def _gather_tokens(input_: torch.Tensor, dim: int = 0) -> torch.Tensor:
         from deepspeed.utils import groups
@@ -31,11 +31,11 @@ def wrap_gather_tokens(original: Callable[..., torch.Tensor]) -> Callable[..., t
 def support_kept_collectives() -> None:
     """Send the MoE layers' collectives through ``kept_collectives.py``.
 
-    Outside of a checkpointed region, in the backward pass for one, they run as before. Does
-    nothing when called again, or where DeepSpeed is not imported: no layer is its.
+    Outside of a checkpointed region, for example in the backward pass, they run as before. Does
+    nothing when called again, or if DeepSpeed is not imported: then no layer is DeepSpeed's.
 
     Raises:
-        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on.
+        UnsupportedDeepSpeedError: this DeepSpeed lacks a function that is needed.
             Nothing has been changed then.
     """
     if "deepspeed" in sys.modules:
@@ -43,7 +43,7 @@ def support_kept_collectives() -> None:
 
 
 def _wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Of an autograd function that communicates and returns the result."""
+    """Wrap an autograd function that communicates and returns the result."""
     kind = original.__qualname__
 
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
@@ -55,7 +55,7 @@ def _wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.
 
 
 def _wrap_all_reduce(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The gates agree on a capacity with it; other tensors are none of ours."""
+    """Keep only the all-reduce in which the gates agree on a capacity."""
 
     def all_reduce(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         capacity = tensor.numel() == 1 and not tensor.is_floating_point()

@@ -1,4 +1,4 @@
-"""All that is changed in DeepSpeed so that it takes our groups."""
+"""All changes in DeepSpeed that make it accept our groups."""
 
 import sys
 
@@ -23,14 +23,13 @@ from moe_groups._deepspeed.start import (
 
 
 def support_our_groups(moe: bool) -> None:
-    """Teach DeepSpeed our group names; see the package's docstring.
+    """Make DeepSpeed accept our group names; see the package's docstring.
 
-    Does nothing when called again, where DeepSpeed is not installed (grouping a model to
-    look at the result needs no DeepSpeed), or where it is not imported and no group is
-    ``moe``.
+    Does nothing when called again, if DeepSpeed is not installed (grouping a model to look at
+    the result needs no DeepSpeed), or if it is not imported and no group is ``moe``.
 
     Raises:
-        UnsupportedDeepSpeedError: this DeepSpeed lacks something that is relied on.
+        UnsupportedDeepSpeedError: this DeepSpeed lacks a function that is needed.
             Nothing has been changed then.
     """
     if not moe and "deepspeed" not in sys.modules:
@@ -45,10 +44,10 @@ def support_our_groups(moe: bool) -> None:
 
 
 def check_contract() -> None:
-    """Look whether DeepSpeed has what unique group names need; changes nothing.
+    """Check that DeepSpeed has the functions that unique group names need; changes nothing.
 
     Raises:
-        UnsupportedDeepSpeedError: it lacks a function, or one takes other arguments.
+        UnsupportedDeepSpeedError: a function is missing or takes other arguments.
     """
     check_functions(CHANGES, _NEEDED_BY)
 

@@ -1,4 +1,4 @@
-"""What an engine steps, with what, and what its groups were given."""
+"""The groups that an engine steps, its wrapper, and the options that its groups were given."""
 
 import sys
 import weakref
@@ -14,7 +14,7 @@ _GIVEN = "_moe_groups_given"
 
 
 class Engine(Protocol):
-    """What is used of a DeepSpeed engine; its wrappers differ too much for a type of their own."""
+    """The members of a DeepSpeed engine that are used; its wrappers have too little in common."""
 
     module: nn.Module
     optimizer: Any
@@ -52,7 +52,7 @@ def is_engine(value: object) -> bool:
 
 
 def has_engine(model: nn.Module) -> bool:
-    """Is ``model`` what an engine steps, or a part of it? Every engine puts hooks on its module."""
+    """Does an engine step ``model`` or a part of it? Every engine puts hooks on its module."""
     hooks = model._forward_pre_hooks.values()
     if any(getattr(hook, "__module__", "") == "deepspeed.runtime.engine" for hook in hooks):
         return True
@@ -60,7 +60,7 @@ def has_engine(model: nn.Module) -> bool:
 
 
 def known_engines() -> list[Any]:
-    """Engines that were initialized since :func:`support_our_groups` and are still there."""
+    """Living engines that were initialized after :func:`support_our_groups`."""
     return list(_ENGINES)
 
 
@@ -71,12 +71,12 @@ def is_pipeline(model: object) -> bool:
 
 
 def stage_of(model: Any) -> int:
-    """The pipeline stage that this rank has of ``model``; 0 without a pipeline."""
+    """This rank's pipeline stage of ``model``; 0 without a pipeline."""
     return int(model.stage_id) if is_pipeline(model) else 0
 
 
 def wrapper_name(engine: Any) -> str:
-    """Who steps: "ZeRO-1", "ZeRO-2", "BF16_Optimizer", or the class of another wrapper."""
+    """The wrapper: "ZeRO-1", "ZeRO-2", "BF16_Optimizer", or the class of another one."""
     optimizer = engine.optimizer
     name = type(optimizer).__name__
     if name == "DeepSpeedZeroOptimizer":
@@ -85,7 +85,7 @@ def wrapper_name(engine: Any) -> str:
 
 
 def steps_parameters(engine: Any) -> bool:
-    """Is there no wrapper, so that the model's parameters themselves are stepped?"""
+    """Does the optimizer step the model's parameters themselves, without a wrapper?"""
     return engine.optimizer is engine.basic_optimizer
 
 
@@ -94,7 +94,7 @@ def stepped_groups(engine: Any) -> list[tuple[dict[str, Any], list[torch.Tensor]
 
     The wrappers put flat partitions into ``param_groups`` and keep the model's parameters
     in a list of their own: ``bit16_groups`` (ZeRO-1/2), ``bf16_groups`` (BF16_Optimizer),
-    ``fp16_groups`` (FP16 optimizers; ZeRO-3, where it holds several lists for a group).
+    ``fp16_groups`` (FP16 optimizers; ZeRO-3, which has several lists for a group).
     """
     optimizer = engine.optimizer
     groups = optimizer.param_groups
@@ -109,17 +109,17 @@ def stepped_groups(engine: Any) -> list[tuple[dict[str, Any], list[torch.Tensor]
 
 
 def engine_data_parallel_group(engine: Any) -> Any:
-    """The process group over which all optimizer groups of this engine line up."""
+    """The process group whose ranks have the same optimizer groups in the same order."""
     return engine.seq_data_parallel_group
 
 
 class Given(NamedTuple):
-    """What a parameter's group had when the engine took the optimizer over.
+    """The options of a parameter's group when the engine got the optimizer.
 
     Attributes:
         name: of the group.
         options: its learning rate and weight decay.
-        own_lr: the learning rate is not the optimizer's default.
+        own_lr: the learning rate differs from the optimizer's default.
     """
 
     name: str
@@ -128,18 +128,18 @@ class Given(NamedTuple):
 
 
 def given_options(engine: Any) -> dict[int, Given]:
-    """``id(parameter)`` to what its group was given; empty if no group of ours was there."""
+    """``id(parameter)`` to the options of its group; empty if the groups were not ours."""
     given: dict[int, Given] = getattr(engine, _GIVEN, {})
     return given
 
 
 def remember(engine: Any, optimizer: Any) -> None:
-    """Keep what the groups have before the engine wraps the optimizer."""
+    """Store the options of the groups before the engine wraps the optimizer."""
     default = getattr(optimizer, "defaults", {}).get("lr")
     given: dict[int, Given] = {}
     for group in optimizer.param_groups:
         options = {key: float(group[key]) for key in ("lr", "weight_decay") if key in group}
-        if "initial_lr" in group:  # a scheduler was there first (Accelerate), and set its own
+        if "initial_lr" in group:  # a scheduler was made before the engine (Accelerate) and set lr
             options["lr"] = float(group["initial_lr"])
         record = Given(str(group.get("name", "")), options, options.get("lr") != default)
         given.update((id(param), record) for param in group["params"])
@@ -149,21 +149,21 @@ def remember(engine: Any, optimizer: Any) -> None:
 
 
 def scheduled_peaks(engine: Any) -> list[float] | None:
-    """Learning rates to which a DeepSpeed warm-up schedule brings the groups, if there is one."""
+    """Final learning rates of a DeepSpeed warm-up schedule, one for each group, if there is one."""
     peaks = getattr(engine.lr_scheduler, "max_lrs", None)
     return None if peaks is None else list(map(float, peaks))
 
 
 def runs_backward(engine: Any) -> bool:
-    """Is the engine (one of pipelines included) in its ``backward`` now?"""
+    """Is the engine (or pipeline engine) in its ``backward`` now?"""
     return bool(getattr(engine, "_running_engine_backward", False))
 
 
 def backward_scale(engine: Any) -> float:
-    """Factor of a loss on its way into ``backward``: DeepSpeed's own scaling of a loss of 1."""
+    """The factor by which ``backward`` scales a loss: DeepSpeed's own scaling of a loss of 1."""
     optimizer, steps = engine.optimizer, engine.gradient_accumulation_steps()
     with torch.enable_grad():
-        one = torch.ones((), requires_grad=True) * 1  # DeepSpeed scales what has a graph
+        one = torch.ones((), requires_grad=True) * 1  # DeepSpeed scales tensors with a graph
     if hasattr(optimizer, "scale_if_loss"):
         one = optimizer.scale_if_loss(one)
     elif engine.torch_autocast_z0_gradscaler:
@@ -172,9 +172,9 @@ def backward_scale(engine: Any) -> float:
 
 
 def refresh_master_weights(engine: Any) -> None:
-    """Copy the model's weights into the full-precision ones that the wrapper steps, if it has any.
+    """Copy the model's weights into the wrapper's master weights, if it has any.
 
-    DeepSpeed's own call, after loading weights alone (``load_checkpoint``, ``runtime/engine.py``).
+    DeepSpeed calls it after loading only weights (``load_checkpoint``, ``runtime/engine.py``).
     """
     refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
     if refresh is not None:
@@ -182,7 +182,7 @@ def refresh_master_weights(engine: Any) -> None:
 
 
 class TrackerReport(Protocol):
-    """What a tracker found up to a step, as names and numbers."""
+    """The figures of a tracker up to a step, by name."""
 
     @property
     def step(self) -> int: ...
@@ -191,7 +191,7 @@ class TrackerReport(Protocol):
 
 
 def send_to_monitor(engine: Any, report: TrackerReport, per_expert: bool) -> None:
-    """Write the report to TensorBoard, W&B or CSV, as DeepSpeed's config says, from rank 0."""
+    """Write the report to the monitors of DeepSpeed's config (TensorBoard, W&B, CSV), on rank 0."""
     if engine.monitor.enabled and torch.distributed.get_rank() == 0:
         values = report.as_dict(per_expert).items()
         engine.monitor.write_events([(f"Train/{key}", value, report.step) for key, value in values])

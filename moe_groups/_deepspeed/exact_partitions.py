@@ -18,13 +18,13 @@ _OTHER_WRAPPERS = {
 def keep_exact_partitions(engine: Any) -> None:
     """Make a ZeRO-1/2 engine keep exact gradient partitions, as with fp32 accumulation.
 
-    DeepSpeed has the code (``runtime/zero/stage_1_and_2.py``) and reserves it for an fp32
-    accumulation of another dtype than the model's, though nothing in it depends on the
-    dtype: buffers are made in the accumulation's. One method decides; on this optimizer, not
-    on its class, it is replaced by one that always says yes.
+    DeepSpeed has the code (``runtime/zero/stage_1_and_2.py``) but uses it only for fp32
+    accumulation in a model of another dtype, though nothing in it depends on the dtype:
+    buffers have the dtype of the accumulation. One method decides; on this optimizer, not on
+    its class, one that always returns True replaces it.
 
     Raises:
-        InvalidArgumentError: it cannot be done for this engine, or not now.
+        InvalidArgumentError: this engine does not support it, or holds gradients now.
         UnsupportedDeepSpeedError: this DeepSpeed lacks the code.
     """
     optimizer = engine.optimizer
@@ -57,7 +57,7 @@ def _is_exact(optimizer: Any) -> bool:
 
 
 def _why_not_exact(engine: Any, optimizer: Any) -> str | None:
-    """What keeps this engine from exact partitions, the same answer on every rank."""
+    """Why this engine cannot keep exact partitions, the same on every rank; None if it can."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     name = type(optimizer).__name__
@@ -83,14 +83,14 @@ def _why_not_exact(engine: Any, optimizer: Any) -> str | None:
 
 
 def _has_muon(optimizer: Any) -> bool:
-    """As in DeepSpeed's ``_is_muon_group``, but for all parameters and not the rank's first."""
+    """As DeepSpeed's ``_is_muon_group``, but for all parameters instead of the rank's first."""
     members = (param for group in optimizer.bit16_groups for param in group)
     muon = "muon" in type(optimizer.optimizer).__name__.lower()
     return muon and any(getattr(param, "use_muon", False) for param in members)
 
 
 def _holds_gradients(optimizer: Any) -> bool:
-    """Gradients of a backward pass that no step has used yet, wherever DeepSpeed puts them."""
+    """Does DeepSpeed hold gradients of a backward pass that no step has used yet?"""
     kept = (*optimizer.averaged_gradients.values(), *optimizer.all_grad_tensors.values())
     params = (param for group in optimizer.bit16_groups for param in group)
     return any(one is not None for one in kept) or any(

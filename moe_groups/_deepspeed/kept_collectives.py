@@ -1,9 +1,9 @@
-"""What the collectives of a checkpointed region gave, kept for its recomputation.
+"""Keep the results of the collectives of a checkpointed region for its recomputation.
 
 ``engine/activation_checkpointing.py`` opens a region, ``collectives.py`` sends collectives here.
-In the forward pass a region keeps each result; in the recomputation it hands them out in the same
-order and runs none. Regions lie in each other like calls, and belong to a thread, because autograd
-recomputes in a thread of its own for each GPU.
+In the forward pass a region keeps each result; in the recomputation it returns them in the same
+order and runs no collective. Regions can be nested, and each belongs to one thread, because
+autograd recomputes in a separate thread for each GPU.
 """
 
 import threading
@@ -16,12 +16,12 @@ from moe_groups.errors import RecomputationError
 
 
 class Result(NamedTuple):
-    """Of one collective.
+    """The result of one collective.
 
     Attributes:
-        tensor: shares its memory with what the collective gave, but not its graph.
+        tensor: shares the memory of the collective's result, but not its graph.
         version: torch's count of in-place changes of ``tensor`` when it was kept.
-        left: what the collective left on its autograd context.
+        left: attributes that the collective set on its autograd context.
         kind: which collective it was.
     """
 
@@ -45,11 +45,11 @@ def inside_region() -> bool:
 
 
 def once(kind: str, context: Any, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The result of ``run``, or in a recomputation the one that it gave in the forward pass.
+    """The result of ``run``; in a recomputation the result that it had in the forward pass.
 
     Args:
         kind: which collective ``run`` is, for errors.
-        context: object on which ``run`` leaves attributes for the backward pass, or None.
+        context: object on which ``run`` sets attributes for the backward pass, or None.
 
     Raises:
         RecomputationError: the recomputation runs other collectives than the forward pass,
@@ -59,7 +59,7 @@ def once(kind: str, context: Any, run: Callable[[], torch.Tensor]) -> torch.Tens
 
 
 def _through(depth: int, kind: str, context: Any, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Innermost region first: if it has the result, those around it need none either."""
+    """Ask the innermost region first: if it has the result, the enclosing ones need none."""
     if depth == 0:
         return run()
     current = _thread.passes[depth - 1]
@@ -71,14 +71,14 @@ def _through(depth: int, kind: str, context: Any, run: Callable[[], torch.Tensor
 
 
 def _kept(value: torch.Tensor, context: Any, kind: str) -> Result:
-    # Without its graph: that holds the checkpoint, which holds these results.
+    # Detached, because the graph refers to the checkpoint, which refers to these results.
     alias = value.detach()
     left = {} if context is None else dict(vars(context))
     return Result(alias, alias._version, left, kind)
 
 
 class _Pass:
-    """A context manager that can be entered again, as for a second backward pass."""
+    """A context manager that can be entered again, for example for a second backward pass."""
 
     def __init__(self, results: list[Result]) -> None:
         self.results = results

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def moe_layer_types() -> tuple[type, ...]:
-    """``(deepspeed.moe.layer.MoE,)``, or nothing where it was never imported: no module is one."""
+    """``(deepspeed.moe.layer.MoE,)``; empty if it was not imported, because no module is one."""
     layer = sys.modules.get("deepspeed.moe.layer")
     return () if layer is None else (layer.MoE,)
 
@@ -25,15 +25,15 @@ def layer_parallel_group(module: Any) -> str:
 
 
 class LayerParts(NamedTuple):
-    """What a layer of DeepSpeed holds on this rank.
+    """The parts of a layer of DeepSpeed on this rank.
 
     Attributes:
-        num_experts: over all ranks.
-        ep_size: ranks that share them.
+        num_experts: number of experts over all ranks.
+        ep_size: ranks over which they are distributed.
         parallel_group: key of their process groups.
-        experts: the tensors of each expert here by their name in it.
-        params: the parameters that these are, or are views of.
-        router: its tensors, by their name in it.
+        experts: the tensors of each expert on this rank, by their name in it.
+        params: the parameters that these tensors are, or are views of.
+        router: the router's tensors, by their name in it.
     """
 
     num_experts: int
@@ -47,8 +47,8 @@ class LayerParts(NamedTuple):
 def layer_parts(module: Any) -> LayerParts | None:
     """The parts of a DeepSpeed ``MoE`` or an ``AutoEPMoELayer``; None for another module.
 
-    AutoEP keeps ``gate_proj``, ``down_proj`` and ``up_proj`` of all its experts as ``w1``, ``w2``
-    and ``w3`` (``repack_expert_weights``, ``moe/ep_repack.py``).
+    AutoEP names ``gate_proj``, ``down_proj`` and ``up_proj`` of all its experts ``w1``, ``w2`` and
+    ``w3`` (``repack_expert_weights``, ``moe/ep_repack.py``).
     """
     autoep = sys.modules.get("deepspeed.module_inject.auto_ep_layer")
     if autoep is not None and isinstance(module, autoep.AutoEPMoELayer):
@@ -75,7 +75,7 @@ def layer_parts(module: Any) -> LayerParts | None:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Does ZeRO-3 keep the parameters, and leave placeholders in the model?"""
+    """Has ZeRO-3 partitioned the parameters, with placeholders in the model?"""
     return any(hasattr(param, "ds_id") for param in model.parameters())
 
 
@@ -95,8 +95,8 @@ def routers_of(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
 def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(loss, assignments to each expert, how many were dropped)`` of a gate's outputs.
 
-    ``TopKGate`` gives (loss, capacity, experts, indices, locations, weights, counts) to its
-    layer, and -1 as the index of what was dropped (``sharded_moe.py``).
+    ``TopKGate`` returns (loss, capacity, experts, indices, locations, weights, counts), and -1 as
+    the index of a dropped assignment (``sharded_moe.py``).
     """
     loss, _, _, indices, _, _, counts = outputs
     return loss, counts, counts.sum() - (indices >= 0).sum()

@@ -21,13 +21,13 @@ def by_parallel_group(tensors: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
-    """One all-reduce over the stages for each group of the stage that has most of them."""
+    """Run on every stage as many all-reduces as the stage with the most groups needs."""
 
     def scaled_global_norm(self: Any, norm_type: Any = 2) -> Any:
         most, differ = _groups_of_stages(self)
         norms = [original(self, norm_type)]
         for _ in range(most - len(self.bit16_groups)):
-            if self.cpu_offload:  # this stage adds nothing to what the others have there
+            if self.cpu_offload:  # adds 0 to the sum of the other stages
                 norms.append(self.complete_grad_norm_calculation_for_cpu_offload([]))
             else:
                 norms.append(self.get_grad_norm_direct([], []))
@@ -47,7 +47,7 @@ def _combined(norms: list[Any], norm_type: Any) -> Any:
 
 
 def _groups_of_stages(optimizer: Any) -> tuple[int, bool]:
-    """The most groups that a stage of this pipeline has, and whether stages have others.
+    """The largest number of groups on a stage of this pipeline, and whether stages differ.
 
     Stages are the model-parallel ranks.
     """
@@ -68,17 +68,17 @@ def _groups_of_stages(optimizer: Any) -> tuple[int, bool]:
 
 
 def _same_on_all_stages(optimizer: Any, norm: torch.Tensor) -> torch.Tensor:
-    """The stages add up in another order; what two of them share has to be clipped alike."""
+    """The largest norm of all stages: they sum in different orders, but must clip by one norm."""
     from deepspeed.accelerator import get_accelerator
 
-    largest = norm.to(get_accelerator().current_device_name())  # nccl knows no other
+    largest = norm.to(get_accelerator().current_device_name())  # nccl needs it there
     group = optimizer.model_parallel_group
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
     return largest.to(norm.device)
 
 
 def wrap_is_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
-    """ZeRO's norm leaves out what it takes for copies of the first tensor-parallel rank."""
+    """Count the uncut experts of all tensor-parallel ranks, which ZeRO's norm takes for copies."""
 
     def is_model_parallel_parameter(p: torch.Tensor) -> bool:
         return is_own(p, original(p))
@@ -93,18 +93,18 @@ def wrap_grads_for_norm(original: Callable[..., Any]) -> Callable[..., Any]:
         groups = self.optimizer.param_groups
         for has_gradients, group in zip(self.fp32_groups_has_gradients, groups, strict=True):
             if group.get("moe"):
-                # Its buffer holds what all ranks that share it made, also where this one had none.
+                # Its buffer has the sum over all ranks that share it, even if this rank added 0.
                 has_gradients[:] = [True] * len(has_gradients)
         if for_clipping:
             return original(self, for_clipping)
         dense, experts = original(self)
         nothing = self.fp32_groups_flat_partition[0].new_zeros(1)
-        if not dense:  # an empty list would crash
+        if not dense:  # DeepSpeed fails on an empty list
             dense = [nothing]
         experts = by_parallel_group(experts)
         if _has_stages(self):
             experts = {key: experts.get(key, [nothing]) for key in parallel_groups()}
-            if experts and not self.has_moe_layers:  # other stages have: all take part in the sum
+            if experts and not self.has_moe_layers:  # other stages have: all join the all-reduce
                 self.has_moe_layers, self.expert_gradients = True, {}
         return dense, experts
 

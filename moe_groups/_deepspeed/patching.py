@@ -1,4 +1,4 @@
-"""Wrapping functions of DeepSpeed, after a look whether they are what they are taken for."""
+"""Wrap functions of DeepSpeed, after checking that they exist and take the expected arguments."""
 
 import functools
 import importlib
@@ -15,7 +15,7 @@ Change = tuple[str, str, Wrap]
 
 
 def change_functions(changes: Iterable[Change], needed_by: str) -> None:
-    """Wrap functions of DeepSpeed, each once; if one of them is missing or another, none."""
+    """Wrap functions of DeepSpeed, each once; if one is missing or has changed, wrap none."""
     for name, wrap, holder, original in check_functions(changes, needed_by):
         changed: Any = functools.wraps(original)(wrap(original))
         setattr(changed, _PATCHED, original)
@@ -26,10 +26,10 @@ def change_functions(changes: Iterable[Change], needed_by: str) -> None:
 def check_functions(
     changes: Iterable[Change], needed_by: str
 ) -> list[tuple[str, Wrap, Any, Callable[..., Any]]]:
-    """``(name, wrap, what holds it, function)`` of all that are not wrapped yet.
+    """``(name, wrap, owner, function)`` of all functions that are not wrapped yet.
 
     Raises:
-        UnsupportedDeepSpeedError: a function is not there, or takes other arguments.
+        UnsupportedDeepSpeedError: a function is missing or takes other arguments.
     """
     places = [(owner, name, wrap, *find(owner, name)) for owner, name, wrap in changes]
     new = [place for place in places if not hasattr(place[-1], _PATCHED)]
@@ -39,7 +39,7 @@ def check_functions(
 
 
 def _check_known(place: str, original: Any, wrap: Wrap, needed_by: str) -> None:
-    """Refuse a DeepSpeed whose function is not there, or takes other arguments than ours."""
+    """Refuse a DeepSpeed whose function is missing or takes other arguments than our wrapper."""
     import deepspeed
 
     if not callable(original):
@@ -59,7 +59,7 @@ def _check_known(place: str, original: Any, wrap: Wrap, needed_by: str) -> None:
 
 
 def _arguments(function: Callable[..., Any]) -> list[str] | None:
-    """Names of its positional arguments; None where it takes any."""
+    """Names of its positional arguments; None if it takes any arguments."""
     found = list(inspect.signature(function).parameters.values())
     if found and found[0].kind is inspect.Parameter.VAR_POSITIONAL:
         return None
@@ -67,7 +67,7 @@ def _arguments(function: Callable[..., Any]) -> list[str] | None:
 
 
 def find(owner: str, name: str) -> tuple[Any, Any]:
-    """What holds the function, and the function; None for what is not there."""
+    """The owner of the function, and the function; None for either if it is missing."""
     module, _, cls = owner.partition(":")
     try:
         holder: Any = importlib.import_module(module)
@@ -78,7 +78,7 @@ def find(owner: str, name: str) -> tuple[Any, Any]:
 
 
 def deepspeed_version() -> str:
-    """The release that is installed."""
+    """The installed release."""
     import deepspeed
 
     return str(deepspeed.__version__)

@@ -1,6 +1,6 @@
-"""What the changed DeepSpeed calls of the rest of the package; ``_wiring.py`` connects it.
+"""Functions of the packages above that the changed DeepSpeed calls; ``_wiring.py`` connects them.
 
-Each default does what DeepSpeed does without us, so that nothing here depends on what is above.
+With the defaults DeepSpeed behaves as without us, so ``_deepspeed`` needs no package above it.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ Arguments: TypeAlias = tuple[Any, ...]
 
 
 def _nothing(_: Any) -> None:
-    """What happens to an engine or a model without us."""
+    """The default: do nothing with an engine or a model."""
 
 
 def _no_problem(*_: Any) -> tuple[bool, str | None]:
@@ -25,16 +25,16 @@ def _call(_: Any, original: Call, args: Arguments, kwargs: Mapping[str, Any]) ->
 
 @dataclass(slots=True)
 class Ports:
-    """Functions that are called at these moments; all ranks call each alike.
+    """Functions that are called at these moments, each on all ranks.
 
     Attributes:
         engine_started: with an engine, before it wraps its optimizer.
         process_groups_made: with the engine's model, before its weights are broadcast.
         stage_problem: with a pipeline stage's layers and loss function, whether activations are
-            partitioned, whether DeepSpeed recomputes them, and what to call the stage: does it
-            carry a loss along the pipeline, and what would keep it from that (None if nothing)?
+            partitioned, whether DeepSpeed recomputes them, and the stage's name in errors: does
+            it carry a loss along the pipeline, and what prevents that (None if nothing)?
         save_checkpoint: with the engine, DeepSpeed's bound method and its arguments.
-        load_checkpoint: the same.
+        load_checkpoint: with the same arguments.
         checkpoint_loaded: with the engine, after the load.
     """
 

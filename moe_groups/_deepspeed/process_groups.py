@@ -33,19 +33,19 @@ def expert_data_parallel_size(parallel_group: str) -> int | None:
 
 
 def expert_parallel_ranks(parallel_group: str) -> list[int]:
-    """This rank and those with the other experts, in order; none while the group does not exist."""
+    """The ranks of this rank's EP group, in order; empty while the group does not exist."""
     groups = sys.modules.get("deepspeed.utils.groups")
     return list((groups and groups._EXPERT_PARALLEL_GROUP_RANKS.get(parallel_group)) or ())
 
 
 def expert_parallel_rank(parallel_group: str) -> int | None:
-    """This rank's place in the expert-parallel group, or None while it does not exist."""
+    """This rank's EP rank, or None while the EP group does not exist."""
     ranks = expert_parallel_ranks(parallel_group)
     return ranks.index(torch.distributed.get_rank()) if ranks else None
 
 
 def expert_place(parallel_group: str) -> tuple[int, bool] | None:
-    """:func:`expert_parallel_rank`, and whether the rank is the first with the same experts."""
+    """:func:`expert_parallel_rank`, and whether this is the first rank with the same experts."""
     ep_rank = expert_parallel_rank(parallel_group)
     if ep_rank is None:
         return None
@@ -56,7 +56,7 @@ def expert_place(parallel_group: str) -> tuple[int, bool] | None:
 
 
 def tensor_parallel_size() -> int:
-    """Ranks that share each dense layer, by the ``mpu`` that DeepSpeed was given."""
+    """Ranks that share each dense layer, from the ``mpu`` that DeepSpeed was given."""
     groups = sys.modules.get("deepspeed.utils.groups")
     return 1 if groups is None else int(groups._get_model_parallel_world_size())
 
@@ -64,8 +64,8 @@ def tensor_parallel_size() -> int:
 def register_names(names: Iterable[str]) -> None:
     """Make each name a key of the process groups that it starts with.
 
-    Call it on all ranks with the same names in the same order. A name whose process
-    groups do not exist is left alone: DeepSpeed's own lookup then says so.
+    Call it on all ranks with the same names in the same order. A name without process
+    groups is not registered: DeepSpeed's own lookup raises then.
     """
     from deepspeed.utils import groups
 
@@ -79,7 +79,7 @@ def register_names(names: Iterable[str]) -> None:
 
 
 def parallel_groups() -> list[str]:
-    """``ep_size_<N>`` of all process groups, in the order in which all ranks made them."""
+    """The key ``ep_size_<N>`` of each EP group, in the order in which all ranks made them."""
     from deepspeed.utils import groups
 
     return [name for name in groups._EXPERT_PARALLEL_GROUP if parallel_group_of(name) == name]

@@ -1,4 +1,4 @@
-"""Stages of a pipeline agree before the engine makes the process groups."""
+"""Stages of a pipeline exchange their layers' sizes before the engine makes process groups."""
 
 import itertools
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from moe_groups.errors import InvalidArgumentError
 
 
 def wrap_configure(original: Callable[..., None]) -> Callable[..., None]:
-    """Stages of a pipeline make the same process groups, in the same order.
+    """Make the same process groups in the same order on all stages of a pipeline.
 
-    A layer makes those that are missing, and all ranks have to take part: a stage without
-    MoE layers, or with other ep_sizes, would leave the rest waiting.
+    In DeepSpeed a layer makes the missing groups, a collective of all ranks: with a stage
+    without MoE layers, or with other ep_sizes, it would hang.
     """
 
     def _configure_distributed_model(self: Any, model: Any) -> None:
@@ -50,9 +50,9 @@ def _agree_with_other_stages(engine: Any, model: Any) -> None:
 
 
 def _carrying(engine: Any, model: Any) -> tuple[bool, str | None]:
-    """Does the stage carry a loss, and what would be in the way if any stage does?
+    """Does the stage carry a loss, and what would prevent that if any stage does?
 
-    The engine has not given the module its config's checkpointing yet.
+    Reads the config, because the module does not have its activation checkpointing options yet.
     """
     pipeline = engine._config.pipeline
     partitioned = model.topology().get_dim("model") > 1 and (

@@ -1,4 +1,4 @@
-"""What ``deepspeed.initialize`` does with our groups, on one rank."""
+"""Changes of ``deepspeed.initialize`` for our groups, on one rank."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ MAKE_LATER = (
 
 
 def wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
-    """The first place where the engine needs the process groups of our experts."""
+    """Check the process groups of our experts before the engine first needs them."""
 
     def _broadcast_model(self: Any) -> None:
         from deepspeed.utils import groups
@@ -41,7 +41,7 @@ def wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The engine's last step before it wraps the optimizer: process groups exist, names not."""
+    """Check and register the groups after the process groups exist, before the wrapper is made."""
 
     def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
         moe = [g for g in basic_optimizer.param_groups if g.get("moe")]
@@ -66,11 +66,11 @@ def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def settle_muon(engine: Any, optimizer: Any) -> None:
-    """The wrappers ask the parameters for ``use_muon``; what the groups say is what holds.
+    """Set ``use_muon`` of the parameters, which the wrappers read, to that of their group.
 
-    DeepSpeed marks all parameters anew where the config names Muon, and copies of a model
-    lose the marks; a group that says True over parameters that do not would be stepped by
-    plain gradients, without a word.
+    DeepSpeed sets it on all parameters again if the config names Muon, and copies of a model
+    lose it. A group with ``use_muon=True`` whose parameters lack it would be stepped with plain
+    gradients, without an error.
     """
     if isinstance(optimizer, torch.optim.Muon) and engine.zero_optimization():
         raise InvalidArgumentError(
@@ -85,7 +85,7 @@ def settle_muon(engine: Any, optimizer: Any) -> None:
 
 
 def wrap_basic(original: Callable[..., Any]) -> Callable[..., Any]:
-    """DeepSpeed makes groups of its own for the config's Muon: ours would be lost."""
+    """Refuse our groups with the config's Muon, for which DeepSpeed makes groups of its own."""
 
     def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
         given = model_parameters if isinstance(model_parameters, list) else []
@@ -104,11 +104,11 @@ def wrap_basic(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _quiet = False
-"""Is a BF16_Optimizer set up for many groups now?"""
+"""Is a BF16_Optimizer with many groups being set up now?"""
 
 
 def wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
-    """No report of the memory (and garbage collection) for each of many groups."""
+    """Skip the memory report (and garbage collection) for each group if there are many."""
 
     def _setup_for_real_optimizer(self: Any) -> None:
         global _quiet
@@ -122,7 +122,7 @@ def wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def wrap_report(original: Callable[..., None]) -> Callable[..., None]:
-    """The report that ``BF16_Optimizer`` gives of the memory, where it is not one of many."""
+    """Print a memory report of ``BF16_Optimizer`` unless :data:`_quiet`."""
 
     def see_memory_usage(message: str, force: bool = False) -> None:
         if not _quiet:
@@ -136,11 +136,11 @@ def stale_problem(
 ) -> str | None:
     """Why experts of ``model`` will not be trained, or not as experts; None if they will.
 
-    DeepSpeed puts what replaces a parameter into the group of that parameter, if it finds it
-    in an optimizer; in the result of a callable it does not look.
+    If DeepSpeed replaces a parameter of the model, it also replaces it in the groups of an
+    optimizer, but not in groups that a callable made.
 
     Args:
-        model: names and parameters, as they are now.
+        model: current names and parameters.
         groups: the optimizer's.
         wrapped: will ZeRO-1/2 or another wrapper look for groups of experts?
     """

@@ -1,4 +1,4 @@
-"""The command line ``moe-groups``, and its command ``plan``: the step's memory, foretold."""
+"""The command line ``moe-groups``, and its command ``plan``, which predicts a step's memory."""
 
 import argparse
 import re
@@ -28,7 +28,7 @@ _OPTIONS = {
     "compact_gradients": "--compact-gradients",
     "optimizer": "--optimizer",
 }
-"""Arguments of the library that messages name, and what they are called here."""
+"""Arguments of the library in messages, and their options on the command line."""
 
 _DESCRIPTION = """\
 Predict the memory of the optimizer step and plan the param groups, with no GPU, no process
@@ -38,7 +38,7 @@ module:function, called to build one rank's model on the meta device."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Bad input gives one line; ``--help`` has the usage."""
+    """Prints one line for bad input; only ``--help`` prints the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``moe-groups`` with these arguments, or those of the process.
 
     Returns:
-        The exit status: 0, 1 for a checkpoint that was inspected and is damaged, or 2 for input
-        that cannot be used, with one line on stderr.
+        The exit status: 0; 1 if ``inspect-checkpoint`` found damage; 2 for input that cannot be
+        used, with one line on stderr.
         Options that cannot be parsed raise ``SystemExit(2)``, as argparse does.
     """
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args) or 0)
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         sys.stderr.close()
         return 0
     except MoEGroupsError as error:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_options(message: str, options: Mapping[str, str]) -> str:
-    """The message in one line, with options where it names arguments of the library."""
+    """The message in one line, with options in place of the library's arguments."""
     names = "|".join(options)
     message = re.sub(rf"\b({names})=True\b", lambda found: options[found[1]], message)
     message = re.sub(rf"\b({names})=", lambda found: f"{options[found[1]]} ", message)
@@ -148,7 +148,7 @@ def _count(text: str) -> int:
     return value
 
 
-_count.__name__ = "number"  # argparse names it where int() fails
+_count.__name__ = "number"  # argparse prints it if int() fails
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ _LONG_LABEL = 20
 
 
 def expert_table(report: CheckpointReport, everything: bool) -> "Table":
-    """A row for each expert, or for each layer where there are many and not all are asked for."""
+    """A row for each expert, or for each layer if there are many experts and not ``everything``."""
     if everything or len(report.experts) <= MOST_ROWS:
         return _each_expert(report)
     return _each_layer(report)
@@ -57,7 +57,7 @@ def _expert_name(row: SavedExpert) -> str:
 
 
 def _each_layer(report: CheckpointReport) -> "Table":
-    """A row for each layer, with the norms' range over its experts."""
+    """A row for each layer, with the range of the norms over its experts."""
     layers: dict[tuple[int, str | None], list[SavedExpert]] = {}
     for row in report.experts:
         layers.setdefault((row.model_rank, row.layer), []).append(row)
@@ -84,17 +84,17 @@ def _each_layer(report: CheckpointReport) -> "Table":
 
 
 def common_ends(labels: Sequence[str]) -> tuple[str, str]:
-    """What long labels begin and end with, all of them: whole components with their dots."""
+    """The components, with their dots, with which all of the labels begin and end, if long."""
     if max(map(len, labels), default=0) <= _LONG_LABEL or len(set(labels)) < 2:
         return "", ""
     parts = [label.split(".") for label in labels]
-    start = _shared([row[:-1] for row in parts])  # one component is left of each
+    start = _shared([row[:-1] for row in parts])  # leaves one component of each
     end = _shared([row[: len(start) : -1] for row in parts])[::-1]
     return "".join(f"{part}." for part in start), "".join(f".{part}" for part in end)
 
 
 def _shared(rows: Sequence[Sequence[str]]) -> list[str]:
-    """What all rows begin with."""
+    """The items with which all rows begin."""
     columns = itertools.takewhile(lambda c: len(set(c)) == 1, zip(*rows, strict=False))
     return [column[0] for column in columns]
 
@@ -121,11 +121,11 @@ _MOST_PROBLEMS = 20
 
 
 def print_report(report: CheckpointReport, everything: bool = False) -> None:
-    """Print tables for a terminal or a file of 100 columns; problems come last.
+    """Print tables for a terminal or a file of 100 columns, with the problems last.
 
     Args:
-        report: of a checkpoint.
-        everything: a row for every group and expert, and every problem.
+        report: the report on a checkpoint.
+        everything: print a row for every group and expert, and every problem.
     """
     print_with(lambda console: _print(report, console, everything))
 
@@ -170,7 +170,7 @@ def _groups(report: CheckpointReport, everything: bool) -> "Table":
 
 
 def fold(groups: Sequence[SavedGroup]) -> list[list[SavedGroup]]:
-    """Groups that differ in numbers in their names alone together, in the order of the first."""
+    """Lists of groups whose names differ only in numbers, in the order of their first groups."""
     alike: dict[Any, list[SavedGroup]] = {}
     for group in groups:
         words = tuple(re.split(r"\d+", group.name))
@@ -199,7 +199,7 @@ def _option(group: SavedGroup, name: str) -> str:
 
 
 def _experts_of(rows: Sequence[SavedGroup]) -> str:
-    """Numbers over all ranks: names have those of one rank."""
+    """Global numbers of the experts; the names of the groups have local ones."""
     experts = sorted({expert for row in rows for expert in row.experts})
     if not experts:
         return ""
@@ -216,7 +216,7 @@ REGROUP_OPTIONS = {
     "tag": "--tag",
     "workers": "--workers",
 }
-"""Arguments of the library that messages name, and what they are called here."""
+"""Arguments of the library in messages, and their options on the command line."""
 
 _INSPECT = """\
 Show what is in a DeepSpeed checkpoint (ZeRO-1, ZeRO-2, BF16_Optimizer): its groups, the norms

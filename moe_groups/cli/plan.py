@@ -1,4 +1,4 @@
-"""What ``moe-groups plan`` computes: the plan, and the splits that it is compared with."""
+"""Compute the plan of ``moe-groups plan``, and the splits to compare with it."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ _Sized = tuple[str, tuple[int, ...], str | None]
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """The arguments of ``moe-groups plan``; None where nothing was said."""
+    """The arguments of ``moe-groups plan``; None if not given."""
 
     source: str
     world_size: int
@@ -52,12 +52,12 @@ class RankModel:
     """One rank's model.
 
     Attributes:
-        model: on meta.
-        pp_rank: its pipeline stage; None where the source decided.
-        total: parameters of the whole model, where it is known.
-        held: parameters on the rank.
-        in_experts: those of them that are experts'.
-        ep_sizes: expert-parallel sizes, ascending.
+        model: the model, on meta.
+        pp_rank: its pipeline stage; None if the source decided.
+        total: number of elements of the whole model, if known.
+        held: number of elements on the rank.
+        in_experts: number of elements of experts on the rank.
+        ep_sizes: EP sizes, ascending.
     """
 
     model: nn.Module
@@ -70,7 +70,7 @@ class RankModel:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A split that is marked on the trade-off curve."""
+    """A split to mark on the trade-off curve."""
 
     key: Literal["stock", "no_cap", "plan"]
     label: str
@@ -83,7 +83,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """Everything that is shown; ``marks`` end with the groups that were asked for."""
+    """All results; the last of ``marks`` are the requested groups."""
 
     request: PlanRequest
     rank: RankModel
@@ -97,7 +97,7 @@ class PlanReport:
 
 
 def make_report(request: PlanRequest) -> PlanReport:
-    """Build the model, plan, and cost the other splits.
+    """Build the model, plan groups, and estimate the other splits.
 
     Raises:
         MoEGroupsError: the source, the topology or the budget cannot be used.
@@ -192,7 +192,7 @@ def _check_fits(rank: RankModel, request: PlanRequest) -> None:
 
 
 def _capped(rank: RankModel, request: PlanRequest, cap: int | None) -> StepMemory:
-    """As ``create_moe_param_groups`` cuts with ``max_group_size=cap``."""
+    """Memory with the groups of ``create_moe_param_groups(max_group_size=cap)``."""
     given = read_input(rank.model)
     table = read_table(given, Rules(None, None, ()), request.split_by)
     named = [
@@ -203,10 +203,10 @@ def _capped(rank: RankModel, request: PlanRequest, cap: int | None) -> StepMemor
 
 
 def _stock(model: nn.Module) -> list[_Sized]:
-    """As DeepSpeed cuts: all experts of a size together, filled up to its default cap.
+    """DeepSpeed's groups: all experts of an EP size together, filled up to its default cap.
 
     ``split_params_into_different_moe_groups_for_optimizer`` in ``deepspeed/moe/utils.py``
-    leaves the dense parameters in one group; its own order is taken to be the model's.
+    keeps the dense parameters in one group. The order of experts is assumed to be the model's.
     """
     table = read_table(read_input(model), Rules(None, None, ()), "parallel_group")
     found: list[_Sized] = []

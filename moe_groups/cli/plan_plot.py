@@ -30,7 +30,7 @@ svg {{ max-width: 100%; height: auto }}</style>
 
 
 def check_plot(path: str) -> None:
-    """Raise InvalidArgumentError where no plot can be written to ``path``."""
+    """Raise InvalidArgumentError if no plot can be written to ``path``."""
     if os.path.splitext(path)[1].lower() not in _KINDS:
         raise InvalidArgumentError(f"--plot {path!r} must end in {' or '.join(_KINDS)}.")
     folder = os.path.dirname(path) or "."
@@ -40,7 +40,7 @@ def check_plot(path: str) -> None:
 
 
 def write_plot(report: "PlanReport", path: str) -> None:
-    """Write the plot as a picture, or as a page that needs no other file.
+    """Write the plot as a picture, or as an HTML page in one file.
 
     Raises:
         InvalidArgumentError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""What ``moe-groups plan`` prints: tables for people, or JSON."""
+"""Print the result of ``moe-groups plan`` as tables or JSON."""
 
 import json
 import re
@@ -116,7 +116,7 @@ def _memory(report: "PlanReport") -> "Table":
 
 @dataclass(frozen=True, slots=True)
 class _Fold:
-    """Groups whose names differ in numbers alone; each figure is that of the largest."""
+    """Groups whose names differ only in numbers; each figure is the largest of them."""
 
     name: str
     count: int
@@ -144,7 +144,7 @@ def _groups(report: "PlanReport") -> "Table":
 
 
 def fold(groups: Sequence["GroupMemory"]) -> list[_Fold]:
-    """Groups whose names differ in numbers alone as one, in the order of the first of each."""
+    """Fold groups whose names differ only in numbers, in the order of their first groups."""
     alike: dict[tuple[str, ...], list[GroupMemory]] = {}
     for group in groups:
         alike.setdefault((*re.split(r"\d+", group.name), str(group.ranks)), []).append(group)
@@ -162,7 +162,7 @@ def fold(groups: Sequence["GroupMemory"]) -> list[_Fold]:
 
 
 def _curve(report: "PlanReport") -> "Table":
-    """The curve's points and the marked splits, with bars as long as the peaks."""
+    """The curve's points and the marked splits; the length of a bar is the peak."""
     labels: dict[tuple[int, int], list[str]] = {
         (point.groups, point.step_peak): [] for point in thinned(report)
     }
@@ -179,7 +179,7 @@ def _curve(report: "PlanReport") -> "Table":
 
 
 def thinned(report: "PlanReport") -> list[Any]:
-    """Points of the curve, evenly chosen where there are many."""
+    """Points of the curve, evenly thinned if there are many."""
     points = report.curve
     if len(points) <= _MOST_POINTS:
         return points

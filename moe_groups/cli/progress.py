@@ -1,4 +1,4 @@
-"""How far a long command is, on stderr: a bar on a terminal, else a line now and then."""
+"""Show the progress of a long command on stderr: a bar on a terminal, otherwise a line at times."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ from moe_groups._common.units import show_bytes
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is printed to stdout: DeepSpeed logs to it, and a model's function may print."""
+    """Keep stdout free of DeepSpeed's log and of prints of a model's function."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -26,17 +26,17 @@ def quiet() -> Iterator[None]:
 
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called from any thread with the bytes that are done, and all of them."""
+"""Called from any thread with the number of bytes that are done, and of all bytes."""
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextlib.contextmanager
 def show_progress(verb: str) -> Iterator[Progress]:
-    """A function to report progress with, while the block runs.
+    """Yield a function that reports progress while the block runs.
 
     Args:
-        verb: what is done, as in "reading".
+        verb: the word before the figures, for example "reading".
     """
     if sys.stderr.isatty():
         try:
@@ -72,7 +72,7 @@ def _bar(verb: str) -> Iterator[Progress]:
 
 
 class _Lines:
-    """Writes a line of plain text every few seconds; none where all is done before."""
+    """Writes a line of plain text every few seconds; none if the work ends earlier."""
 
     def __init__(self, verb: str) -> None:
         self.verb = verb
@@ -88,7 +88,7 @@ class _Lines:
         print(self.line(done, total, now - self.start), file=sys.stderr, flush=True)
 
     def line(self, done: int, total: int, seconds: float) -> str:
-        """Share, speed and time left."""
+        """Bytes done, speed and time left."""
         text = f"{self.verb}: {show_bytes(done)} of {show_bytes(total)}"
         if done and seconds > 0:
             speed = done / seconds
@@ -98,7 +98,7 @@ class _Lines:
 
 
 def show_seconds(seconds: float) -> str:
-    """``4.1 s``, from a minute on ``12:05`` or ``1:02:05``."""
+    """``4.1 s``; from one minute up ``12:05`` or ``1:02:05``."""
     if seconds < 60:
         return f"{seconds:.1f} s" if isinstance(seconds, float) else f"{seconds} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Tables of rich as the commands print them."""
+"""Tables of the commands, made with rich."""
 
 import re
 import shutil
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_ROWS = 24
-"""More than these are folded."""
+"""Tables with more rows are folded or cut off."""
 
 _WIDTH = 100
 
 
 def check_tables() -> None:
-    """Raise InvalidArgumentError where the tables cannot be printed."""
+    """Raise InvalidArgumentError if the tables cannot be printed."""
     need("rich", "cli", "tables (--json does without)")
 
 
 def print_with(draw: Callable[["Console"], None]) -> None:
-    """Print what is drawn, for a terminal or a file of 100 columns, without trailing blanks."""
+    """Print what ``draw`` prints, for a terminal or a file of 100 columns, without end blanks."""
     from rich.console import Console
 
     width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns)
@@ -54,7 +54,7 @@ def new_table(title: str, columns: Iterable[str]) -> "Table":
 
 
 def say_hidden(table: "Table", rows: int) -> None:
-    """Say below the table how many rows it leaves out."""
+    """Add a line below the table with the number of rows that it leaves out."""
     if rows:
         table.caption = f"... and {rows:,} more; --all or --json shows them"
         table.caption_justify = "left"

@@ -1,4 +1,4 @@
-"""The command ``moe-groups topology``: its options, and what it runs."""
+"""The command ``moe-groups topology``: its options, tables and JSON."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ _MOST_NAMED = 8
 
 
 def headline(topology: Topology) -> str:
-    """The sizes, and what is said about experts."""
+    """The sizes, and the options of the experts."""
     return (
         f"{topology.world_size} ranks: DP {topology.data_parallel_size}, EP {topology.ep_size}, "
         f"TP {topology.tp_size}, PP {topology.pp_size}{_notes(topology)}"
@@ -44,9 +44,9 @@ def _notes(topology: Topology) -> str:
 
 
 def show_ranks(ranks: list[int]) -> str:
-    """Ranks in a few words: ``0-7`` for neighbours, ``0,4,8,..,60`` for many at one distance.
+    """A short form of ranks: ``0-7`` for neighbours, ``0,4,8,..,60`` for many at one distance.
 
-    There are no blanks, so that a line is not broken inside.
+    It has no blanks, so that no line break falls inside.
     """
     if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
         return f"{ranks[0]}-{ranks[-1]}"
@@ -63,7 +63,7 @@ def as_json(topology: Topology) -> str:
 
 
 def print_topology(topology: Topology, everything: bool = False) -> None:
-    """Print both tables; ``everything``: a row for each rank, however many there are."""
+    """Print both tables; ``everything``: print a row for each rank, even if there are many."""
 
     def draw(console: "Console") -> None:
         console.print(headline(topology), markup=False, highlight=False, soft_wrap=True)
@@ -75,7 +75,7 @@ def print_topology(topology: Topology, everything: bool = False) -> None:
 
 
 def _kinds(topology: Topology) -> "Table":
-    """How many groups of each kind there are, and which."""
+    """The number of groups of each kind, and their ranks."""
     table = new_table("Groups", ("kind", "its ranks", ">groups", ">of ranks", "which"))
     for kind in get_args(GroupKind):
         groups = topology.groups(kind)
@@ -91,7 +91,7 @@ def _kinds(topology: Topology) -> "Table":
 
 
 def _ranks(topology: Topology, everything: bool) -> "Table":
-    """What each rank shares with which others."""
+    """For each rank, the ranks that share its parameters, tokens and experts."""
     columns = (">rank", ">stage", ">data", ">tensor", "dense parameters with", "tokens with")
     table = new_table("Ranks", (*columns, ">experts", "experts with"))
     shown = topology.world_size if everything else min(topology.world_size, MOST_ROWS)
@@ -120,7 +120,7 @@ OPTIONS = {
     "pp_size": "--pp",
     "ep_size": "--ep",
 }
-"""Arguments of the library that messages name, and what they are called here."""
+"""Arguments of the library in messages, and their options on the command line."""
 
 _DESCRIPTION = """\
 Show which ranks share dense parameters, which share experts and which exchange tokens: the

@@ -1,4 +1,4 @@
-"""Draw who shares what: one map of the ranks for each kind of group."""
+"""Draw the groups of ranks: one map of all ranks for each kind of group."""
 
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,8 @@ _PANELS: tuple[tuple[GroupKind, str], ...] = (
     ("expert", "exchange tokens\n(expert parallel)"),
     ("expert_data", "share experts\n(expert data parallel)"),
 )
-# Light enough for black letters, and told apart by those who do not see red or green:
-# the scheme "light" of Paul Tol.
+# Paul Tol's scheme "light": light enough for black letters, and distinct to readers who
+# cannot see red or green.
 _COLORS = ("#77AADD", "#EE8866", "#EEDD88", "#44BB99", "#FFAABB", "#99DDFF", "#BBCC33", "#DDDDDD")
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "+++")
 _MOST_RANKS = 128
@@ -26,7 +26,7 @@ _GAP = 0.35  # between stages, in cells
 
 
 def check_picture(path: str, topology: Topology) -> None:
-    """Raise InvalidArgumentError where no picture can be written to ``path``."""
+    """Raise InvalidArgumentError if no picture can be written to ``path``."""
     if not path.lower().endswith(".png"):
         raise InvalidArgumentError(f"--plot {path!r} must end in .png.")
     if topology.world_size > _MOST_RANKS:
@@ -50,7 +50,7 @@ def write_picture(topology: Topology, path: str) -> None:
 
 
 def draw(topology: Topology) -> "Figure":
-    """The maps: stages below each other, in each of them data ranks by tensor ranks."""
+    """The maps: stages below each other; rows are tensor ranks, columns are data ranks."""
     from matplotlib.figure import Figure
 
     wide = topology.data_parallel_size
@@ -70,7 +70,7 @@ def draw(topology: Topology) -> "Figure":
 
 
 def _map(axes: "Axes", topology: Topology, kind: GroupKind) -> None:
-    """One cell for each rank: its number, and the letter of its group."""
+    """Draw one cell for each rank: its number, and the letter of its group."""
     for index, ranks in enumerate(topology.groups(kind)):
         for rank in ranks:
             _cell(axes, _place(topology, rank), str(rank), index)
@@ -90,7 +90,7 @@ def _cell(axes: "Axes", corner: tuple[float, float], rank: str, group: int) -> N
     color = _COLORS[group % len(_COLORS)]
     hatch = _HATCHES[group // len(_COLORS) % len(_HATCHES)]
     cell = Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, linewidth=0, facecolor=color, hatch=hatch)
-    cell.set_edgecolor("#00000038")  # of the hatching
+    cell.set_edgecolor("#00000038")  # colour of the hatching
     axes.add_patch(cell)
     texts = (
         axes.text(x + 0.5, y + 0.58, letters(group), ha="center", va="center", fontsize=13),
@@ -110,7 +110,7 @@ def letters(number: int) -> str:
 
 
 def _label(axes: "Axes", topology: Topology) -> None:
-    """Axes without lines: data ranks below, stages and tensor ranks to the left."""
+    """Label the axes without lines: data ranks below, stages and tensor ranks to the left."""
     dp, tp, pp = topology.data_parallel_size, topology.tp_size, topology.pp_size
     axes.set_xlim(-0.02, dp + 0.02)
     axes.set_ylim(pp * (tp + _GAP) - _GAP + 0.02, -0.02)

@@ -1,6 +1,6 @@
-"""Find the experts of a whole model, as Hugging Face keeps them.
+"""Find the experts of a whole model in Hugging Face's forms.
 
-The experts of a layer are tensors with one dimension more (``gate_up_proj`` of shape
+The experts of a layer are fused tensors (``gate_up_proj`` of shape
 ``(experts, 2 * inner, hidden)``) or, in older versions, a list of modules.
 """
 
@@ -27,11 +27,11 @@ class ExpertLayer:
     """The experts of one layer of a whole model.
 
     Attributes:
-        path: of the layer.
-        owner: the module that holds what follows.
-        parts: its children that hold experts, with their names there: one list of expert
-            modules, or modules that hold the tensors of all experts.
-        fused: the parts hold tensors of all experts.
+        path: the layer's path.
+        owner: the module that has ``parts`` as children.
+        parts: the children with experts, by their names: one list of expert modules, or
+            modules with tensors of all experts.
+        fused: the parts have tensors of all experts.
     """
 
     path: str
@@ -43,7 +43,7 @@ class ExpertLayer:
         return [param for part in self.parts.values() for param in part.parameters()]
 
     def experts(self) -> list[dict[str, nn.Parameter]]:
-        """Parameters of each expert by name; a layer of fused experts is one entry."""
+        """Parameters of each expert by name; fused experts are one entry."""
         if self.fused:
             prefixes = {slot: "" if len(self.parts) == 1 else f"{slot}." for slot in self.parts}
             named = (
@@ -54,13 +54,13 @@ class ExpertLayer:
             return [dict(named)]
         (children,) = self.parts.values()
         found = (dict(child.named_parameters()) for child in children.children())
-        return [params for params in found if params]  # a list may hold an activation too
+        return [params for params in found if params]  # a list may also have an activation
 
     def count(self) -> int:
         """Number of experts.
 
         Raises:
-            ParameterInputError: the tensors or experts are not alike.
+            ParameterInputError: the tensors or experts of the layer differ.
         """
         experts = self.experts()
         if self.fused:
@@ -77,10 +77,10 @@ class ExpertLayer:
 
 
 def find_expert_layers(nodes: list[ModuleNode]) -> list[ExpertLayer]:
-    """All layers with experts in the model's order; shared experts are dense.
+    """All layers with experts, in the model's order; shared experts count as dense.
 
     Raises:
-        ParameterInputError: a module of experts holds neither of the known forms.
+        ParameterInputError: a module of experts has neither of the known forms.
     """
     fused: dict[int, dict[str, nn.Module]] = {}
     layers: list[tuple[int, ExpertLayer]] = []
@@ -103,7 +103,7 @@ def _label(path: str) -> str:
 
 
 def _candidates(nodes: list[ModuleNode]) -> Iterator[tuple[int, ModuleNode]]:
-    """Lists of experts, and modules of experts that own matrices."""
+    """Lists of experts, and modules of experts that have matrices of their own."""
     stop = 1  # the root has no owner
     for index, node in enumerate(nodes):
         name = f"{node.slot} {type(node.module).__name__}".lower()
@@ -120,7 +120,7 @@ def _candidates(nodes: list[ModuleNode]) -> Iterator[tuple[int, ModuleNode]]:
 
 
 def _check_fused(node: ModuleNode) -> None:
-    """Refuse experts in matrices, as DBRX has them: which rows are whose is not known."""
+    """Refuse experts in 2-D matrices, as in DBRX: the rows of each expert are not known."""
     if not any(param.dim() == 3 for _, param in node.params):
         shapes = {name.rpartition(".")[2]: tuple(param.shape) for name, param in node.params}
         raise ParameterInputError(
@@ -130,12 +130,12 @@ def _check_fused(node: ModuleNode) -> None:
 
 
 class ExpertForm(NamedTuple):
-    """What one rank's experts are to look like.
+    """The form that one rank's experts should have.
 
     Attributes:
-        ep_size: expert-parallel ranks.
-        kind: a module for each expert, or one tensor for all of them.
-        tp_size: ranks that share the tensors of one expert.
+        ep_size: ranks over which the experts are distributed.
+        kind: "list": one module for each expert; "fused": one tensor for all of them.
+        tp_size: ranks over which the tensors of one expert are cut.
     """
 
     ep_size: int
@@ -144,11 +144,11 @@ class ExpertForm(NamedTuple):
 
 
 def keep_local_experts(layer: ExpertLayer, form: ExpertForm) -> None:
-    """Leave one rank's experts in the layer, in the form asked for, and tag them.
+    """Leave one rank's experts in the layer, in the given form, and tag them.
 
     Raises:
         InvalidArgumentError: ``ep_size`` does not divide the experts.
-        ParameterInputError: the layer's experts are not alike.
+        ParameterInputError: the layer's experts differ.
     """
     count = layer.count()
     if count % form.ep_size:
@@ -167,7 +167,7 @@ def keep_local_experts(layer: ExpertLayer, form: ExpertForm) -> None:
 
 
 def _kept(layer: ExpertLayer, local: int) -> list[nn.Module]:
-    """The first modules of the layer's list; the others are removed."""
+    """Keep the first modules of the layer's list and remove the others."""
     (experts,) = layer.parts.values()
     named = [(name, child) for name, child in experts.named_children() if list(child.parameters())]
     for name, _ in named[local:]:
@@ -176,7 +176,7 @@ def _kept(layer: ExpertLayer, local: int) -> list[nn.Module]:
 
 
 def _listed(layer: ExpertLayer, local: int) -> list[nn.Module]:
-    """A module for each expert in place of the tensors of all."""
+    """Replace the fused tensors by one module for each expert."""
     (tensors,) = layer.experts()
     inner = {name: param.shape[1:] for name, param in tensors.items()}
     matrices = {
@@ -192,7 +192,7 @@ def _listed(layer: ExpertLayer, local: int) -> list[nn.Module]:
 
 
 def _shortened(layer: ExpertLayer, local: int) -> list[nn.Module]:
-    """The modules that hold all experts, with fewer of them."""
+    """Shrink the modules of fused experts to the local ones."""
     count = layer.count()
     for param in layer.params():
         shrink(param, 0, count // local)
@@ -200,7 +200,7 @@ def _shortened(layer: ExpertLayer, local: int) -> list[nn.Module]:
 
 
 def _stacked(layer: ExpertLayer, local: int) -> nn.Module:
-    """A module that holds the experts of a list in tensors of one dimension more."""
+    """Replace a list of experts by a module with fused tensors."""
     first = layer.experts()[0]
     tensors = {
         re.sub(r"\W", "_", name.removesuffix(".weight")): (torch.Size([local, *p.shape]), p)
@@ -214,7 +214,7 @@ def _stacked(layer: ExpertLayer, local: int) -> nn.Module:
 
 
 def _module(params: dict[str, tuple[torch.Size, nn.Parameter]]) -> nn.Module:
-    """A module with new parameters at these dotted names, of a shape and otherwise alike."""
+    """A module with new parameters: dotted name to shape, and parameter for dtype and device."""
     root = nn.Module()
     for name, (shape, like) in params.items():
         path, _, leaf = name.rpartition(".")
@@ -229,7 +229,7 @@ def _module(params: dict[str, tuple[torch.Size, nn.Parameter]]) -> nn.Module:
 
 
 def _matrices(name: str, inner: dict[str, torch.Size]) -> dict[str, torch.Size]:
-    """Names and shapes that one expert's part of a tensor has where it stands alone."""
+    """Names and shapes of one expert's part of a fused tensor in a module of its own."""
     stem, leaf = (name[:-5], "bias") if name.endswith("_bias") else (name, "weight")
     new = name if "." in name else f"{stem}.{leaf}"
     if "gate_up" not in name:
@@ -241,7 +241,7 @@ def _matrices(name: str, inner: dict[str, torch.Size]) -> dict[str, torch.Size]:
 
 
 def _gate_up_dim(shape: torch.Size, down: torch.Size | None) -> int:
-    """The dimension that gate and up share: halved, the matrix has the sizes of the other one."""
+    """The dimension in which gate and up are joined: half of it gives the sizes of ``down``."""
     for dim in range(len(shape)):
         half = [*shape]
         half[dim] //= 2
@@ -251,7 +251,7 @@ def _gate_up_dim(shape: torch.Size, down: torch.Size | None) -> int:
 
 
 def _finish(module: nn.Module, tag: ExpertTag, form: ExpertForm) -> None:
-    """Tag the module's parameters, and divide them for expert tensor parallelism."""
+    """Tag the module's parameters, and cut them for expert tensor parallelism."""
     for name, param in module.named_parameters():
         if form.tp_size > 1:
             _slice_expert(name, param, form.tp_size, first=int(tag.fused))
@@ -259,7 +259,7 @@ def _finish(module: nn.Module, tag: ExpertTag, form: ExpertForm) -> None:
 
 
 def _slice_expert(name: str, param: nn.Parameter, ranks: int, first: int) -> None:
-    """Divide one dimension from ``first`` on; biases that follow a sum over ranks stay whole."""
+    """Cut one dimension from ``first`` on; biases after a sum over ranks stay uncut."""
     stem = name.removesuffix(".weight").removesuffix("bias").rstrip("._").rpartition(".")[2]
     dims = range(first, param.dim())
     if len(dims) == 1 and is_row_parallel(stem):

@@ -1,6 +1,6 @@
 """One rank's part of a whole model: its pipeline stage, tensor slices and experts.
 
-Sizes are what counts here: the result is grouped and measured, it never runs forward.
+Only the sizes matter: the result is grouped and its memory predicted, but it never runs forward.
 """
 
 import copy
@@ -29,38 +29,38 @@ def shard_for_rank(
     experts: Literal["list", "fused"] = "list",
     expert_tensor_parallel: bool = False,
 ) -> nn.Module:
-    """A copy of ``model`` with what one rank holds of it, its experts tagged.
+    """A copy of one rank's part of ``model``, with tagged experts.
 
-    ``create_moe_param_groups`` groups the copy as it groups a real rank's model; names are
-    those of the whole model. What is approximated:
+    ``create_moe_param_groups`` groups the copy as it groups a real rank's model; parameters
+    have their names in the whole model. Approximations:
 
-    * Pipeline: the decoder layers (the largest ``ModuleList``) are shared out by their
-      number, as evenly as possible, first stages first, whatever they hold. What comes
-      before them in the model is on the first stage, what comes after on the last; so are a
-      vision tower and a second stack. Tied embeddings are one parameter on a stage, and the
-      first and the last stage hold one each.
+    * Pipeline: the number of decoder layers (of the largest ``ModuleList``) is divided as evenly
+      as possible over the stages, first stages first, whatever the layers' sizes. Modules before
+      them in the model are on the first stage, modules after them on the last; so are a vision
+      tower and a second stack. Tied embeddings are one parameter on a stage, and the first and
+      the last stage have one each.
     * Tensor parallel: every linear layer and the vocabulary of the embedding and the head are
-      divided; norms, routers, position embeddings, convolutions, DeepSeek's projections to a
-      latent (``*_a_proj``) and other vectors than the biases of divided outputs are on every
-      rank. Where a size does not divide, the larger share counts; key and value heads are
-      divided even where a rank gets less than a head.
-    * Experts: those of expert-parallel rank 0; on all ranks they are of one size.
+      cut. Norms, routers, position embeddings, convolutions, DeepSeek's projections to a latent
+      (``*_a_proj``) and vectors other than the biases of cut outputs are uncut on every rank. If
+      a size is not divisible, the larger slice counts; key and value heads are cut even if a
+      rank gets less than one head.
+    * Experts: those of EP rank 0; all EP ranks have the same sizes.
 
     Args:
-        model: a whole model, best on meta, as from ``load_model``. It is not changed.
-        ep_size: expert-parallel ranks; each keeps that part of every layer's experts.
+        model: a whole model, preferably on meta, as from ``load_model``. It is not changed.
+        ep_size: ranks over which every layer's experts are distributed.
         tp_size: tensor-parallel ranks.
         pp_size: pipeline stages.
         pp_rank: the stage to keep.
         experts: "list": each expert is a module with matrices of its own, as in DeepSpeed's
-            MoE layer, ``gate_up_proj`` cut in two. "fused": one tensor for all experts.
-        expert_tensor_parallel: divide experts by ``tp_size`` as well.
+            MoE layer, with ``gate_up_proj`` cut in two. "fused": one tensor for all experts.
+        expert_tensor_parallel: cut experts over the tensor-parallel ranks too.
 
     Raises:
-        InvalidArgumentError: a size that is no positive integer, a stage that is not there,
-            more stages than layers, or an ``ep_size`` that does not divide a layer's experts.
-        ParameterInputError: the model has tagged experts already, or holds experts in a
-            form that is not known.
+        InvalidArgumentError: a size is no positive integer, ``pp_rank`` is no stage, there are
+            more stages than layers, or ``ep_size`` does not divide a layer's experts.
+        ParameterInputError: the model already has tagged experts, or has experts in an
+            unknown form.
     """
     for name, value in (("ep_size", ep_size), ("tp_size", tp_size), ("pp_size", pp_size)):
         _check_size(name, value)
@@ -107,7 +107,7 @@ def _check_untagged(model: nn.Module) -> None:
 
 
 def _slice_dense(node: ModuleNode, tp_size: int) -> None:
-    """Divide the module's own parameters, if tensor parallelism divides such a module."""
+    """Cut the module's own parameters, if tensor parallelism cuts such a module."""
     own = [param for _, param in node.params]
     if isinstance(node.module, nn.Embedding):
         for param in () if _POSITIONS.search(node.slot) else own:
@@ -117,7 +117,7 @@ def _slice_dense(node: ModuleNode, tp_size: int) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """A linear layer; ``Conv1D`` is what transformers calls GPT-2's."""
+    """Is it a linear layer? ``Conv1D`` is transformers' name for that of GPT-2."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -125,7 +125,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _keep_stage(model: nn.Module, pp_size: int, pp_rank: int) -> None:
-    """Remove from ``model`` what other stages hold."""
+    """Remove the modules of other stages from ``model``."""
     nodes = walk(model)
     stack = _decoder_stack(nodes)
     layers = [node for node in nodes[: nodes[stack].stop] if node.parent == stack]
@@ -142,7 +142,7 @@ def _keep_stage(model: nn.Module, pp_size: int, pp_rank: int) -> None:
 
 
 def _keep_ends(nodes: list[ModuleNode], stack: int, first_stage: bool, last_stage: bool) -> None:
-    """Remove what comes before and after the stack, unless this is the stage that holds it."""
+    """Remove the modules before the stack except on the first stage, after it on the last."""
     chain = [stack]
     while chain[-1] > 0:
         chain.append(nodes[chain[-1]].parent)
@@ -160,7 +160,7 @@ def _keep_ends(nodes: list[ModuleNode], stack: int, first_stage: bool, last_stag
 
 
 def _decoder_stack(nodes: list[ModuleNode]) -> int:
-    """The ``ModuleList`` with the most parameters, of those that are not inside another."""
+    """Index of the ``ModuleList`` with the most elements that is not inside another one."""
     best, most, index = -1, 0, 0
     while index < len(nodes):
         if not isinstance(nodes[index].module, nn.ModuleList):

@@ -1,4 +1,4 @@
-"""Tensor parallelism by sizes: which dimension of a projection is divided, and into what."""
+"""Sizes under tensor parallelism: which dimension of a projection is cut, and to what size."""
 
 import re
 from collections.abc import Iterable
@@ -13,17 +13,17 @@ _ROW = re.compile(
 
 
 def is_replicated(path: str) -> bool:
-    """Is the linear layer at ``path`` whole on every rank: a router, or a latent's projection?"""
+    """Is the linear layer at ``path`` uncut: a router, or a projection to a latent?"""
     return any(_REPLICATED.fullmatch(part) for part in path.split("."))
 
 
 def is_row_parallel(name: str) -> bool:
-    """Does a projection of this name divide its inputs, so that its bias stays whole?"""
+    """Are the inputs of a projection of this name cut, so that its bias stays uncut?"""
     return bool(_ROW.fullmatch(name))
 
 
 def slice_projection(name: str, params: Iterable[torch.Tensor], ranks: int) -> None:
-    """Divide the weight and, where its outputs are divided, the bias of a projection."""
+    """Cut the weight of a projection and, if its outputs are cut, the bias."""
     row = is_row_parallel(name)
     for param in params:
         if param.dim() > 1:
@@ -33,7 +33,7 @@ def slice_projection(name: str, params: Iterable[torch.Tensor], ranks: int) -> N
 
 
 def shrink(param: torch.Tensor, dim: int, ranks: int) -> None:
-    """Keep the largest of ``ranks`` shares of a dimension; ``param`` stays the same object."""
+    """Keep the largest of ``ranks`` slices of a dimension; ``param`` stays the same object."""
     shape = list(param.shape)
     shape[dim] = -(-shape[dim] // ranks)
     param.data = param.data.new_empty(shape)

@@ -1,7 +1,7 @@
 """A model to plan for, on meta: from a Hugging Face config, a model type or a function.
 
-Nothing is downloaded and no weight is allocated, so models of any size are built in
-seconds. ``transformers`` is imported when a config or a model type is asked for.
+Nothing is downloaded and no weight is allocated, so a model of any size is built in seconds.
+``transformers`` is imported only for a config or a model type.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _QUANTIZATION = ("quantization_config", "compression_config")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PROCESS_GROUPS = ("deepspeed.comm", "deepspeed.utils.groups", "deepspeed.moe", "torch.distributed")
-_MAPPINGS = (  # the whole model comes before its language part, heads before the bare stack
+_MAPPINGS = (  # whole models before their language parts, heads before bare stacks
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
@@ -36,25 +36,25 @@ _LONGEST_REASON = 300
 def load_model(source: str, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Build the model that ``source`` names, on the meta device.
 
-    What a Hugging Face config says about quantization is left out: training happens in
-    ``dtype``. Modules that ``transformers`` does not build (DeepSeek-V3's multi-token
-    prediction, for one) are missing here too.
+    Quantization in a Hugging Face config is ignored, because training uses ``dtype``. Modules
+    that ``transformers`` does not build, such as DeepSeek-V3's multi-token prediction, are
+    missing here too.
 
     Args:
         source: one of
 
             * the path of a Hugging Face ``config.json``, or of a directory with one;
-            * a model type of the installed ``transformers``, as ``"mixtral"``: the model of
-              that type's default config (for Mixtral that is the 8x7B);
+            * a model type of the installed ``transformers``, such as ``"mixtral"``: the model
+              of that type's default config (for Mixtral the 8x7B);
             * ``"package.module:function"``: called without arguments under
-              ``torch.device("meta")``, also from a module in the current directory. It
-              returns one rank's model: DeepSpeed MoE layers or tagged experts inside.
-        dtype: of the parameters; None: the config's, or bfloat16 where it has none.
-            A function decides on its own.
+              ``torch.device("meta")``; the module may be in the current directory. It returns
+              one rank's model, with DeepSpeed MoE layers or tagged experts.
+        dtype: of the parameters; None is the config's, or bfloat16 if the config has none.
+            A function chooses its own.
 
     Raises:
-        InvalidArgumentError: there is no such file, model type or function, or it cannot
-            be read or built; one line that says which.
+        InvalidArgumentError: there is no such file, model type or function, or it cannot be
+            read or built; the message is one line.
     """
     if names_function(source):
         return _call(source)
@@ -64,7 +64,7 @@ def load_model(source: str, *, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def names_function(source: str) -> bool:
-    """Is ``source`` a ``"module:function"``, whose model is one rank's already?"""
+    """Is ``source`` a ``"module:function"``, which returns one rank's model?"""
     return bool(_FUNCTION.fullmatch(source)) and not os.path.exists(source)
 
 
@@ -72,7 +72,7 @@ def names_function(source: str) -> bool:
 
 
 def _read(source: str) -> dict[str, Any]:
-    """What the config file says; for a model type no more than that."""
+    """The values of the config file; for a model type only ``model_type``."""
     path = os.path.join(source, "config.json") if os.path.isdir(source) else source
     if os.path.isfile(path):
         return _read_json(path)
@@ -157,7 +157,7 @@ def _without_quantization(values: Any) -> Any:
 
 
 def _dtype(values: dict[str, Any]) -> torch.dtype:
-    """The dtype that the config names, its own or its language part's."""
+    """The dtype in the config or in the config of its language part; otherwise bfloat16."""
     text = values.get("text_config")
     for part in (values, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):
@@ -187,7 +187,7 @@ def _call(source: str) -> nn.Module:
 
 @contextlib.contextmanager
 def _current_directory_first() -> Iterator[None]:
-    """Modules of the current directory can be imported, as under ``python -m``."""
+    """Make modules of the current directory importable, as under ``python -m``."""
     entry = os.getcwd()
     sys.path.insert(0, entry)
     importlib.invalidate_caches()
@@ -219,7 +219,7 @@ def _find_function(source: str) -> Any:
 
 
 def _refuse_call(source: str, error: BaseException) -> NoReturn:
-    """Say why the function failed, and what to do where it wants process groups."""
+    """Raise with the reason of the failure, and advice if the function needs process groups."""
     advice = ""
     if _wants_process_groups(error):
         advice = (
@@ -230,7 +230,7 @@ def _refuse_call(source: str, error: BaseException) -> NoReturn:
 
 
 def _wants_process_groups(error: BaseException) -> bool:
-    """Was the error raised by what looks up or uses process groups?"""
+    """Did code raise the error that looks up or uses process groups?"""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -238,16 +238,16 @@ def _wants_process_groups(error: BaseException) -> bool:
     return module.startswith(_PROCESS_GROUPS) or "process group" in str(error).lower()
 
 
-# ---- words ----------------------------------------------------------------------------
+# ---- texts ----------------------------------------------------------------------------
 
 
 def _reason(error: BaseException) -> str:
-    """Kind and message of an error in one line of bearable length."""
+    """Type and message of an error in one short line."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
-    """The end of a message: names like ``name``, if there are any."""
+    """The end of a message: names similar to ``name``, if there are any."""
     found = difflib.get_close_matches(name.lower().replace("-", "_"), list(known), cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else "."
