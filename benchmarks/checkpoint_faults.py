@@ -1,7 +1,7 @@
-"""What is left of a checkpoint when saving, loading or converting meets trouble?
+"""What happens to a checkpoint when saving, loading or converting is disturbed?
 
-Counts of the campaigns that `make campaign` checks: processes killed at random moments and before
-file operations, jobs that meet, full disks, damaged and missing files.
+Counts results of the campaigns of `make campaign`: processes killed at random moments and before
+file operations, concurrent jobs, full disks, damaged and missing files.
 
     python -m benchmarks.checkpoint_faults
 """
@@ -25,7 +25,7 @@ from tests.support.ranks import close_pools
 
 
 def converting(place: Path) -> Iterator[Tally]:
-    """Kills, meetings, full disk, changed work, damaged sources."""
+    """Kills, concurrent jobs, a full disk, changed unfinished work, damaged sources."""
     large, small, tiny = (
         Conversion(place / name, scale=scale)
         for name, scale in {"large": 1500, "small": 30, "tiny": 1}.items()
@@ -42,7 +42,7 @@ def converting(place: Path) -> Iterator[Tally]:
 
 
 def saving_and_loading(place: Path) -> Iterator[Tally]:
-    """Real ranks that are killed, and that load damaged files of other groups."""
+    """Kill real ranks while they save; load damaged files of other groups."""
     (place / "saving").mkdir()
     yield from saving_faults.random_kills_while_saving(place / "saving")
     for wrapper in ("zero2", "bf16"):

@@ -1,9 +1,9 @@
-"""What does checkpointing cost, with and without the all-to-alls of the recomputation?
+"""What does activation checkpointing cost, with and without all-to-alls in the recomputation?
 
-One model of MoE blocks on 2 gloo ranks, EP=2, or GPUs where there are two, three ways: nothing
-checkpointed, each block by torch's checkpoint, each block by ours. The ways take turns;
+One model of MoE blocks on 2 gloo ranks (or 2 GPUs if there are two), EP=2: without checkpointing,
+each block by torch's checkpoint, each block by ours. The three run in turn. Reported are the
 milliseconds of forward and backward pass together, ratios as medians over the rounds, and the
-most memory that a pass has on top of the model and its gradients.
+peak memory of a pass on top of the model and its gradients.
 
     python -m benchmarks.checkpointing [--rounds 15]
 """
@@ -28,7 +28,7 @@ LABELS = {"plain": "none", "torch": "torch's", "ours": "ours"}
 
 
 class Block(nn.Module):
-    """Norm and experts of 4 x hidden in between."""
+    """A norm, and a MoE layer whose experts have an inner width of 4 x hidden."""
 
     def __init__(self, hidden: int, k: int) -> None:
         super().__init__()
@@ -55,14 +55,14 @@ def step_of(blocks: nn.ModuleList, x: torch.Tensor, way: Way) -> Callable[[], No
 
 
 def activations(step: Callable[[], None]) -> int:
-    """Bytes on top of what is there before, at the peak."""
+    """Bytes at the peak on top of those before."""
     with measure_step_memory() as memory:
         step()
     return memory.transient
 
 
 def measure(shape: str, k: int, rounds: int) -> dict[str, dict[str, float]]:
-    """For each way: all-to-alls of a step, median milliseconds, ratio to torch's, peak."""
+    """By way: all-to-alls of a step, median milliseconds, ratio to torch's, peak."""
     hidden, tokens = SHAPES[shape]
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

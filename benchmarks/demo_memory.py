@@ -1,8 +1,8 @@
 """The demo's language model: peak memory, allocated memory and run time, beside DeepSpeed's.
 
-The table that users of MoE training publish. Two gloo ranks, or GPUs where there are two; the
-same weights and batches in all runs, worst rank. Memory is of the whole iteration, whose peak
-the backward pass may set, and of the step alone; times are medians of steps taken in turn.
+The table that users of MoE training publish. Two gloo ranks, or 2 GPUs if there are two; the
+same weights and batches in all runs, worst rank. Memory is that of the whole iteration, whose
+peak may be in the backward pass, and of the step alone; times are medians of steps in turn.
 
     python -m benchmarks.demo_memory [--steps 10]
 """
@@ -25,7 +25,7 @@ WAYS = ("DeepSpeed's split", "moe-groups, by layer", "planned", "planned, compac
 
 
 def demo_arguments(hidden: int, inner: int) -> argparse.Namespace:
-    """The demo's defaults, with a model that is wide enough for its weights to count."""
+    """The demo's defaults, with a model wide enough for its weights to matter."""
     sys.path.insert(0, str(ROOT / "docs" / "examples"))
     import train_moe_lm as demo
 
@@ -59,7 +59,7 @@ def groups_of(way: str, demo: Any, args: argparse.Namespace, model: torch.nn.Mod
 
 
 def measure(steps: int) -> list[tuple[int, int, int, int, float]]:
-    """Groups, peak of the iteration, of the step, bytes that stay, and milliseconds, by way."""
+    """By way: groups, peak of the iteration, of the step, bytes that stay, milliseconds."""
     args = demo_arguments(hidden=256, inner=512)
     import deepspeed
     import train_moe_lm as demo
@@ -100,14 +100,14 @@ def iteration(engine: Any, batch: torch.Tensor) -> None:
 
 
 def memory_of(engine: Any, batch: torch.Tensor) -> tuple[int, int, int]:
-    """Peak of an iteration and of its step above what stays, and what stays."""
+    """Peaks of an iteration and of its step above the bytes that stay, and these."""
     from moe_groups import measure_step_memory
     from moe_groups.memory import measure_iteration_memory
 
     with measure_iteration_memory(engine.device) as whole:
         iteration(engine, batch)
     peaks = []
-    for _ in range(2):  # gloo may let go of a bucket only after the step has begun
+    for _ in range(2):  # gloo may release a bucket only after the step has begun
         loss, aux_loss = engine(batch.to(engine.device))
         engine.backward(loss + 0.01 * aux_loss)
         del loss, aux_loss

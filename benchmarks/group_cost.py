@@ -1,8 +1,8 @@
 """What does one more group cost: seconds of start-up and milliseconds of each step?
 
-Trains the same model with more and more groups on 2 gloo ranks and reports the slope
-between the fewest and the most groups. BF16_Optimizer is also started as DeepSpeed does
-it by itself, with a memory report before and after each group.
+Trains the same model with more and more groups on 2 gloo ranks and reports the slope between
+the fewest and the most groups. BF16_Optimizer also starts as in DeepSpeed alone, with a memory
+report before and after each group.
 
     python -m benchmarks.group_cost [--steps 10]
 """
@@ -59,7 +59,7 @@ def measure(wrapper: str, split_by: str, cap: int | None, steps: int, stock: boo
         set_up.MANY_GROUPS = 10**9  # let DeepSpeed report its memory for every group
     net: nn.Module = nn.Linear(
         HIDDEN, HIDDEN
-    )  # the first engine of a process pays for imports and caches
+    )  # the first engine of a process includes imports and fills caches
     warm = torch.optim.AdamW(net.parameters())
     deepspeed.initialize(model=net, optimizer=warm, config=config(wrapper))
     net = model()
@@ -99,7 +99,7 @@ def main() -> None:
             ]
             for split_by in ("module", "module", "module", "expert")
         ]
-        found[:3] = [min(found[:3], key=lambda run: run[1])]  # the first pays for caches
+        found[:3] = [min(found[:3], key=lambda run: run[1])]  # the first fills caches
         (few, start_few, step_few), (many, start_many, step_many) = found
         rows.append(
             {

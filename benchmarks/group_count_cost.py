@@ -1,8 +1,8 @@
 """What does a step cost with 1 to 1,000 groups of one constant total size?
 
-The same dense parameters in more and more groups on 2 gloo ranks, or GPUs where there are
-two: milliseconds of a step, and for compact gradients the ratio to DeepSpeed alone with as many
-groups, both engines stepping in turn.
+The same dense parameters in more and more groups on 2 gloo ranks, or 2 GPUs if there are two:
+milliseconds of a step, and for compact gradients the ratio to DeepSpeed alone with the same number
+of groups; both engines step in turn.
 
     python -m benchmarks.group_count_cost [--steps 7]
 """
@@ -32,7 +32,7 @@ STEPS = {
 
 
 class Weights(torch.nn.Module):
-    """As many parameters as the most groups, so that only their grouping differs."""
+    """As many parameters as the largest number of groups, so that only the grouping differs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def timed_step(made: Any) -> float:
 
 
 def measure(step: StepConfig, count: int, steps: int) -> tuple[float, float]:
-    """Median milliseconds of a step, and its median ratio to the same without ``compact``."""
+    """Median milliseconds of a step, and the median ratio to the step without ``compact``."""
     pair = [engine(step, count)]
     if step.compact_gradients:
         pair.append(engine(replace(step, compact_gradients=False), count))

@@ -1,8 +1,8 @@
-"""What part of a step's time do the numbers of every layer and expert take?
+"""What part of a step's time do the metrics of every layer and expert take?
 
-All calls and hooks of a :class:`GroupMetrics` at its default interval, reports included, on 2 gloo
-ranks with expert parallel 2: many small experts, where watching costs most, and few larger ones.
-Then a map of 64 experts over 32 layers.
+Times all calls and hooks of a :class:`GroupMetrics` at its default interval, reports included, on 2
+gloo ranks with EP=2: many small experts, for which metrics cost the most, and few larger ones. Then
+draws a map of 64 experts over 32 layers.
 
     python -m benchmarks.group_metrics [--steps 100]
 """
@@ -59,7 +59,7 @@ class Model(nn.Module):
 
 
 class Timed(GroupMetrics):
-    """Adds up the seconds that it takes itself."""
+    """Adds up the seconds of its own calls."""
 
     spent = 0.0
 
@@ -80,7 +80,7 @@ class Timed(GroupMetrics):
 
 
 def train(engine: Any, metrics: Timed | None, size: Size, steps: int) -> float:
-    """Seconds."""
+    """Train, and return the seconds."""
     begin = time.perf_counter()
     for step in range(steps):
         x = torch.randn(8, 16, size.hidden, generator=torch.Generator().manual_seed(step))
@@ -118,7 +118,7 @@ def measure(steps: int) -> list[dict[str, Any]]:
 
 
 def experts(steps: int) -> Any:
-    """The report of the last of a few steps of 32 layers of 64 experts."""
+    """The report after a few steps of 32 layers of 64 experts."""
     model = Model(Size(layers=32, experts=64, hidden=16, split="module"))
     optimizer = torch.optim.AdamW(make_groups(model, "module"), fused=True)
     engine = initialize(model, optimizer, config("zero2"))

@@ -1,10 +1,10 @@
 """How long does grouping a module take, beside DeepSpeed's own split of its parameters?
 
 Models of DeepSeek-V3's shape on the meta device, all experts on one rank: 58 MoE layers of 256
-experts of 3 matrices (60,000 modules, 45,000 parameters), as DeepSpeed's layers and as experts
-made and tagged by hand; and smaller ones. Both sides begin with the module: ours takes it as it
-is, DeepSpeed's split takes ``list(model.parameters())``. CPU time; a ratio is the median of
-those of pairs, which run one after the other.
+experts of 3 matrices (60,000 modules, 45,000 parameters), as DeepSpeed's layers and as hand-made,
+tagged experts; and smaller models. Both start from the module: ours takes the module, DeepSpeed's
+split takes ``list(model.parameters())``. Figures are CPU time; a ratio is the median of the ratios
+of pairs, which run one after the other.
 
     python -m benchmarks.grouping_time [--repeats 7]
 """
@@ -69,7 +69,7 @@ def model(kind: str, layers: int, experts: int) -> nn.Module:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """CPU time of a call; to free what it returns is not what is measured."""
+    """CPU time of a call, without freeing its result."""
     gc.collect()
     start = time.process_time()
     result = function()

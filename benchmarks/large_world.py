@@ -1,9 +1,8 @@
-"""What does the optimizer step cost on 16 to 1,024 ranks, for models of today?
+"""How much memory does the optimizer step of today's models need on 16 to 1,024 ranks?
 
-Predicted for the full sizes, worst rank, ZeRO-2 with bf16 gradients and AdamW (foreach).
-A sample also runs through unmodified DeepSpeed as its worst rank, with a process group
-that moves nothing. There every parameter has one of ``--divisor`` elements, and so has
-every figure.
+Predicted for the full sizes, worst rank, ZeRO-2 with bf16 gradients and AdamW (foreach). A sample
+also runs through unmodified DeepSpeed as its worst rank, with a process group that moves no data.
+There the elements of every parameter, and so all figures, are divided by ``--divisor``.
 
     python -m benchmarks.large_world [--divisor 256] [--run-at 64 1024]
 """
@@ -29,7 +28,7 @@ PLAIN, COMPACT = StepConfig(), StepConfig(compact_gradients=True)
 
 
 def ways(shape: Shape, divisor: int) -> dict[str, Case]:
-    """The groupings; planned ones may mix layers and have at most as many groups as layers."""
+    """The groupings; planned ones may mix layers, and have at most as many groups as layers."""
     most = shape.layers + 1
     return {
         "no cap": Case(PLAIN, "stock", None, shape),
@@ -46,7 +45,7 @@ def predicted(case: Case, world: int) -> StepMemory:
 
 
 def row(model: str, architecture: Architecture, world: int) -> dict[str, Any]:
-    """Predicted T + R, GiB on the worst rank at full size."""
+    """Predicted T + R in GiB on the worst rank at full size."""
     shape = architecture.shape(world)
     found: dict[str, Any] = {"model": model, "ranks": world, "EP": shape.ep_size}
     for way, case in ways(shape, 1).items():
@@ -57,7 +56,7 @@ def row(model: str, architecture: Architecture, world: int) -> dict[str, Any]:
 
 
 def runs(model: str, architecture: Architecture, world: int, divisor: int) -> Iterator[Any]:
-    """Measured T + R of a smaller model, and what was predicted for it and for the large one."""
+    """Measured T + R of a smaller model, and the predictions for it and for the full size."""
     large = ways(architecture.shape(world), 1)
     for way, case in ways(architecture.shape(world).over(divisor), divisor).items():
         memory = predicted(case, world)
@@ -119,7 +118,7 @@ def main() -> None:
         for one in runs(*model, world, given.divisor)
     ]
     plot(rows, measured)
-    shutil.copy(RESULTS / "large_world.png", HERE.parent / "docs" / "assets")  # the page shows it
+    shutil.copy(RESULTS / "large_world.png", HERE.parent / "docs" / "assets")  # a page shows it
     write("large_world_runs", measured)
 
 

@@ -1,10 +1,9 @@
-"""How fast does a rank read its experts beside plain reads of the same bytes, in how much memory?
+"""How fast does a rank read its experts compared with plain reads, and in how much memory?
 
-One rank of a world of 4 with EP=4 fills a model from checkpoints of both styles. Plain reads
-(``seek`` and ``readinto`` at the places that the files' headers name, into memory that is
-there already) and ``load_experts`` take turns: from the page cache, and after the files were
-dropped from it. Memory is what the process holds beside the model while it loads, without the
-pages of files.
+One rank of a world of 4 with EP=4 fills a model from checkpoints of both styles. Plain reads of
+the same bytes (``seek`` and ``readinto`` at the offsets in the files' headers, into allocated
+memory) and ``load_experts`` run in turn: from the page cache, and after the files were dropped
+from it. Memory is that of the process besides the model while it loads, without pages of files.
 
     python -m benchmarks.load_experts [--rounds 7] [--directory DIR]
 """
@@ -33,7 +32,7 @@ RANK, WORLD = 2, 4
 
 
 class Shape(NamedTuple):
-    """MoE layers, in bfloat16."""
+    """A model of MoE layers in bfloat16."""
 
     layers: int
     experts: int
@@ -49,7 +48,7 @@ CASES = (
 
 
 def make(directory: Path, shape: Shape, fused: bool) -> None:
-    """A checkpoint with a file for each layer."""
+    """Write a checkpoint with one file for each layer."""
     from safetensors.torch import save_file
 
     directory.mkdir()
@@ -98,7 +97,7 @@ Range = tuple[Path, int, torch.Tensor]
 
 
 def ranges(directory: Path, shape: Shape) -> list[Range]:
-    """File, first byte and memory of all that the rank needs."""
+    """File, first byte and memory of each part that the rank needs."""
     found = []
     local = shape.experts // WORLD
     matrix = 2 * shape.hidden * shape.inner
@@ -109,7 +108,7 @@ def ranges(directory: Path, shape: Shape) -> list[Range]:
         for name, tensor in header.items():
             begin, end = tensor["data_offsets"]
             parts = name.split(".")
-            if parts[-1] in ("gate_up_proj", "down_proj"):  # of all experts
+            if parts[-1] in ("gate_up_proj", "down_proj"):  # one tensor of all experts
                 each = (end - begin) // shape.experts
                 begin += each * local * RANK
                 pieces = [(begin + at, matrix) for at in range(0, each * local, matrix)]
@@ -136,7 +135,7 @@ def plain(wanted: list[Range]) -> None:
 
 
 def drop(directory: Path) -> None:
-    """Out of the page cache."""
+    """Drop the files from the page cache."""
     for path in directory.glob("*.safetensors"):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -150,7 +149,7 @@ def seconds(way: Callable[[], object]) -> float:
 
 
 def most_held(way: Callable[[], object]) -> int:
-    """Anonymous bytes at most while it runs, beside those before."""
+    """The most anonymous bytes while ``way`` runs, on top of those before."""
     before = peak = anonymous(os.getpid())
     done = threading.Event()
 
@@ -168,7 +167,7 @@ def most_held(way: Callable[[], object]) -> int:
 
 
 def measure(directory: Path, shape: Shape, rounds: int) -> dict[str, Any]:
-    """As one rank."""
+    """Measure as one rank."""
     from moe_groups.weights.load import load_experts
 
     torch.set_num_threads(1)

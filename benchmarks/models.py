@@ -1,4 +1,4 @@
-"""Known models as sizes of parameters, one rank's share, full size or scaled down."""
+"""Parameter sizes of one rank of known models, full size or scaled down."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,19 @@ from tests.support.step_runs import Shape
 
 
 class Architecture(NamedTuple):
-    """What the sizes of a rank's parameters follow from.
+    """The sizes from which those of a rank's parameters follow.
 
     Attributes:
         hidden: width of the model; all matrices scale with its square.
         vocabulary: rows of the embedding and of the head.
         attention: elements of the attention's matrices of one layer.
-        inner: width of an expert.
-        experts: of one MoE layer, over all ranks.
-        moe_layers: layers with experts.
-        most_ep: expert-parallel size, where the world has so many ranks.
-        shared_inner: width of the expert of each MoE layer that all tokens use.
-        dense_layers: layers without experts, which come first.
-        dense_inner: width of their feed-forward part.
+        inner: inner width of an expert.
+        experts: number of experts of one MoE layer, over all ranks.
+        moe_layers: number of layers with experts.
+        most_ep: EP size, if the world has that many ranks.
+        shared_inner: inner width of the shared expert of each MoE layer.
+        dense_layers: number of layers without experts, which come first.
+        dense_inner: inner width of their feed-forward part.
     """
 
     hidden: int

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.report import RESULTS
 
-# Distinct to colour-blind readers, and in this order in every plot.
+# Distinct to colour-blind readers; every plot uses this order.
 COLOURS = ("#9e9e9e", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#009e73")
 
 
@@ -55,7 +55,7 @@ def lines(
     """A panel for each key of ``panels``, with its curves; ``points`` are drawn on top.
 
     Args:
-        base: of the ticks of the logarithmic x axis.
+        base: base of the logarithmic x axis.
     """
     pyplot, figure, axes = _figure(4.2 * len(panels) + 0.6, 4.0, len(panels))
     for axis, (panel, curves) in zip(
@@ -87,7 +87,7 @@ def lines(
 def curves(
     name: str, panels: Mapping[str, Mapping[str, Sequence[float]]], title: str, x_label: str
 ) -> None:
-    """A panel for each key; its first curve is drawn wide, so that others are seen to lie on it."""
+    """A panel for each key; the first curve is wide, so that others on top of it are visible."""
     import matplotlib
 
     matplotlib.use("Agg")

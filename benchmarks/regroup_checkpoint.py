@@ -1,9 +1,9 @@
-"""How fast is the conversion of a checkpoint beside a copy of its files, in how much memory?
+"""How fast is the conversion of a checkpoint compared with a copy, and in how much memory?
 
-Checkpoints of real engines on 2 gloo ranks, EP=2, saved with DeepSpeed's own split, and
+Checkpoints of real engines on 2 gloo ranks, EP=2, saved with DeepSpeed's own split, are
 converted to groups by layer, from these by expert, from these with a cap. ``cp -r``,
-``shutil.copytree`` and the conversion take turns; all read from the page cache and end when
-what they wrote is on the disk. Memory is that of a process that does nothing else.
+``shutil.copytree`` and the conversion run in turn; all read from the page cache, and end when
+the written files are on the disk. Memory is that of a process that only converts.
 
     python -m benchmarks.regroup_checkpoint [--rounds 3] [--directory DIR]
 """
@@ -37,7 +37,7 @@ Saved = dict[str, Path]
 
 
 class Target(NamedTuple):
-    """Groups to convert to, and what they are called in the table."""
+    """Groups to convert to, and their name in the table."""
 
     label: str
     to: str
@@ -57,7 +57,7 @@ CASES = {
 
 
 def save(step: StepConfig, shape: Shape, directory: Path) -> None:
-    """Train a step with DeepSpeed's own groups and save."""
+    """Train one step with DeepSpeed's own groups, and save."""
     engine, _ = start(Case(step, "stock", None, shape))
     engine.backward(engine())
     engine.step()
@@ -97,7 +97,7 @@ def seconds(way: Callable[[Path, Path], object], source: Path, made: Path) -> fl
 
 
 def compare(source: Path, made: Path, target: Target, rounds: int) -> dict[str, Any]:
-    """Copy and convert in turn; the conversion stays."""
+    """Copy and convert in turn; keep the converted checkpoint."""
 
     def convert(source: Path, made: Path) -> None:
         regroup_checkpoint(source, made, target.to, max_group_size=target.cap)
@@ -149,14 +149,14 @@ regroup_checkpoint(*sys.argv[1:])
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of a process in memory that are not pages of a file."""
+    """Bytes of a process in memory without pages of files."""
     status = Path(f"/proc/{pid}/status").read_text()
     kinds = (status.partition(f"{kind}:")[2].split() for kind in ("RssAnon", "RssShmem"))
     return sum(1024 * int(found[0]) for found in kinds if found)
 
 
 def memory_of(source: Path, made: Path, target: Target) -> tuple[int, int]:
-    """Anonymous bytes of a process before a conversion, and at most in it."""
+    """Anonymous bytes of a process before a conversion, and at its peak."""
     command = [sys.executable, "-c", WATCHED, str(source), str(made), target.to]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

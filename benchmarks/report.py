@@ -1,4 +1,4 @@
-"""Print a benchmark's rows, keep them as data in ``results/`` and as a table in README.md."""
+"""Print a benchmark's rows, and write them as data to ``results/`` and as a table to README.md."""
 
 import json
 import platform
@@ -13,10 +13,10 @@ RESULTS = HERE / "results"
 
 
 def write(name: str, rows: list[dict[str, Any]], shown: list[dict[str, Any]] | None = None) -> None:
-    """Write ``results/<name>.json`` (rows and versions) and the table behind README's mark.
+    """Write ``results/<name>.json`` (rows and versions) and the table at README's mark.
 
     Args:
-        shown: rows of the table, where it does not show all.
+        shown: rows of the table, if they differ from ``rows``.
     """
     import deepspeed
 
@@ -34,7 +34,7 @@ def write(name: str, rows: list[dict[str, Any]], shown: list[dict[str, Any]] | N
 
 
 def show(name: str, rows: list[dict[str, Any]]) -> None:
-    """Print a table and put it behind README's mark."""
+    """Print a table, and write it at README's mark."""
     table = tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     print(table)
     readme = HERE / "README.md"

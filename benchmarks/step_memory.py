@@ -1,9 +1,9 @@
-"""What does the optimizer step cost in memory, by grouping, wrapper, optimizer and dtype?
+"""How much memory does the optimizer step need, by grouping, wrapper, optimizer and dtype?
 
-Each case runs through unmodified DeepSpeed as the worst rank of 64, with a process group
-that moves nothing, on Mixtral-8x7B's shape with all widths divided; T, R and T + R are
-measured. Step times are those of 2 real ranks on a smaller model, each beside DeepSpeed's
-own split: both engines step in turn.
+Each case runs through unmodified DeepSpeed as the worst rank of 64, with a process group that
+moves no data, on Mixtral-8x7B's shape with all widths divided; T, R and T + R are measured.
+Step times are those of 2 real ranks on a smaller model, compared with DeepSpeed's own split:
+all engines step in turn.
 
     python -m benchmarks.step_memory [--only memory] [--scale 16] [--world 64]
 """
@@ -44,7 +44,7 @@ STOCK = "stock, default cap"
 
 
 def groupings(shape: Shape, step: StepConfig, world: int, cap: int) -> dict[str, Case]:
-    """The ways to group, by name; planned ones have no more groups than one per layer."""
+    """The ways to group, by name; planned ones have at most as many groups as one per layer."""
     return {
         "no cap": Case(step, "stock", None, shape),
         STOCK: Case(step, "stock", cap, shape),
@@ -61,7 +61,7 @@ def on_meta(shape: Shape) -> torch.nn.Module:
 
 
 def best_cap(shape: Shape, step: StepConfig, world: int) -> int:
-    """The cap with which DeepSpeed's split steps in the least memory."""
+    """The cap with which a step needs the least memory under DeepSpeed's split."""
     model, expert = on_meta(shape), max(shape.expert)
     sharers = world // shape.ep_size
     whole = shape.layers * shape.local * sum(shape.expert)
@@ -97,7 +97,7 @@ def row(wrapper: str, grouping: str, case: Case, rank: int, run: Run) -> dict[st
 
 
 def memory_rows(shape: Shape, world: int, cap: int) -> list[dict[str, Any]]:
-    """One process for each rank that is the worst of some cases."""
+    """Run one process for each rank that is the worst rank of some cases."""
     cases = [
         (wrapper, grouping, case)
         for (wrapper, step), kind in product(WRAPPERS.items(), OPTIONS)
@@ -121,7 +121,7 @@ def memory_rows(shape: Shape, world: int, cap: int) -> list[dict[str, Any]]:
 def times_in_turn(cases: list[Case], count: int) -> list[float]:
     """Median ratio of each case's step to the first's; all engines step in turn.
 
-    The order rotates and turns round, as who comes later finds warmer caches.
+    The order rotates and reverses, because later engines find warmer caches.
     """
     engines, rows = [start(case)[0] for case in cases], []
     for turn in range(count + 3):
@@ -135,7 +135,7 @@ def times_in_turn(cases: list[Case], count: int) -> list[float]:
 
 
 def as_many(stock: Case, step: StepConfig, cap: int) -> Case:
-    """Our groups with the smallest cap that gives no more of them than DeepSpeed's split."""
+    """Our groups with the smallest cap that gives at most as many groups as DeepSpeed's split."""
     model = on_meta(stock.shape)
     most = len(make_groups(model, stock, 2))
     while len(make_groups(model, made := Case(step, "parallel_group", cap, stock.shape), 2)) > most:
@@ -160,7 +160,7 @@ def time_rows(shape: Shape, cap: int, count: int) -> list[dict[str, Any]]:
 
 
 def pivot(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each wrapper and optimizer, with measured T + R in MiB."""
+    """A row for each wrapper and optimizer, with measured T + R in MiB."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for one in rows:
         key = one["wrapper"], one["optimizer"]

@@ -1,4 +1,4 @@
-"""Time what all ranks do together."""
+"""Time a call that all ranks make together."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 
 def milliseconds(function: Callable[[], object]) -> float:
-    """How long ``function`` takes, begun on all ranks at once and done on the GPU too."""
+    """Time of ``function``, started on all ranks at once, until it is done on the GPU too."""
     torch.distributed.barrier()
     begin = time.perf_counter()
     function()

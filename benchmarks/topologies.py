@@ -1,9 +1,9 @@
-"""Do all topologies train the same, and what does it cost to watch them?
+"""Do all topologies train the same, and what does a loss tracker cost?
 
 A model of 8 MoE blocks (4 experts, top-2, no token dropped, BF16_Optimizer) on 4 gloo ranks, with
-the same weights and data in every topology: language-model loss (here a regression's), the
-load-balancing losses and their sum, step by step, drawn in one plot. Then what part of a step's
-time a tracker takes that reports every 50 steps.
+the same weights and data in every topology. One plot shows for each step the language-model loss
+(here a regression's), the load-balancing losses and their sum. Then the part of a step's time
+that a tracker takes which reports every 50 steps.
 
     python -m benchmarks.topologies [--steps 30] [--tracked 200]
 """
@@ -36,7 +36,7 @@ LOSSES = ("total", "lm", "aux")
 
 
 def train(run: Run, steps: int) -> list[dict[str, float]]:
-    """The losses of each step, over all ranks."""
+    """Train, and return the losses of each step over all ranks."""
     forget_process_groups()
     engine = start_run(run)
     in_loss = run.plain or run.carry != "attach"
@@ -50,7 +50,7 @@ def train_all(runs: list[Run], steps: int) -> list[list[dict[str, float]]]:
 
 
 class Timed(LossTracker):
-    """Adds up the seconds that it takes itself, reports included."""
+    """Adds up the seconds of its own calls, reports included."""
 
     spent = 0.0
 
@@ -67,7 +67,7 @@ class Timed(LossTracker):
 
 
 def tracker_cost(steps: int) -> dict[str, Any]:
-    """What part of a step's time the tracker takes: on a CPU all of it is seen."""
+    """The part of a step's time that the tracker takes; on a CPU the clock sees all of it."""
     engine = start_run(run := Run(pp=2, ep=TWO))
     train_run(engine, run, 3)
     tracker = Timed(engine, coefficient=COEFFICIENT, interval=50)

@@ -20,7 +20,7 @@ DEEPSPEED = {**BATCH, "bf16": {"enabled": True}, "zero_optimization": {"stage": 
 
 
 class Model(nn.Module):
-    """Says the next byte, with two MoE layers; its loss has their auxiliary losses."""
+    """Predicts the next byte with two MoE layers; its loss includes their auxiliary losses."""
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class Model(nn.Module):
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_DEEPSPEED"], gpu = "true", torch.cuda.is_available()
-    PartialState(backend=None if gpu else "gloo")  # without a GPU, Accelerate chooses none
+    PartialState(backend=None if gpu else "gloo")  # Accelerate chooses no backend without a GPU
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=DEEPSPEED))
     model = Model()
-    # With an "optimizer" block in the config: accelerate.utils.DummyOptim in place of AdamW
+    # If the config has an "optimizer" block, use accelerate.utils.DummyOptim instead of AdamW.
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     group_optimizer(optimizer, model, split_by="expert", no_decay=is_norm_or_bias)
     schedule = get_scheduler("constant", optimizer)  # after the groups

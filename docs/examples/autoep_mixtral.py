@@ -1,4 +1,4 @@
-"""AutoEP: a transformers Mixtral whose experts DeepSpeed shares out, with a group for each layer.
+"""AutoEP: DeepSpeed distributes the experts of a transformers Mixtral; one group for each layer.
 
 torchrun --nproc-per-node 2 docs/examples/autoep_mixtral.py
 """

@@ -1,4 +1,4 @@
-"""Learning rates of experts' own, on top of a scheduler: a multiplier that grows for one expert.
+"""Learning-rate multipliers for experts beside a scheduler; that of one expert grows.
 
 torchrun --nproc-per-node 2 docs/examples/expert_lr.py
 """
@@ -38,14 +38,14 @@ engine, *_ = deepspeed.initialize(
 )
 schedules = [
     ("moe.expert.*", lambda step: {"lr_multiplier": 0.5}),
-    ("moe.expert.3", lambda step: {"lr_multiplier": min(1.0, step / 20)}),  # warms up anew
+    ("moe.expert.3", lambda step: {"lr_multiplier": min(1.0, step / 20)}),  # warms up again
 ]
 schedule = GroupSchedule(engine, schedules)
 metrics = GroupMetrics(engine, interval=10)
 
 torch.manual_seed(torch.distributed.get_rank())
 for _ in range(30):
-    schedule.apply()  # before the forward of each step
+    schedule.apply()  # before the forward pass of each step
     engine.backward(engine(torch.randn(8, 16, 32, device=engine.device).bfloat16()))
     engine.step()
     report = metrics.step()

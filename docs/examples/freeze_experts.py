@@ -1,4 +1,4 @@
-"""In the middle of a run, train two experts of a layer and leave the others as they are.
+"""In the middle of a run, freeze all experts of a layer but two.
 
 torchrun --nproc-per-node 2 docs/examples/freeze_experts.py
 """
@@ -38,7 +38,7 @@ torch.manual_seed(torch.distributed.get_rank())
 
 
 def train(when: str, steps: int = 10) -> None:
-    """Says which of the 8 experts moved."""
+    """Train, and print which of the 8 experts moved."""
     moved: set[int] = set()
     for _ in range(steps):
         engine.backward(engine(torch.randn(8, 16, 32, device=engine.device).bfloat16()))
@@ -52,7 +52,7 @@ def train(when: str, steps: int = 10) -> None:
 
 train("at first")
 set_group_options(engine, "moe.expert.*", frozen=True)
-for number in (2, 5):  # over all ranks: one on each of the two
+for number in (2, 5):  # global numbers: each of the two ranks has one
     set_group_options(engine, f"moe.expert.{number}", frozen=False)
 train("all but two frozen")
 torch.distributed.destroy_process_group()

@@ -17,7 +17,7 @@ HIDDEN, EXPERTS = 32, 4
 
 
 class MoE(nn.Module):
-    """Each rank has some of the experts, and sees the tokens of all ranks."""
+    """Each rank has some of the experts, and gets the tokens of all ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ meshes = init_device_mesh("cpu", (1, world), mesh_dim_names=("same_experts", "al
 for layer in model.children():
     for expert in layer.get_submodule("experts").children():
         shard = fully_shard(expert, mesh=meshes["same_experts"])
-        shard.set_gradient_divide_factor(world)  # it sees the tokens of all ranks
+        shard.set_gradient_divide_factor(world)  # it gets the tokens of all ranks
 fully_shard(model, mesh=meshes["all_experts"])
 
-tag_experts(model, "*.experts", ep_size=world)  # after fully_shard, which makes parameters
+tag_experts(model, "*.experts", ep_size=world)  # after fully_shard, which makes new parameters
 groups = create_moe_param_groups(model, split_by="expert", weight_decay=0.1)
 optimizer = torch.optim.AdamW(groups, lr=1e-2, foreach=True)
 for _ in range(20):

@@ -1,4 +1,4 @@
-"""Norms of every layer and expert, printed, and drawn as a map of experts over layers.
+"""Print the norms of every layer and expert, and draw them as a map of experts over layers.
 
 torchrun --nproc-per-node 2 docs/examples/group_metrics.py experts.png
 """

@@ -21,7 +21,7 @@ CONFIG = {**BATCH, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2
 
 
 class FFN(MoE):
-    """In place of Llama's own; keeps the load-balancing loss for the model."""
+    """Replaces Llama's MLP; keeps the load-balancing loss for the model."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out, self.aux_loss, _ = super().forward(x)
@@ -29,7 +29,7 @@ class FFN(MoE):
 
 
 class MoELlama(LlamaForCausalLM):
-    """Its loss has the auxiliary losses of all layers."""
+    """Its loss includes the auxiliary losses of all layers."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -45,7 +45,7 @@ class MoELlama(LlamaForCausalLM):
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_DEEPSPEED"], gpu = "true", torch.cuda.is_available()
-    PartialState(backend=None if gpu else "gloo")  # without a GPU, Accelerate chooses none
+    PartialState(backend=None if gpu else "gloo")  # Accelerate chooses no backend without a GPU
     data = (torch.arange(64) + torch.randint(256, (200, 1))) % 256  # bytes that count up
     options: dict[str, Any] = {"accelerator_config": {"use_configured_state": True}}
     options |= {"max_steps": 20, "logging_steps": 5, "save_strategy": "no", "disable_tqdm": True}

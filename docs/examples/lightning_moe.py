@@ -1,4 +1,4 @@
-"""A MoE model under Lightning: groups by expert, and their learning rates in the logger.
+"""Train a MoE model with Lightning: groups by expert, and their learning rates in the logger.
 
 torchrun --nproc-per-node 2 docs/examples/lightning_moe.py
 """
@@ -18,7 +18,7 @@ from moe_groups.integrations.lightning import GroupLearningRateMonitor
 
 
 class Model(pl.LightningModule):
-    """An MoE layer that learns to say 1."""
+    """A MoE layer that learns to return 1."""
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Model(pl.LightningModule):
 
 
 class AnyDevice(DeepSpeedStrategy):
-    """Lightning's strategy refuses a CPU, on which DeepSpeed trains too."""
+    """Runs on a CPU too, as DeepSpeed does; Lightning's strategy refuses it."""
 
     def setup_environment(self) -> None:
         super(DeepSpeedStrategy, self).setup_environment()

@@ -1,8 +1,8 @@
-"""Continue training a Mixtral checkpoint with its experts shared out to two ranks.
+"""Continue training a Mixtral checkpoint with its experts distributed over two ranks.
 
     torchrun --nproc-per-node 2 docs/examples/load_mixtral_experts.py
 
-The checkpoint is a tiny one of random weights, made here: put your own folder in its place.
+The program makes a tiny checkpoint of random weights: replace it by your own folder.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from moe_groups import MoE, create_moe_param_groups, load_experts, save_experts
 
 
 class Block(MoE):
-    """DeepSpeed's layer in the place of Mixtral's, which returns nothing but its output."""
+    """DeepSpeed's layer in place of Mixtral's, which returns only its output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = super().forward(x)[0]
@@ -36,7 +36,7 @@ if rank == 0:
     MixtralForCausalLM(config).save_pretrained(source)
 distributed.barrier()
 
-# Mixtral's own blocks are replaced: with one expert each, no rank ever makes all of them.
+# Mixtral's own blocks are replaced; with one expert each, no rank allocates all experts.
 config.num_local_experts = 1
 model = MixtralForCausalLM(config)
 routing: dict[str, Any] = {"k": 2, "drop_tokens": False, "top2_2nd_expert_sampling": False}

@@ -1,4 +1,4 @@
-"""Muon for the matrices of a MoE model, each expert's of its own, and Adam for the rest.
+"""Muon for the matrices of a MoE model, with groups by expert, and Adam for the rest.
 
 torchrun --nproc-per-node 2 docs/examples/muon_moe.py
 """
@@ -12,7 +12,7 @@ from moe_groups import MoE, create_moe_param_groups, describe, split_for_muon, v
 
 
 class Model(nn.Module):
-    """Says which token comes next."""
+    """Predicts the next token."""
 
     def __init__(self, hidden: int = 32) -> None:
         super().__init__()

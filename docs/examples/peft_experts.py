@@ -1,4 +1,4 @@
-"""LoRA adapters inside of experts: each expert's adapters are a group, the base stays as it is.
+"""LoRA adapters inside of experts: each expert's adapters are a group, the base is frozen.
 
 torchrun --nproc-per-node 2 docs/examples/peft_experts.py
 """
@@ -26,7 +26,7 @@ class FFN(nn.Module):
 
 
 class Model(nn.Module):
-    """Learns to reverse its input."""
+    """A model that learns to reverse its input."""
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Model(nn.Module):
 if __name__ == "__main__":
     deepspeed.init_distributed()
     lora = LoraConfig(r=4, target_modules=["inp", "up", "down"])
-    model = get_peft_model(Model(), lora)  # first the adapters, then the groups
+    model = get_peft_model(Model(), lora)  # before the groups
     groups = create_moe_param_groups(model, split_by="expert")
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     schedule = LinearLR(optimizer, total_iters=10)

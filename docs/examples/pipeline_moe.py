@@ -1,10 +1,10 @@
-"""Train a byte-level GPT with an MoE in every second block over pipeline, tensor, expert and data
-parallel ranks, and see its load-balancing losses on all stages.
+"""Train a byte-level GPT with a MoE in every second block over pipeline, tensor, expert and data
+parallel ranks, and print its load-balancing losses from all stages.
 
     torchrun --nproc-per-node 4 docs/examples/pipeline_moe.py --pp 2 --ep 2
     torchrun --nproc-per-node 4 docs/examples/pipeline_moe.py --pp 2 --tp 2 --ep 2 --attach
 
-Ranks that --pp and --tp leave are data-parallel. Text: the source of Python's standard library.
+DP size: ranks / (--pp x --tp). The text is the source of Python's standard library.
 """
 
 import argparse
@@ -37,7 +37,7 @@ VOCABULARY = 256  # bytes
 
 
 class Copied(torch.autograd.Function):
-    """The same on all tensor-parallel ranks forward; the sum of their gradients backward."""
+    """Forward: a copy on all tensor-parallel ranks; backward: the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -52,7 +52,7 @@ class Copied(torch.autograd.Function):
 
 
 class Summed(torch.autograd.Function):
-    """The sum of the tensor-parallel ranks' parts forward."""
+    """Forward: the sum of the tensor-parallel ranks' parts; backward: a copy of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         seed = int(torch.randint(2**31, ()))  # the same on all ranks of the stage
         own = torch.Generator().manual_seed(seed + grid.get_slice_parallel_rank())
         for weight in cut:
-            nn.init.normal_(weight, std=0.06, generator=own)  # each rank has other heads
+            nn.init.normal_(weight, std=0.06, generator=own)  # heads differ between ranks
             weight.model_parallel = True  # so that the norm counts each rank's part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network; in every second block an MoE, with its loss."""
+    """Attention and a feed-forward network; in every second block a MoE, with its loss."""
 
     def __init__(self, args: argparse.Namespace, grid: PipelineParallelGrid, number: int) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Of bytes and positions."""
+    """Embeddings of bytes and positions."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def pipeline(args: argparse.Namespace) -> PipelineModule:
 
 
 def batches(args: argparse.Namespace, rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Bytes, and the bytes that follow them: both (batch, length)."""
+    """Bytes, and the byte that follows each: both (batch, length)."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     text = torch.frombuffer(bytearray(b"".join(map(Path.read_bytes, files))), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(rank)

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 docs/examples/train_moe_lm.py
     torchrun --nproc-per-node 4 docs/examples/train_moe_lm.py --split-by expert --bf16-optimizer
 
-The text is the source of Python's standard library, or files of your own (--text). After
-training it prints the param groups, and one step under DeepSpeed's split beside ours.
+The text is the source of Python's standard library, or files of your own (--text). After training
+the program prints the param groups, and compares one step with DeepSpeed's split and with ours.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes in; out come the loss and the mean load-balancing loss, 1 where balanced."""
+    """From bytes to the loss and the mean load-balancing loss, which is 1 if balanced."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class LanguageModel(nn.Module):
 
 
 def batches(args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Random windows of the text, others on each rank: ``(batch, length + 1)`` bytes."""
+    """Random windows of the text, different on each rank: ``(batch, length + 1)`` bytes."""
     files = args.text or sorted(Path(os.__file__).parent.glob("*.py"))
     text = torch.frombuffer(bytearray(b"".join(map(Path.read_bytes, files))), dtype=torch.uint8)
     if len(text) <= args.length + 1:
@@ -123,7 +123,7 @@ def batches(args: argparse.Namespace) -> Iterator[torch.Tensor]:
 
 
 def deepspeed_config(args: argparse.Namespace, clip: float) -> dict[str, Any]:
-    """bf16 with ZeRO-1 or ZeRO-2; ZeRO-1 with fp32 gradients makes it BF16_Optimizer."""
+    """bf16 with ZeRO-1 or ZeRO-2; with ZeRO-1 and fp32 gradients DeepSpeed uses BF16_Optimizer."""
     return {
         "train_micro_batch_size_per_gpu": args.batch,
         "gradient_clipping": clip,
@@ -177,7 +177,7 @@ def one_step(
         with measure_step_memory(engine.device) as memory:
             engine.step()
         peaks.append(memory.step_peak)
-    # The lower of the later two: gloo may let go of a bucket only after the step has begun.
+    # The lower of the last two: gloo may release a bucket only after the step has begun.
     worst = torch.tensor(min(peaks[1:]), device=engine.device)
     torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
     table = describe(engine)
@@ -255,7 +255,7 @@ def main() -> None:
             f"--ep-size {args.ep_size} must divide the {world} ranks and {args.experts} experts"
         )
     deepspeed.utils.logger.setLevel("WARNING")
-    torch.manual_seed(1234 + rank)  # experts differ; DeepSpeed broadcasts what is shared
+    torch.manual_seed(1234 + rank)  # experts differ; DeepSpeed broadcasts shared parameters
     model = LanguageModel(args)
     data = batches(args)
 
@@ -274,7 +274,7 @@ def main() -> None:
         ("moe-groups, compact gradients", True),
     ):
         if compact and args.bf16_optimizer:
-            continue  # it has no gradient partitions to make smaller
+            continue  # has no gradient partitions to shrink
         again = copy.deepcopy(model)
         groups = make_groups(args, again) if label.startswith("moe") else stock_groups(again)
         # Without clipping: it divides by the norm, whose last bit depends on the groups' order.

@@ -55,7 +55,7 @@ def _wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.
 
 
 def _wrap_all_reduce(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep only the all-reduce in which the gates agree on a capacity."""
+    """Keep results only of the all-reduce in which the gates agree on a capacity."""
 
     def all_reduce(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         capacity = tensor.numel() == 1 and not tensor.is_floating_point()
