@@ -27,7 +27,7 @@ PRESETS = {"mixtral": "mixtral", "qwen3": "qwen3_moe", "deepseek": "deepseek_v3"
 
 
 def make_model(kind: str) -> Any:
-    """4 experts in each MoE layer; the same weights on every rank."""
+    """A model with 4 experts in each MoE layer, and the same weights on every rank."""
     torch.manual_seed(0)
     if kind == "mixtral":
         return MixtralForCausalLM(MixtralConfig(**_SHAPE, num_local_experts=4))
@@ -72,7 +72,7 @@ def autoep_config(kind: str, wrapper: str) -> dict[str, Any]:
 
 
 def train_autoep(engine: Any, steps: int) -> list[float]:
-    """The losses on data that differs per step and rank."""
+    """Train on data that differs per step and rank, and return the losses."""
     losses = []
     for step in range(steps):
         seed = 100 * step + torch.distributed.get_rank()

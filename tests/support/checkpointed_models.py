@@ -1,4 +1,4 @@
-"""Models whose MoE blocks are checkpointed in one way or another, and what a step of them does."""
+"""Models with different activation checkpointing of their MoE blocks, and one step of them."""
 
 import contextlib
 from collections.abc import Callable
@@ -18,12 +18,12 @@ Way = Callable[..., Any]
 
 
 def plain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """No checkpointing."""
+    """Call ``function`` without checkpointing."""
     return function(*args, **kwargs)
 
 
 def torchs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """torch's checkpoint, which computes everything again."""
+    """Use torch's checkpoint, which recomputes everything."""
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
@@ -31,7 +31,7 @@ WAYS: dict[str, Way] = {"plain": plain, "torch": torchs, "ours": checkpoint_acti
 
 
 class CheckpointedMoE(TinyMoE):
-    """A TinyMoE that runs each piece of ``per_piece`` blocks in this way."""
+    """A TinyMoE that checkpoints each piece of ``per_piece`` blocks with ``way``."""
 
     def __init__(self, way: Way, per_piece: int = 1, **options: Any) -> None:
         super().__init__(MoE, **options)
@@ -55,7 +55,7 @@ class CheckpointedMoE(TinyMoE):
 
 
 def initialized(model: nn.Module) -> nn.Module:
-    """With the process groups that ``deepspeed.initialize`` makes."""
+    """Make the process groups that ``deepspeed.initialize`` makes."""
     for module in model.modules():
         if isinstance(module, DeepSpeedMoE):
             module.set_deepspeed_parallelism()
@@ -69,7 +69,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def step(model: nn.Module) -> Tensors:
-    """Loss, all gradients, and the state of the random numbers after them."""
+    """Loss, all gradients, and the state of the random numbers after the backward pass."""
     torch.manual_seed(7)  # gates draw random numbers
     model.zero_grad()
     loss = model(*batch())
@@ -82,8 +82,8 @@ def gradients(model: nn.Module) -> Tensors:
 
 
 def communication(function: Callable[[], object]) -> tuple[int, int]:
-    """All-to-alls and all-reduces that really run in ``function``."""
-    ran: list[str] = []  # names alone: a Mock would keep the tensors of each call
+    """Number of all-to-alls and all-reduces that run in ``function``."""
+    ran: list[str] = []  # only names, because a Mock would keep the tensors of each call
 
     def counted(name: str) -> Callable[..., Any]:
         original = getattr(torch.distributed, name)

@@ -1,8 +1,8 @@
 """Run functions as one rank of a world of any size, in a fresh process.
 
-Torch's "fake" process group answers every collective at once and moves nothing, so that
-unmodified DeepSpeed runs as rank 37 of 64 in one process. What it allocates is what that
-rank would allocate; the numbers it computes are not those of a training run.
+Torch's "fake" process group returns from every collective at once and moves no data, so
+unmodified DeepSpeed can run as rank 37 of 64 in one process. It allocates what that rank
+would allocate; the numbers that it computes are not those of a training run.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.support.ranks import EXTENSIONS, PRELOAD, RankError, _use_extensions
 
-_PORT = 29500  # nobody listens there, but DeepSpeed wants to read one
+_PORT = 29500  # no process listens there, but DeepSpeed reads one
 
 
 def run_as_rank(
@@ -30,7 +30,7 @@ def run_as_rank(
         timeout: seconds.
 
     Raises:
-        RankError: it raised, died, or was not done in time.
+        RankError: the job raised, died, or was not done in time.
     """
     extensions = _use_extensions()
     context: Any = multiprocessing.get_context("forkserver")
@@ -78,7 +78,7 @@ def _environment(rank: int, world_size: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_PORT),
         "OMP_NUM_THREADS": "1",
-        "KINETO_LOG_LEVEL": "99",  # the profiler announces itself with every measurement
+        "KINETO_LOG_LEVEL": "99",  # otherwise the profiler prints at every measurement
         "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
     }
 
@@ -96,7 +96,7 @@ def _serve(pipe: Connection, variables: dict[str, str], target: tuple[str, str, 
 
 
 def join(rank: int, world_size: int) -> None:
-    """Make this process rank ``rank`` of a fake world; DeepSpeed takes it as it finds it."""
+    """Make this process rank ``rank`` of a fake world, which DeepSpeed then uses."""
     import deepspeed
     import torch
     from deepspeed.utils import logger

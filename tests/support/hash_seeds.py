@@ -1,4 +1,4 @@
-"""Hash seeds under which a set of strings has another order."""
+"""Hash seeds under which a set of strings has different orders."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def two_hash_seeds(names: Sequence[str]) -> tuple[str, str]:
-    """Two values of PYTHONHASHSEED under which ``set(names)`` is iterated in different orders."""
+    """Two values of PYTHONHASHSEED under which ``set(names)`` has different orders."""
     first = _order(names, "0")
     for seed in map(str, range(1, 50)):
         if _order(names, seed) != first:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints that transformers itself writes, and models of ours to fill from them."""
+"""Tiny checkpoints that transformers writes, and our models to fill from them."""
 
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ _SHARED = {
 }
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3")
 DENSE_LAYERS = {"deepseek_v3": 1}
-"""How many decoder layers of a family come before the first with experts."""
+"""Number of decoder layers of a family before the first with experts."""
 
 
 def hf_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A random model of the family; ``experts`` are 4 per layer, 2 of them for each token."""
+    """A random model of the family with 4 experts per layer, 2 of them for each token."""
     torch.manual_seed(seed)
     if family == "mixtral":
         config = MixtralConfig(**_SHARED, intermediate_size=INNER, num_local_experts=EXPERTS)
@@ -71,13 +71,13 @@ def hf_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 
 def save(model: Any, directory: Path, *, fused: bool = False, shard: str = "8KB") -> Path:
-    """As ``save_pretrained`` writes it: by default per expert, in several files."""
+    """Save with ``save_pretrained``: by default one tensor per expert, in several shards."""
     model.save_pretrained(directory, save_original_format=not fused, max_shard_size=shard)
     return directory
 
 
 class GatedFFN(nn.Module):
-    """One expert, with the names of Qwen3-MoE and DeepSeek or of Mixtral."""
+    """One expert, with the parameter names of Qwen3-MoE and DeepSeek or of Mixtral."""
 
     def __init__(self, names: tuple[str, str, str], hidden: int = HIDDEN, inner: int = INNER):
         super().__init__()
@@ -105,7 +105,7 @@ def moe_layer(ep_size: int, names: tuple[str, str, str] = PROJECTIONS, **options
 
 
 class Decoder(nn.Module):
-    """The MoE layers of a model of ours, as ``blocks.<n>.moe``."""
+    """The MoE layers of our model, as ``blocks.<n>.moe``."""
 
     def __init__(self, ep_size: int = 1, first: int = 0, **options: Any) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
 
 
 def true_experts(model: Any, number: int) -> list[dict[str, torch.Tensor]]:
-    """The matrices of each expert of a decoder layer, from the memory of transformers' model."""
+    """The matrices of each expert of a decoder layer, from transformers' model."""
     experts = model.model.layers[number].mlp.experts
     found = []
     for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):

@@ -1,4 +1,4 @@
-"""Training runs through Hugging Face's Trainer and Accelerate, and the same through DeepSpeed."""
+"""Training runs with Hugging Face's Trainer and Accelerate, and the same with DeepSpeed alone."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ class HFConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
 
 
 class HFModel(PreTrainedModel):  # type: ignore[misc, unused-ignore]
-    """A model of transformers with MoE layers of ours; its loss has the auxiliary one."""
+    """A model of transformers with our MoE layers; its loss includes the auxiliary loss."""
 
     config_class = HFConfig
 
@@ -44,7 +44,7 @@ def make_model() -> HFModel:
 
 
 class Data(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Rows that differ; on two ranks, rank ``r`` gets batches ``r``, ``r + 2``, ..."""
+    """Different rows; of two ranks, rank ``r`` gets batches ``r``, ``r + 2``, ..."""
 
     def __len__(self) -> int:
         return 64
@@ -55,7 +55,7 @@ class Data(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def batches(steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Those that Trainer and Accelerate hand to this rank."""
+    """The batches that Trainer and Accelerate give to this rank."""
     data, rank = Data(), torch.distributed.get_rank()
     for step in range(steps):
         first = BATCH * (2 * step + rank)
@@ -69,7 +69,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "bf16": {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
 }
 BLOCKS: dict[str, dict[str, Any]] = {
-    # torch's AdamW, as DeepSpeed's own kernel takes minutes to compile
+    # torch's AdamW, because DeepSpeed's own kernel takes minutes to compile
     "optimizer": {
         "type": "AdamW",
         "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
@@ -84,7 +84,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 
 def config(wrapper: str, blocks: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A DeepSpeed config whose values are left to Trainer or Accelerate."""
+    """A DeepSpeed config with values that Trainer or Accelerate fill in."""
     auto = ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"]
     return {
         **dict.fromkeys(auto, "auto"),
@@ -95,7 +95,7 @@ def config(wrapper: str, blocks: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def start_accelerate() -> None:
-    """The state of a new process, on gloo: without a GPU Accelerate chooses no backend."""
+    """Reset Accelerate's state, on gloo: without a GPU it chooses no backend."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
@@ -135,7 +135,7 @@ def trainer(
 
 
 AcceleratedRun: TypeAlias = tuple[Accelerator, Any, Any, Any, Any]
-"""The accelerator, and what it prepared: engine, optimizer, batches, learning-rate scheduler."""
+"""The accelerator, and its prepared engine, optimizer, batches and learning-rate scheduler."""
 
 
 def prepare_with_accelerate(
@@ -148,7 +148,7 @@ def prepare_with_accelerate(
 ) -> AcceleratedRun:
     start_accelerate()
     cfg = config(wrapper, blocks) | {"gradient_clipping": clip}
-    if "optimizer" in blocks:  # Accelerate fills in the other two
+    if "optimizer" in blocks:  # Accelerate fills in lr and weight_decay
         params = cfg["optimizer"]["params"] | {"betas": BETAS, "eps": EPS}
         cfg["optimizer"] = cfg["optimizer"] | {"params": params}
     plugin = DeepSpeedPlugin(hf_ds_config=cfg)
@@ -162,7 +162,7 @@ def prepare_with_accelerate(
     optimizer = group_optimizer(
         optimizer, model, split_by=split_by, no_decay=lambda name, _: is_undecayed(name)
     )
-    # Accelerate steps a scheduler once for each rank, and divides the number of steps by them
+    # Accelerate steps a scheduler once for each rank, so the counts are those of all ranks
     counts = {"total_num_steps": 2 * steps, "warmup_num_steps": 2}
     scheduler: Any = DummyScheduler(optimizer, **counts)
     if "scheduler" not in blocks and "optimizer" in blocks:
@@ -187,7 +187,7 @@ def run_accelerate(run: AcceleratedRun, steps: int) -> None:
 
 
 def plain_config(wrapper: str, blocks: tuple[str, ...], steps: int) -> dict[str, Any]:
-    """What :func:`config` should come to, without an optimizer block."""
+    """The config that :func:`config` should become, without an optimizer block."""
     cfg: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": 1,
@@ -211,7 +211,7 @@ def train_plainly(
     steps: int = 4,
     decay: float = DECAY,
 ) -> Any:
-    """The engine of a run through DeepSpeed alone, without Trainer and Accelerate."""
+    """Train with DeepSpeed alone, without Trainer and Accelerate, and return the engine."""
     model = model or make_model()
     fused = {"foreach": None} if "optimizer" in blocks else {"fused": True}  # as they choose
     optimizer = torch.optim.AdamW(
@@ -228,7 +228,7 @@ def train_plainly(
 
 
 def is_undecayed(name: str) -> bool:
-    """Trainer's rules, as far as they are about :class:`HFModel`."""
+    """Trainer's rules for weight decay, as far as they affect :class:`HFModel`."""
     return "bias" in name or ".norm." in name
 
 

@@ -1,4 +1,4 @@
-"""Small models and training runs that the tests share; module-level, so that ranks can import."""
+"""Small models that the tests share; module-level, so that ranks can import them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ HIDDEN = 16
 
 
 class FFN(nn.Module):
-    """An expert with a bias and a matrix whose sizes differ."""
+    """An expert with a bias and a matrix of different sizes."""
 
     def __init__(self, hidden: int = HIDDEN, inner: int = 24) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class MoEBlock(nn.Module):
 
 
 class TinyMoE(nn.Module):
-    """Dense in, ``layers`` MoE blocks, dense out; regression on ``tanh`` targets."""
+    """A dense layer, ``layers`` MoE blocks, a dense layer; regression on ``tanh`` targets."""
 
     def __init__(
         self, layer: type[nn.Module], layers: int = 2, num_experts: int = 4, **options: Any

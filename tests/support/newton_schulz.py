@@ -1,16 +1,16 @@
-"""What Muon makes of a gradient, and how far rounding takes it from there."""
+"""Muon's update of a gradient, and the effect of rounding on it."""
 
 import math
 
 import torch
 
-NORM_EPS = 1e-7  # which DeepSpeed adds to a matrix's norm; that of a gate's gradient is small
+NORM_EPS = 1e-7  # DeepSpeed adds it to a matrix's norm; a gate's gradient has a small norm
 ROOM = 4
-"""An error may be so many times :func:`rounding_of`: optimizers multiply in another order."""
+"""Factor on :func:`rounding_of` that errors may reach: optimizers multiply in other orders."""
 
 
 def orthogonalized(gradient: torch.Tensor) -> torch.Tensor:
-    """What five Newton-Schulz steps make of each matrix: a polynomial of its singular values."""
+    """Each matrix after five Newton-Schulz steps: a polynomial of its singular values."""
     u, s, vh = torch.linalg.svd(gradient.double(), full_matrices=False)
     s = s / (s.square().sum(-1, keepdim=True).sqrt() + NORM_EPS)
     for _ in range(5):
@@ -25,11 +25,11 @@ def _tallness(gradient: torch.Tensor) -> float:
 
 
 def rounding_of(gradient: torch.Tensor, dtype: torch.dtype) -> float:
-    """How far from :func:`orthogonalized` the steps end in ``dtype``, as a norm.
+    """Norm of the difference from :func:`orthogonalized` if the steps run in ``dtype``.
 
-    A singular value near zero grows 3.4445**5 = 485 times, and a rounding error beside it as
-    much, so that this depends on the gradient. The steps run in double precision, with an error
-    in each product as ``dtype`` makes it: half its eps of the sum of the terms' sizes.
+    A singular value near zero grows 3.4445**5 = 485 times, and so does a rounding error beside
+    it, so the result depends on the gradient. The steps run in double precision; each product
+    gets an error as in ``dtype``: half its eps times the sum of the terms' sizes.
     """
     exact, unit = orthogonalized(gradient), torch.finfo(dtype).eps / 2
     random = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
-"""What stops DeepSpeed before 0.19 from stepping MoE layers on CPU ranks, repaired for the tests.
+"""Repair, for the tests, two defects of DeepSpeed before 0.19 in steps of MoE layers on CPUs.
 
-Both are defects of its CPU side alone, which hide whether anything else works.
+Both defects are only in its CPU code, and would keep the tests from reaching anything else.
 """
 
 import functools
@@ -12,11 +12,11 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 
 def repair() -> None:
-    """Do nothing with a DeepSpeed that needs no repair."""
+    """Repair DeepSpeed; does nothing with a release that needs no repair."""
     if tuple(map(int, deepspeed.__version__.split(".")[:2])) >= (0, 19):
         return
-    # Called with a number (get_norm_with_moe_layers), which only a GPU's takes.
+    # get_norm_with_moe_layers calls it with a number, which only the GPU version accepts.
     number = functools.partial(torch.tensor, dtype=torch.float32)
     CPU_Accelerator.FloatTensor = property(lambda self: number)
-    # gloo copies what it gathered into views, which autograd refuses while it watches.
+    # gloo copies its results into views, which autograd refuses while it records.
     DeepSpeedZeroOptimizer.step = torch.no_grad()(DeepSpeedZeroOptimizer.step)

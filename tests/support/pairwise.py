@@ -1,4 +1,4 @@
-"""Pairwise tables: few cases in which every pair of settings meets, in place of all products."""
+"""Pairwise tables: few cases in which every pair of settings meets, instead of the product."""
 
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -10,15 +10,15 @@ Row = dict[str, Any]
 def pairwise(
     settings: Mapping[str, Sequence[Any]], allowed: Callable[..., bool] = lambda **row: True
 ) -> list[Row]:
-    """Rows of one value for each setting, so that any two values of two settings meet in one.
+    """Rows with one value for each setting, so that any two values of two settings meet in one.
 
-    Each row is the one of the whole product in which most of the missing pairs meet, the first
-    such. So a table is the same in every run, and 40 rows often stand for thousands.
+    Each row is the first one of the product in which the most missing pairs meet. So a table is
+    the same in every run, and 40 rows often replace thousands.
 
     Args:
         settings: the values of each setting; they are compared by ``repr``.
-        allowed: is called with a row as keywords; rows for which it is false do not come out, nor
-            do pairs that only such rows have.
+        allowed: called with a row as keywords; rows for which it is false are left out, and so
+            are pairs that only such rows have.
     """
     product = (
         dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())

@@ -22,7 +22,7 @@ class First(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Pair:
         y = self.linear(x)
-        return y, y.float().sum() * 0  # attached to the graph, as PipelineEngine demands
+        return y, y.float().sum() * 0  # attached to the graph, as PipelineEngine requires
 
 
 class Block(nn.Module):
@@ -64,7 +64,7 @@ def start_pipeline(
     """An engine over ``stages`` stages; the other ranks are data-parallel.
 
     Args:
-        options: further ones of the ``PipelineModule``.
+        options: further options of the ``PipelineModule``.
     """
     torch.manual_seed(0)
     specs = [LayerSpec(Block, f"block{i}", ep_size) for i in range(blocks)]
@@ -84,7 +84,7 @@ def start_pipeline(
 
 
 def train_pipeline(engine: Any, steps: int, first: int = 0) -> list[float]:
-    """Losses of ``steps`` steps; the data depend on the step and the data-parallel rank."""
+    """Train ``steps`` steps, and return the losses; data depend on the step and the DP rank."""
     batches = _batches(first * engine.gradient_accumulation_steps(), engine)
     return [float(engine.train_batch(batches)) for _ in range(steps)]
 

@@ -1,4 +1,4 @@
-"""Random MoE models, and where each of their parameters belongs, for Hypothesis."""
+"""Random MoE models for Hypothesis, with the expected group of each parameter."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ Place = tuple[str, str, int | None]
 
 @dataclass
 class Row:
-    """A parameter, and by the way it was made, where it belongs."""
+    """A parameter, and its place, known from how it was made."""
 
     name: str
     param: nn.Parameter
@@ -35,11 +35,11 @@ class Row:
         return self.param.requires_grad and self.param.numel() > 0
 
     def key(self, split_by: str) -> Any:
-        """What a group that holds this parameter may hold."""
+        """The key that all parameters in this one's group must have."""
         depth = {"parallel_group": 1, "module": 2, "expert": 3}[split_by]
         return self.source, self.param.dtype, self.place and self.place[:depth]
 
-    def __repr__(self) -> str:  # for Hypothesis' report: no values
+    def __repr__(self) -> str:  # for Hypothesis' report, without values
         frozen = "" if self.param.requires_grad else " frozen"
         return f"<{self.name} {self.param.numel()} {self.param.dtype}{frozen} {self.place}>"
 
@@ -88,7 +88,7 @@ def cases(
         layer = nn.Module()
         model.layers.append(layer)
         rows += _draw_layer(draw, layer, f"layers.{index}", parameter, tie)
-    # Nothing trainable, and nothing trainable in any expert, are errors: tested elsewhere.
+    # No trainable parameter, and none in any expert, are errors, which other tests cover.
     for first in (rows[0], next((row for row in rows if row.place), rows[0])):
         first.param.requires_grad_()
         first.param.data = torch.zeros(first.param.numel() or 3, dtype=first.param.dtype)
@@ -123,7 +123,7 @@ def _draw_layer(
         if kind == "labelled":
             assert row.place is not None
             set_expert_tag(row.param, ExpertTag(*row.place))
-        else:  # what DeepSpeed itself sets, and nothing else
+        else:  # only the attributes that DeepSpeed sets
             row.param.allreduce = False  # type: ignore[attr-defined]
             row.param.group_name = parallel_group  # type: ignore[attr-defined]
     return rows + experts
@@ -132,10 +132,10 @@ def _draw_layer(
 def _draw_form(draw: st.DrawFn, form: str, model: nn.Module, rows: list[Row]) -> Case:
     if form == "module":
         return Case(rows, form, model, model=model)
-    tag_experts(model)  # parameters alone do not know their layer
+    tag_experts(model)  # parameters do not name their layer
     if form == "params":
         params = [row.param for row in rows]
-        again = draw(st.lists(st.sampled_from(params), max_size=2))  # tied ones come twice
+        again = draw(st.lists(st.sampled_from(params), max_size=2))  # tied parameters appear twice
         return Case(rows, form, params + again, model=model)
     if form == "named":
         return Case(rows, form, [(row.name, row.param) for row in rows], model=model)
@@ -156,7 +156,7 @@ def _draw_form(draw: st.DrawFn, form: str, model: nn.Module, rows: list[Row]) ->
 
 @st.composite
 def _options(draw: st.DrawFn, source: int) -> dict[str, Any]:
-    """Hyperparameters of one of the caller's groups; some keys are left out."""
+    """Hyperparameters of one of the caller's groups; some keys are missing."""
     values = {
         "name": draw(st.sampled_from(GIVEN_NAMES)),
         "lr": draw(st.sampled_from((0.1, 0.2, torch.tensor(0.1)))),

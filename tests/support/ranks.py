@@ -1,9 +1,9 @@
 """Run functions on real ranks: a pool of gloo processes per world size, started once.
 
-A job is a module-level function; it runs on every rank and its results come back in rank
-order. A job that raises or hangs ends the pool (the ranks may be stuck in a collective);
-the next job starts a new one. Ranks fork from a server that has imported DeepSpeed and
-nothing else, so that fresh processes take a second and not ten.
+A job is a module-level function; it runs on every rank, and its results are returned in rank
+order. If a job raises or hangs, the pool ends, because ranks may be stuck in a collective; the
+next job starts a new pool. Ranks fork from a server that has imported only DeepSpeed, so
+fresh processes start in one second instead of ten.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ EXTENSIONS = ROOT / ".cache" / os.environ.get("MOE_GROUPS_TEST_EXTENSIONS", "tor
 START_TIMEOUT = 900.0  # DeepSpeed's communication op is compiled at first use
 PRELOAD = ["deepspeed", "deepspeed.moe.layer", "torch._dynamo", "torch._inductor.compile_fx"]
 HANG = 3.0
-"""Seconds after which a job that should hang is taken to do so; what it does takes a tenth."""
+"""Seconds after which a job that should hang counts as hanging; its work takes a tenth."""
 
 
 class RankError(AssertionError):
-    """A job failed or hung; the message names the ranks and where they were."""
+    """A job failed or hung; the message has the ranks and their stacks."""
 
 
 class RankPool:
@@ -45,8 +45,8 @@ class RankPool:
 
     Args:
         world_size: number of ranks.
-        env: further environment variables of the ranks, as PYTHONHASHSEED.
-        join: make the ranks a world; without, their first job does.
+        env: further environment variables of the ranks, such as PYTHONHASHSEED.
+        join: make the ranks a world; otherwise their first job does.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class RankPool:
         before = dict(os.environ)
         for rank in range(world_size):
             variables = _rank_environment(rank, world_size, port) | (env or {})
-            os.environ.update(variables)  # for interpreters that start here, the server's too
+            os.environ.update(variables)  # for interpreters that start here, including the server
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
@@ -119,7 +119,7 @@ class RankPool:
                     answers[rank] = self.pipes[rank].recv()
                 except (EOFError, ConnectionResetError):
                     answers[rank] = False, "the process died"
-                if not answers[rank][0]:  # the others are likely waiting for this one
+                if not answers[rank][0]:  # the others probably wait for this rank
                     end = min(end, time.monotonic() + 5)
         if not all(ok for ok, _ in answers.values()):
             self._fail(what, answers)
@@ -140,13 +140,13 @@ class RankPool:
         raise RankError("\n".join(lines))
 
     def _stack(self, rank: int, pid: int) -> str:
-        """Where a rank is: its innermost Python frames, with the collective it waits in."""
+        """The innermost Python frames of a rank, with the collective in which it waits."""
         text = self._dumped(rank, pid)
         main = text.rpartition("Current thread")[2] or text.rpartition("Thread")[2]
         return "\n".join(main.splitlines()[1:16])
 
     def _dumped(self, rank: int, pid: int, patience: float = 20) -> str:
-        """What a rank writes of its threads; on a busy machine that takes its time."""
+        """The stacks that a rank writes; on a busy machine it may be slow."""
         file, text = self._stack_file(rank), ""
         os.kill(pid, signal.SIGUSR1)
         end = time.monotonic() + patience
@@ -162,12 +162,12 @@ _pools: dict[tuple[int, str], RankPool] = {}
 
 
 def run_on_ranks(world_size: int, job: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run ``job`` on the shared pool of this world size; starts it when needed."""
+    """Run ``job`` on the shared pool of this world size; starts it if needed."""
     return _pool(world_size, "shared").run(job, *args, **kwargs)
 
 
 def run_on_stock(world_size: int, job: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run ``job`` on a pool for DeepSpeed as it is: nothing is grouped with this library there."""
+    """Run ``job`` on a pool for unmodified DeepSpeed, in which this library groups nothing."""
     pool = _pool(world_size, "stock")
     answers = pool.run(job, *args, **kwargs)
     pool.run(check_stock)
@@ -188,7 +188,7 @@ def run_in_fresh_processes(
     env: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Run ``job`` in processes of its own, as a restarted training would."""
+    """Run ``job`` in new processes, like a restarted training."""
     pool = RankPool(world_size, env)
     try:
         return pool.run(job, *args, **kwargs)
@@ -198,10 +198,10 @@ def run_in_fresh_processes(
 
 
 def run_program(world_size: int, program: Path, *args: str, timeout: float = 300) -> str:
-    """Run a Python program as torchrun would, in processes that have DeepSpeed already imported.
+    """Run a Python program like torchrun, in processes that have already imported DeepSpeed.
 
     Returns:
-        What it prints, one rank after the other.
+        Its output, one rank after the other.
     """
     pool = RankPool(world_size, join=False)
     try:
@@ -242,10 +242,10 @@ def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _use_extensions() -> int:
-    """Announce that compiled extensions are in use; removes stale locks if nobody else does.
+    """Mark the compiled extensions as used; removes stale locks if no other process uses them.
 
-    A killed process leaves a lock behind on which every later compilation waits forever,
-    but the lock of a compilation that is running must stay.
+    A killed process leaves a lock on which every later compilation waits forever, but the lock
+    of a running compilation must stay.
     """
     EXTENSIONS.mkdir(parents=True, exist_ok=True)
     users = os.open(EXTENSIONS / "users", os.O_CREAT | os.O_RDWR)
@@ -286,7 +286,7 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str], join: b
             module, name, args, kwargs = pipe.recv()
         except EOFError:
             return
-        # Anew for each job: Lightning puts signals back as Python knows them, to the default.
+        # Again for each job, because Lightning resets signals to Python's default handlers.
         faulthandler.unregister(signal.SIGUSR1)
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         done = False
@@ -302,12 +302,12 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str], join: b
             return
         if done:  # another rank may still be connecting to a group that this one would destroy
             torch.distributed.barrier()
-        torch.nn.functional.linear = linear  # ZeRO-3 puts one there that rounds otherwise
+        torch.nn.functional.linear = linear  # ZeRO-3 replaces it by one that rounds differently
         forget_process_groups()
 
 
 def _module(name: str) -> Any:
-    """Imports a module; BF16_Optimizer looks for garbage twice a group, so keep what is there."""
+    """Import a module and freeze gc, because BF16_Optimizer collects garbage twice a group."""
     if name not in sys.modules:
         importlib.import_module(name)
         gc.freeze()
@@ -326,7 +326,7 @@ def _join_world() -> None:
 
 
 def check_stock() -> None:
-    """No job of this process let this library change DeepSpeed."""
+    """Assert that in no job of this process this library changed DeepSpeed."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     changed = hasattr(DeepSpeedEngine.save_checkpoint, "_moe_groups_original")
@@ -336,10 +336,10 @@ def check_stock() -> None:
 
 
 def forget_process_groups() -> None:
-    """Bring DeepSpeed's registries of process groups into the state of a fresh process.
+    """Reset DeepSpeed's registries of process groups to the state of a fresh process.
 
-    Engines and groups are destroyed: each group has threads that wake a hundred times a second,
-    and a grid of pipelines makes dozens.
+    Destroys engines and groups: each group has threads that wake a hundred times a second, and
+    a grid of pipelines makes dozens of groups.
     """
     import torch
     from deepspeed.utils import groups
@@ -362,13 +362,13 @@ def forget_process_groups() -> None:
 
 
 def _destroy_engines() -> None:
-    """Those of the job: their gradients' hooks hold them where no garbage collector looks."""
+    """Destroy the job's engines: their gradients' hooks refer to them where gc does not look."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     engines = [it for it in gc.get_objects() if issubclass(type(it), DeepSpeedEngine)]
     while engines:
-        with contextlib.suppress(Exception):  # its start may have failed halfway
+        with contextlib.suppress(Exception):  # its start may have failed
             engines.pop().destroy()
     if "moe_groups._deepspeed.engines" in sys.modules:
-        _module("moe_groups._deepspeed.engines")._ENGINES.clear()  # some live on in their hooks
+        _module("moe_groups._deepspeed.engines")._ENGINES.clear()  # hooks keep some alive
     gc.collect()

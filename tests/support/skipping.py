@@ -1,7 +1,7 @@
 """MoE layers with a conditional path: an expert may run on one rank and not on another.
 
-DeepSpeed's own dispatch hands every expert padded tokens, so each has a gradient; other
-expert layers do not promise that.
+DeepSpeed's own dispatch gives every expert padded tokens, so each expert has a gradient;
+other expert layers do not guarantee that.
 """
 
 from collections.abc import Collection
@@ -17,13 +17,13 @@ History = dict[str, list[float]]
 
 
 class _Skipping:
-    """Adds up the local experts in ``used``; the others run for a zero gradient or not at all."""
+    """Sums the local experts in ``used``; the others run with a zero gradient or not at all."""
 
     used: ClassVar[Collection[int]] = ()
     explicit_zeros: ClassVar[bool] = False
 
     def forward(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        out = x + x.new_zeros((), requires_grad=True)  # a loss needs a graph where nothing runs
+        out = x + x.new_zeros((), requires_grad=True)  # so the loss has a graph if no expert runs
         for number, expert in enumerate(self.deepspeed_moe.experts.deepspeed_experts):
             if number in _Skipping.used:
                 out = out + expert(x)
@@ -33,15 +33,15 @@ class _Skipping:
 
 
 class SkippingMoE(_Skipping, MoE):
-    """Ours, with a conditional path."""
+    """Our layer with a conditional path."""
 
 
 class StockSkippingMoE(_Skipping, DeepSpeedMoE):
-    """DeepSpeed's, with a conditional path."""
+    """DeepSpeed's layer with a conditional path."""
 
 
 def skip(ranks: Collection[int], used: Collection[int], explicit_zeros: bool = False) -> None:
-    """From now on ``ranks`` run only the local experts ``used``, the others all."""
+    """From now on ``ranks`` run only the local experts ``used``; other ranks run all experts."""
     _Skipping.used = used if torch.distributed.get_rank() in ranks else range(100)
     _Skipping.explicit_zeros = explicit_zeros
 

@@ -1,7 +1,7 @@
 """One model over any mix of pipeline, tensor, expert and data parallelism, with the same numbers.
 
-Blocks are ``x + mlp(norm(x))``, some of them ``x + moe(norm(x))``; the mlp is tensor-parallel as
-Megatron's. Weights and data depend on names and numbers alone, not on who holds them.
+Blocks are ``x + mlp(norm(x))``, some of them ``x + moe(norm(x))``; the mlp is tensor-parallel like
+Megatron's. Weights and data depend only on names and numbers, not on the ranks that hold them.
 """
 
 import functools
@@ -28,20 +28,20 @@ COEFFICIENT = 0.05
 
 
 class Run(NamedTuple):
-    """What runs where; all ranks that are left are data-parallel.
+    """Sizes and options of a run; the remaining ranks are data-parallel.
 
     Attributes:
-        pp: stages, of uniform length; with ``plain`` no PipelineModule is used.
+        pp: stages with equal numbers of layers; with ``plain`` no PipelineModule is used.
         tp: tensor-parallel ranks.
         ep: ``ep_size`` of each MoE block, as many as there are blocks; 0 for a dense one.
-        carry: how the load-balancing loss goes to the loss: "carry", "attach", or "no".
-        split: of the groups, see :func:`tests.support.training.make_groups`.
-        off: MoE blocks that forget their loss.
+        carry: how the load-balancing loss is added to the loss: "carry", "attach", or "no".
+        split: the groups, see :func:`tests.support.training.make_groups`.
+        off: MoE blocks that drop their loss.
         data_first: use_data_before_expert_parallelism.
         tied: the first and the last layer share their weight.
         checkpoint: activation_checkpoint_interval.
-        reentrant: checkpoint with DeepSpeed's function, and not with torch's of today.
-        bare: so many of the last layers are not wrapped to carry the loss.
+        reentrant: checkpoint with DeepSpeed's function instead of torch's non-reentrant one.
+        bare: number of last layers that are not wrapped to carry the loss.
     """
 
     pp: int = 1
@@ -93,7 +93,7 @@ class _Reduce(torch.autograd.Function):
 
 
 class Mlp(nn.Module):
-    """Column-parallel, gelu, row-parallel; an expert that is not ``cut`` is whole on all ranks."""
+    """Column-parallel, gelu, row-parallel; without ``cut``, an expert is uncut on all ranks."""
 
     def __init__(self, grid: Any, cut: bool = True) -> None:
         super().__init__()
@@ -105,10 +105,10 @@ class Mlp(nn.Module):
         if width < INNER:
             for param in self.parameters():
                 param.model_parallel = True  # type: ignore[attr-defined]
-        self.shift = nn.Parameter(torch.zeros(HIDDEN))  # whole on all ranks
+        self.shift = nn.Parameter(torch.zeros(HIDDEN))  # uncut on all ranks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mlp":
-        return Mlp(self.grid, self.cut)  # process groups cannot be copied; `fill` comes later
+        return Mlp(self.grid, self.cut)  # process groups cannot be copied; `fill` runs later
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group = self.grid.get_slice_parallel_group()
@@ -142,8 +142,8 @@ class Sparse(nn.Module):
             num_experts=4,
             ep_size=run.ep[number],
             k=2,
-            drop_tokens=run.expert_tp,  # without, the capacity may be odd, and is cut in two
-            capacity_factor=2.0,  # room for all
+            drop_tokens=run.expert_tp,  # False gives capacities that may be odd and are cut in two
+            capacity_factor=2.0,  # no token is dropped
             min_capacity=0,
             use_rts=False,
             top2_2nd_expert_sampling=False,
@@ -161,7 +161,7 @@ class Sparse(nn.Module):
 
 
 class Ends(nn.Module):
-    """First and last layer."""
+    """The first or the last layer."""
 
     def __init__(self, name: str, grid: Any) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Ends(nn.Module):
 
 
 class TiedEnds(nn.Module):
-    """First and last layer in one; what a pipeline ties is called ``weight``."""
+    """First and last layer in one; a pipeline ties the parameter called ``weight``."""
 
     def __init__(self, grid: Any) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class TiedEnds(nn.Module):
 
 
 def fill(module: nn.Module, name: str, grid: Any, run: Run = Run()) -> None:  # noqa: B008  (immutable)
-    """Numbers that depend on the parameter's name, and its expert's number over all ranks."""
+    """Set numbers that depend on the parameter's name and the global number of its expert."""
     tensor_rank, width = grid.get_slice_parallel_rank(), grid.get_slice_parallel_world_size()
     parameters: list[tuple[str, Any]] = list(module.named_parameters())
     for own, param in parameters:
@@ -218,7 +218,7 @@ def regression(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 class Plain(nn.Module):
-    """The same layers without a pipeline; the loss is all in one place."""
+    """The same layers without a pipeline; one module computes the whole loss."""
 
     def __init__(self, run: Run, grid: Any) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class Plain(nn.Module):
 
 
 def start_run(run: Run) -> Any:
-    """An engine."""
+    """Start an engine."""
     world = torch.distributed.get_world_size()
     data = world // run.pp // run.tp
     topology = PipeModelDataParallelTopology(run.pp, run.tp, data)
@@ -284,7 +284,7 @@ _recomputed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant
 
 
 def micro_batches(engine: Any, run: Run, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's of a step; all together are the same however many ranks share them."""
+    """This rank's part of a step's micro-batches, which do not depend on the number of ranks."""
     steps = engine.gradient_accumulation_steps()
     rank = engine.mpu.get_data_parallel_rank()
     for number in range(rank * steps, (rank + 1) * steps):
@@ -294,7 +294,7 @@ def micro_batches(engine: Any, run: Run, step: int) -> Iterator[tuple[torch.Tens
 
 
 def train_run(engine: Any, run: Run, steps: int, first: int = 0) -> list[float]:
-    """The losses: the mean over the step's micro-batches, as PipelineEngine gives them."""
+    """Train, and return each step's mean loss over its micro-batches, as PipelineEngine does."""
     history = []
     for step in range(first, first + steps):
         batches = micro_batches(engine, run, step)

@@ -1,4 +1,4 @@
-"""The step peak T + R in another way than the library's: an oracle for its measurements."""
+"""Measure the step peak T + R without the library, to check its measurements."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ _STEP = "the optimizer step"
 
 
 def step_peak_bytes(backward: Callable[[], None], step: Callable[[], None]) -> int:
-    """Peak tensor memory during ``step()`` less the memory after it, in bytes.
+    """Peak tensor memory during ``step()`` minus the memory after it, in bytes.
 
-    Runs ``backward()`` too: the gradients that the step releases must be seen being made.
-    Do not measure the first step of a run, in which the optimizer creates its state.
+    Runs ``backward()`` too, because it must record the allocation of gradients that the step
+    releases. Do not measure the first step of a run, in which the optimizer creates its state.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         backward()

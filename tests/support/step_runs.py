@@ -1,4 +1,4 @@
-"""Steps of real engines, measured, beside what the model of the step predicts for the rank."""
+"""Measured steps of real engines, and the predictions for the rank."""
 
 import gc
 import time
@@ -27,19 +27,19 @@ OPTIONS: dict[str, dict[str, bool]] = {
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
-"""torch's AdamW, by ``StepConfig.optimizer``."""
+"""Options of torch's AdamW, by ``StepConfig.optimizer``."""
 
 
 class Shape(NamedTuple):
-    """A model as sizes of parameters: all that a step depends on.
+    """The sizes of a model's parameters, on which a step depends.
 
     Attributes:
         dense: elements of each dense parameter; each layer adds its gate.
         expert: elements of each parameter of one expert.
-        layers: MoE layers.
-        local: experts of a layer on each rank.
-        ep_size: ranks that share the experts.
-        hidden: of the gates, which have ``hidden`` elements for each expert.
+        layers: number of MoE layers.
+        local: number of experts of a layer on each rank.
+        ep_size: ranks over which the experts are distributed.
+        hidden: hidden size; the gates have ``hidden`` elements for each expert.
     """
 
     dense: tuple[int, ...] = (90_000, 40_001)
@@ -50,12 +50,12 @@ class Shape(NamedTuple):
     hidden: int = 64
 
     def times(self, factor: int) -> "Shape":
-        """The same with larger parameters."""
+        """The same with ``factor`` times the elements."""
         dense, expert = ([factor * n for n in sizes] for sizes in (self.dense, self.expert))
         return self._replace(dense=tuple(dense), expert=tuple(expert))
 
     def over(self, divisor: int) -> "Shape":
-        """The same in small: every parameter has one of ``divisor`` elements."""
+        """The same with the elements of every parameter divided by ``divisor``."""
         dense, expert = ([n // divisor for n in sizes] for sizes in (self.dense, self.expert))
         return self._replace(
             dense=tuple(dense), expert=tuple(expert), hidden=self.hidden // divisor
@@ -69,7 +69,7 @@ class Expert(nn.Module):
 
 
 class Model(nn.Module):
-    """Gradients are all that is wanted of it: its loss is the sum of its parameters."""
+    """A model that only needs gradients: its loss is the sum of its parameters."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Model(nn.Module):
         self.to(torch.bfloat16)
 
     def forward(self) -> torch.Tensor:
-        # One after the other, for a sum of all at once would hold an fp32 copy of each.
+        # One after the other, because a sum of all would hold an fp32 copy of each.
         total = torch.zeros((), device=self.dense[0].device)
         for param in self.parameters():
             total = total + param.sum()
@@ -97,10 +97,10 @@ class Case(NamedTuple):
     """A way to train ``shape``.
 
     Attributes:
-        step: what is predicted, and the config that makes it so.
-        groups: a ``split_by``, "stock", "planned" (the lowest peak), "planned mixed" (the same
-            where groups may mix layers) or "budget" (the fewest groups that meet it).
-        cap: elements of a group; of "planned" the most groups, of "budget" bytes.
+        step: the input of the prediction, from which the config is made.
+        groups: a ``split_by``, "stock", "planned" (the lowest peak), "planned mixed" (the same,
+            but groups may mix layers) or "budget" (the fewest groups that meet it).
+        cap: elements of a group; for "planned" the largest number of groups, for "budget" bytes.
         accumulate: micro-batches in a step.
         clip: gradient clipping, 0 for none.
     """
@@ -126,10 +126,10 @@ class Run(NamedTuple):
 
     Attributes:
         expected_first: T and T + R of the first step, which creates the optimizer's state.
-        expected: of those after it.
-        first: measured.
-        later: measured, one for each further step.
-        group_count: groups that were stepped.
+        expected: T and T + R of later steps.
+        first: measured figures of the first step.
+        later: measured figures of each later step.
+        group_count: number of groups that were stepped.
         seconds: wall time of each further step.
     """
 
@@ -145,7 +145,7 @@ def make_groups(model: nn.Module, case: Case, world: int) -> list[dict[str, Any]
     if case.groups == "stock":
         whole = {"params": list(model.parameters()), "name": "dense"}
         dense, *experts = stock_split(whole, max_group_size=case.cap)
-        # Their order is that of a set; DeepSpeed drops what is empty.
+        # Their order is that of a set; DeepSpeed drops empty groups.
         experts.sort(key=lambda group: str(group["name"]))
         return [group for group in (dense, *experts) if group["params"]]
     if case.groups in ("planned", "planned mixed", "budget"):
@@ -180,7 +180,7 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
 
 
 def tiles_of(groups: list[dict[str, Any]], world: int) -> list[GroupOnRanks]:
-    """The groups on the ranks of the world, read off DeepSpeed's own attributes."""
+    """The groups on the ranks of the world, from DeepSpeed's own attributes."""
     found = []
     for group in groups:
         sizes = tuple(param.numel() for param in group["params"])
@@ -197,16 +197,16 @@ def expected_figures(
 
 
 def start(case: Case) -> tuple[Any, list[dict[str, Any]]]:
-    """An engine, and the groups as they were given to it."""
+    """An engine, and the groups that were given to it."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Model(case.shape)
     groups = make_groups(model, case, torch.distributed.get_world_size())
     given = [dict(group, params=list(group["params"])) for group in groups]
-    # On the host the fused kernel stands for DeepSpeedCPUAdam: both allocate nothing.
+    # On the host the fused kernel replaces DeepSpeedCPUAdam; both allocate nothing.
     options: dict[str, Any] = OPTIONS[case.step.optimizer if not case.step.offloads else "fused"]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, **options)
     engine = initialize(model, optimizer, deepspeed_config(case))
-    gc.unfreeze()  # to look through what is frozen takes the measurement a second
+    gc.unfreeze()  # walking frozen objects costs each measurement a second
     if case.step.compact_gradients:
         compact_gradients(engine)
     return engine, given
@@ -219,7 +219,7 @@ def steps(engine: Any, case: Case, count: int) -> Iterator[tuple[Figures, float]
             engine.backward(engine())
             if micro < case.accumulate - 1:
                 engine.step()
-        time.sleep(0.02)  # threads of gloo let go of what they reduced a moment later
+        time.sleep(0.02)  # threads of gloo release their buckets a moment later
         with measure_step_memory() as memory:
             begin = time.perf_counter()
             engine.step()
@@ -228,7 +228,7 @@ def steps(engine: Any, case: Case, count: int) -> Iterator[tuple[Figures, float]
 
 
 def run(case: Case, count: int = 3) -> Run:
-    """Train ``count`` steps on this rank, of a real or a fake world."""
+    """Train ``count`` steps on this rank of a real or a fake world."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     engine, groups = start(case)
     predicted = estimate_step_memory(groups, step=case.step, data_parallel_size=world)
@@ -247,12 +247,12 @@ def run(case: Case, count: int = 3) -> Run:
 
 
 def run_all(cases: list[Case], count: int = 3) -> list[Run]:
-    """One engine after the other in this process."""
+    """Run one engine after the other in this process."""
     from tests.support.ranks import forget_process_groups
 
     found = []
     for case in cases:
-        # Engines are cycles: their tensors would be released in a step of the next one.
+        # Engines are cycles: their tensors would be released in a step of the next engine.
         forget_process_groups()
         found.append(run(case, count))
     return found

@@ -1,4 +1,4 @@
-"""One real DeepSpeed training run, as the distributed tests compare them."""
+"""Real DeepSpeed training runs that the distributed tests compare."""
 
 import contextlib
 import io
@@ -26,28 +26,28 @@ WRAPPERS = {
     "half_unfused": "FP16_UnfusedOptimizer",
     "fp16": "FP16_Optimizer",
 }
-"""What :func:`start` can train with, and DeepSpeed's class that steps there."""
+"""Wrappers for :func:`start`, and DeepSpeed's class that steps."""
 
 EPS = torch.finfo(torch.float32).eps
 NORM_TOLERANCE = EPS * math.sqrt(7072)
-"""Relative, of two norms of one gradient: sums of the squares of all elements in two orders.
+"""Relative, for two norms of one gradient: sums of the squares of all elements in two orders.
 
-A :class:`TinyMoE` has 7,072. Each addition rounds up or down, so that their errors add up as the
-steps of a random walk.
+A :class:`TinyMoE` has 7,072 elements. Each addition rounds up or down, so the errors add up like
+the steps of a random walk.
 """
 CLIPPED_TOLERANCE = 0.01 * 3 * NORM_TOLERANCE + EPS
-"""Absolute, of weights after one step of Adam with gradients that two such norms scaled.
+"""Absolute, for weights after one step of Adam with gradients that two such norms scaled.
 
-Its update is at most the rate, 0.01, and changes by at most 2.1 times what the gradients of a few
-steps change by, relatively (Cauchy-Schwarz); 3 has room for its own roundings. The weights, of
-which none is far above 1, round once more.
+Adam's update is at most the rate, 0.01. Its relative change is at most 2.1 times that of the
+gradients of a few steps (Cauchy-Schwarz); 3 leaves room for Adam's own rounding. The weights, none
+of which is far above 1, round once more.
 """
 
 GroupsOf = Callable[[nn.Module], list[dict[str, Any]]]
 
 
 class TorchFusedAdam(FusedAdam):
-    """torch's AdamW as the type for which DeepSpeed chooses FP16_Optimizer.
+    """torch's AdamW under a type for which DeepSpeed chooses FP16_Optimizer.
 
     DeepSpeed's own CPU kernel takes minutes to compile.
     """
@@ -82,7 +82,7 @@ def config(wrapper: str, **changes: Any) -> dict[str, Any]:
 
 
 def make_groups(model: nn.Module, split: str, cap: int | None = None) -> list[dict[str, Any]]:
-    """``split`` is a ``split_by``, or "stock" for DeepSpeed's own (whose order is the hash's)."""
+    """``split`` is a ``split_by``, or "stock" for DeepSpeed's own (in the order of a set)."""
     if split == "stock":
         group = {"params": list(model.parameters()), "name": "dense"}
         dense, *experts = stock_split(group, max_group_size=cap)
@@ -123,10 +123,10 @@ def start(
 
 
 def moving_in(step: int) -> Callable[[Any], Any]:
-    """A scheduler with a rate of 0 but for optimizer step ``step``, counted from 0.
+    """A scheduler with a rate of 0 except in optimizer step ``step``, counted from 0.
 
-    For runs that differ by the rounding of a norm and clip by it: it flips the last bit of a
-    bf16 weight now and then, after which nothing bounds how far they go apart.
+    For runs that differ in the rounding of a norm and clip by it: the rounding sometimes flips
+    the last bit of a bf16 weight, and after that the difference of the runs has no bound.
     """
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda now: float(now == step)
@@ -134,7 +134,7 @@ def moving_in(step: int) -> Callable[[Any], Any]:
 
 
 def initialize(model: nn.Module, optimizer: Any, cfg: dict[str, Any], **options: Any) -> Any:
-    """``deepspeed.initialize`` without its prints; the engine."""
+    """The engine of ``deepspeed.initialize``, without its prints."""
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=cfg, **options)
     return engine
@@ -150,7 +150,7 @@ def batches(steps: int, first: int = 0, rows: int = 4) -> Iterator[tuple[torch.T
 
 
 def train(engine: Any, steps: int, first: int = 0) -> dict[str, list[float]]:
-    """Losses and gradient norms of ``steps`` steps."""
+    """Train ``steps`` steps, and return losses and gradient norms."""
     dtype = next(engine.module.parameters()).dtype
     history: dict[str, list[float]] = {"loss": [], "norm": []}
     for x, y in batches(steps, first):
@@ -164,7 +164,7 @@ def train(engine: Any, steps: int, first: int = 0) -> dict[str, list[float]]:
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The parameters by name in full precision: the wrapper's master weights if it has any.
+    """The parameters by name in full precision: the wrapper's master weights, if it has any.
 
     All ranks call it together.
     """
@@ -193,6 +193,6 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Of the weights of two runs; 0.0 if they are equal bit for bit."""
+    """Largest difference of the weights of two runs; 0.0 if they are equal bit for bit."""
     assert list(a) == list(b)
     return float(torch.stack([(a[name] - b[name]).abs().max() for name in a]).max())
