@@ -1,10 +1,11 @@
 """The one place that touches DeepSpeed's private parts.
 
-Tested against the version in ``constraints.txt``; ``tests/distributed/_deepspeed/test_contract*.py``
-hold one test for each fact relied on here. DeepSpeed is imported when a function needs
-it, never when this package is imported; where it is there already, a release that lacks
-what is relied on is refused at once (:func:`~moe_groups._deepspeed.contract.check_contract`).
-What it needs of the rest of the package it calls through ``ports.py``.
+Tested against the version in ``constraints.txt``; ``test_contract*.py`` in
+``tests/distributed/_deepspeed/`` hold one test for each fact relied on here. DeepSpeed is imported
+when a function needs it, never when this package is imported; where it is there already, a release
+that lacks what is relied on is refused at once
+(:func:`~moe_groups._deepspeed.contract.check_contract`). What it needs of the rest of the package
+it calls through ``ports.py``.
 
 What ``contract.support_our_groups`` changes in DeepSpeed (groups that DeepSpeed made itself
 train as before, bit for bit, but where its norm was wrong and clipping uses it):
