@@ -162,7 +162,7 @@ def _list(rows: Iterator[str], indent: int = 2) -> str:
 
 
 def _rank_rows(layout: Layout, origins: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Ranks with the same groups in the same order share a row; ``origins`` are told by id."""
+    """Ranks with the same groups in the same order share a row. ``origins`` are ids of objects."""
     same: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
     for rank in sorted(layout.order):
         key = rank.model, layout.order[rank], id(layout.origins.get(rank))

@@ -5,6 +5,7 @@ its groups are looked up, and what they were made from goes into ``moe_groups.js
 kept in the group dicts, which DeepSpeed saves and compares; and nothing keeps a model alive.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,13 +142,13 @@ def origin_of(
 
 
 def _find(groups: Sequence[tuple[str, Sequence[torch.Tensor]]]) -> _Made | None:
-    """The call that made exactly these groups."""
+    """The last call that made exactly these groups."""
     shape: _Shape = tuple((name, len(params)) for name, params in groups)
-    for first in groups[0][1] if groups else ():
-        made: _Made | None = _made.get(first, {}).get(shape)
-        if made is not None and all(
-            {id(made.params[row]()) for row in rows} == set(map(id, params))
-            for (_, _, _, rows), (_, params) in zip(made.plan, groups, strict=True)
-        ):
-            return made
-    return None
+    if not shape or not shape[0][1]:
+        return None
+    made: _Made | None = _made.get(groups[0][1][0], {}).get(shape)
+    if made is None:
+        return None
+    planned = [made.params[row]() for _, _, _, rows in made.plan for row in rows]
+    stepped = [param for _, params in groups for param in params]
+    return made if all(map(operator.is_, planned, stepped)) else None

@@ -277,3 +277,18 @@ def test_parameters_that_are_frozen_after_grouping_leave_the_origin_unknown(case
     groups[0]["params"] = groups[0]["params"][1:]  # as the engine has them then
     names = {id(row.param): (row.name, row.place and row.place[2]) for row in case.rows}
     assert not layout_of(groups, names, world_of(case)).origins
+
+
+def test_a_later_call_with_other_groups_changes_nothing() -> None:
+    """The origin is that of the groups that are stepped; of two orders it is never the other."""
+    model = Tree(a=block(), b=block())
+    groups = create_moe_param_groups(model, no_decay=odd_size)
+    wanted = named_layout(model, groups).origins
+    create_moe_param_groups(model, split_by="expert", no_decay=odd_size)
+    create_moe_param_groups(model)
+    assert named_layout(model, groups).origins == wanted
+    first, second, *others = model.parameters()
+    groups = create_moe_param_groups([first, second, *others], split_by="parallel_group")
+    assert named_layout(model, groups).origins
+    create_moe_param_groups([first, *others, second], split_by="parallel_group")
+    assert not named_layout(model, groups).origins
