@@ -13,6 +13,7 @@ from moe_groups.groups.families import read_table
 from moe_groups.groups.grouping import make_plan
 from moe_groups.groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
 from moe_groups.groups.keys import Key, PlannedGroup
+from moe_groups.groups.origin import remember_groups
 from moe_groups.groups.rules import NoDecay, Overrides, Rules
 from moe_groups.memory.cost_warning import warn_if_costly
 
@@ -167,6 +168,8 @@ def _make_groups(
             support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
     if model and not rules.no_decay:  # nothing has looked at the tags
         model.write()
+    if all(key.mesh is None for _, key, _, _ in groups):  # DeepSpeed does not step DTensors
+        remember_groups(groups, given.params, given.groups)
     return _group_dicts(groups, given, rules)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 
 from moe_groups.groups.grouping import fingerprint, padded_partition
+from moe_groups.groups.origin import Origin
 from moe_groups.tags import LABELS, STEP_OPTIONS
 
 
@@ -107,10 +108,12 @@ class Layout:
     Attributes:
         groups: each once, however many ranks share it.
         order: indices into ``groups`` for each rank, in the order of its optimizer.
+        origins: what the groups of each rank were made from, for the ranks where it is known.
     """
 
     groups: tuple[FlatGroup, ...]
     order: Mapping[Rank, tuple[int, ...]]
+    origins: Mapping[Rank, Origin] = field(default_factory=dict)
 
     def of(self, rank: Rank) -> list[FlatGroup]:
         """This rank's groups in the order of its optimizer."""
@@ -194,7 +197,7 @@ Columns: TypeAlias = Sequence[tuple[Rank, Sequence[FlatGroup]]]
 """Each rank with its groups."""
 
 
-def merge_ranks(columns: Columns) -> Layout:
+def merge_ranks(columns: Columns, origins: Mapping[Rank, Origin] | None = None) -> Layout:
     """The layout of ranks that were described one by one."""
     index_of: dict[Any, int] = {}
     groups: list[FlatGroup] = []
@@ -208,7 +211,7 @@ def merge_ranks(columns: Columns) -> Layout:
                 groups.append(group)
             places.append(index_of[key])
         order[rank] = tuple(places)
-    return Layout(tuple(groups), order)
+    return Layout(tuple(groups), order, origins or {})
 
 
 def lay_out(params: Sequence[FlatParam], alignment: int = 1) -> tuple[FlatParam, ...]:

@@ -1,30 +1,45 @@
 """``moe_groups.json``: what the groups of a checkpoint were, beside DeepSpeed's files."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from moe_groups._common.own_folder import finished_file, is_plain
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank
 from moe_groups.errors import CheckpointError
 from moe_groups.groups.grouping import fingerprint
+from moe_groups.groups.origin import Origin, OriginRow
+from moe_groups.groups.rules import Variant
 
 FILE_NAME = "moe_groups.json"
 UNFINISHED = FILE_NAME + ".unfinished"
 """Is beside it while a checkpoint is saved."""
-SCHEMA = 1
+SCHEMA = 2
+"""1 does not say what the groups were made from."""
 _FORMAT = "moe-groups manifest"
 _END = "\n}\n"
 _KNOWN = (
     *("format", "schema", "fingerprint", "checksum", "wrapper"),
-    *("params", "ranks", "groups", "files"),
+    *("params", "ranks", "groups", "origin_params", "origins", "files"),
 )
 _COLUMNS = ("name", "shape", "dtype", "expert", "offset", "numel")
+_ORIGIN_COLUMNS = (
+    *("name", "key", "expert_group_name", "expert_number"),
+    *("source", "no_decay", "overrides", "dtype"),
+)
 _WITHOUT = (
     "Without the file, or under another name, the groups are read from DeepSpeed's own files."
 )
+
+_DTYPES = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
 
 T = TypeVar("T")
 
@@ -77,6 +92,8 @@ def read_manifest(path: Path) -> Manifest:
         manifest = _parse(content)
         same = manifest.layout.fingerprint() == _as(str, content["fingerprint"])
         same &= _checksum(content) == _as(str, content["checksum"])
+        if same:
+            _check_origins(manifest.layout)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"{path} is damaged: {type(error).__name__} {error}. {_WITHOUT}"
@@ -124,7 +141,8 @@ def _lines(manifest: Manifest) -> Iterator[str]:
     yield "{\n"
     for key, value in head.items():
         yield f" {json.dumps(key)}: {json.dumps(value)},\n"
-    yield ' "ranks": ' + _list(map(json.dumps, _rank_rows(layout))) + ",\n"
+    origins = {id(origin): origin for origin in layout.origins.values()}
+    yield ' "ranks": ' + _list(map(json.dumps, _rank_rows(layout, [*origins]))) + ",\n"
     yield ' "groups": [\n'
     for index, group in enumerate(layout.groups):
         yield "  {" + ", ".join(
@@ -132,7 +150,8 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         )
         yield ',\n   "params": ' + _list((json.dumps(_param_row(p)) for p in group.params), 4)
         yield "}" + (",\n" if index + 1 < len(layout.groups) else "\n")
-    yield ' ],\n "files": {'
+    yield f' ],\n "origin_params": {json.dumps(_ORIGIN_COLUMNS)},\n "origins": '
+    yield _list(map(_origin_text, origins.values())) + ',\n "files": {'
     files = (f"\n  {json.dumps(name)}: {size}" for name, size in sorted(manifest.files.items()))
     yield ",".join(files) + "}" + _END
 
@@ -142,13 +161,25 @@ def _list(rows: Iterator[str], indent: int = 2) -> str:
     return "[" + ",".join(lead + row for row in rows) + "]"
 
 
-def _rank_rows(layout: Layout) -> Iterator[dict[str, Any]]:
-    """Ranks with the same groups in the same order share a row."""
-    same: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+def _rank_rows(layout: Layout, origins: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Ranks with the same groups in the same order share a row. ``origins`` are ids of objects."""
+    same: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
     for rank in sorted(layout.order):
-        same.setdefault((rank.model, layout.order[rank]), []).append(rank.data)
-    for (model, groups), data in same.items():
-        yield {"model_parallel_rank": model, "data_parallel_ranks": data, "groups": groups}
+        key = rank.model, layout.order[rank], id(layout.origins.get(rank))
+        same.setdefault(key, []).append(rank.data)
+    for (model, groups, origin), data in same.items():
+        row = {"model_parallel_rank": model, "data_parallel_ranks": data, "groups": groups}
+        yield row | ({"origin": origins.index(origin)} if origin in origins else {})
+
+
+def _origin_text(origin: Origin) -> str:
+    """One parameter a line; the caller's groups first, of which each parameter has an index."""
+    rows = (
+        json.dumps([*row[:4], *row.variant, str(row.dtype).removeprefix("torch.")])
+        for row in origin.rows
+    )
+    head = json.dumps({"sources": origin.names, "frozen_experts": origin.frozen_experts})
+    return f'{head.removesuffix("}")},\n   "params": {_list(rows, 4)}}}'
 
 
 def _group_row(group: FlatGroup) -> dict[str, Any]:
@@ -185,11 +216,17 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
     }
     if unknown := {index for own in order.values() for index in own} - {*range(len(groups))}:
         raise IndexError(f"there is no group {min(unknown)}")
+    origins = list(map(_parse_origin, content["origins"])) if content["schema"] > 1 else []
+    made_from = {
+        Rank(row["model_parallel_rank"], data): origins[_as(int, row["origin"])]
+        for row in content["ranks"]
+        for data in (row["data_parallel_ranks"] if "origin" in row else ())
+    }
     about = {key: value for key, value in content.items() if key not in _KNOWN}
     files = {name: _as(int, size) for name, size in _as(dict, content["files"]).items()}
     if foreign := [name for name in files if not is_plain(name)]:
         raise ValueError(f"{foreign[0]!r} is no file of the checkpoint")
-    return Manifest(Layout(groups, order), _as(str, content["wrapper"]), about, files)
+    return Manifest(Layout(groups, order, made_from), _as(str, content["wrapper"]), about, files)
 
 
 def _parse_group(row: Mapping[str, Any]) -> FlatGroup:
@@ -215,6 +252,40 @@ def _parse_param(row: Iterable[Any]) -> FlatParam:
         _maybe(str, dtype),
         _maybe(int, expert),
     )
+
+
+def _parse_origin(content: Mapping[str, Any]) -> Origin:
+    names = tuple(_maybe(str, name) for name in _as(list, content["sources"]))
+    rows = tuple(map(_parse_origin_row, content["params"]))
+    if not {row.variant.source for row in rows} <= {*range(len(names))}:
+        raise IndexError("a parameter is of a group that the caller did not give")
+    return Origin(rows, names, _as(bool, content["frozen_experts"]))
+
+
+def _parse_origin_row(row: Iterable[Any]) -> OriginRow:
+    name, parallel_group, layer, number, source, no_decay, overrides, dtype = row
+    return OriginRow(
+        _as(str, name),
+        _maybe(str, parallel_group),
+        _maybe(str, layer),
+        _maybe(int, number),
+        Variant(_as(int, source), _as(bool, no_decay), _integers(overrides)),
+        _DTYPES[_as(str, dtype)],
+    )
+
+
+def _check_origins(layout: Layout) -> None:
+    """What groups were made from are the parameters that they hold, each once."""
+    seen = {(layout.order[rank], id(origin)): origin for rank, origin in layout.origins.items()}
+    for (own, _), origin in seen.items():
+        held = sorted(
+            (param.name, layout.groups[index].parallel_group or "")
+            for index in own
+            for param in layout.groups[index].params
+        )
+        made_from = sorted((row.name, row.parallel_group or "") for row in origin.rows)
+        if held != made_from or len(dict(held)) < len(held):
+            raise ValueError("the groups hold other parameters than they were made from")
 
 
 def _integers(values: Any) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """Compute the plan of ``moe-groups plan``, and the splits to compare with it."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +10,7 @@ from moe_groups._common.arguments import SplitBy
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
 from moe_groups.groups.families import read_table
-from moe_groups.groups.grouping import lines, make_plan
+from moe_groups.groups.grouping import lines, make_plan, split_like_deepspeed
 from moe_groups.groups.inputs import read_input
 from moe_groups.groups.rules import Rules
 from moe_groups.memory.estimate import StepMemory, estimate
@@ -203,28 +202,9 @@ def _capped(rank: RankModel, request: PlanRequest, cap: int | None) -> StepMemor
 
 
 def _stock(model: nn.Module) -> list[_Sized]:
-    """DeepSpeed's groups: all experts of an EP size together, filled up to its default cap.
-
-    ``split_params_into_different_moe_groups_for_optimizer`` in ``deepspeed/moe/utils.py``
-    keeps the dense parameters in one group. The order of experts is assumed to be the model's.
-    """
+    """DeepSpeed's groups with its default cap."""
     table = read_table(read_input(model), Rules(None, None, ()), "parallel_group")
-    found: list[_Sized] = []
-    for key, _, rows in lines(table.families):
-        sizes = table.sizes_of(rows)
-        name = key.parallel_group or "dense"
-        tiles = _filled(sizes, DEEPSPEED_MAX_GROUP_SIZE) if key.parallel_group else [sizes]
-        found += [(name, tuple(tile), key.parallel_group) for tile in tiles]
-    return found
-
-
-def _filled(sizes: Iterable[int], cap: int) -> list[list[int]]:
-    tiles: list[list[int]] = []
-    filled = 0
-    for size in sizes:
-        if not tiles or filled + size > cap:
-            tiles.append([])
-            filled = 0
-        tiles[-1].append(size)
-        filled += size
-    return tiles
+    return [
+        (group or "dense", table.sizes_of(rows), group)
+        for group, _, rows in split_like_deepspeed(table, DEEPSPEED_MAX_GROUP_SIZE)
+    ]

@@ -3,13 +3,15 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
 from moe_groups.groups.keys import NO_EXPERT, Families, Key, Line, PlannedGroup, Rows, Table, Tiles
 from moe_groups.groups.names import GroupNames
-from moe_groups.groups.packing import pack
+from moe_groups.groups.packing import fill, pack
+from moe_groups.groups.rules import Variant
 
 
 def make_plan(
@@ -59,6 +61,33 @@ def name_groups(
         for tile, (start, stop) in enumerate(tiles):
             plan.append((names.of(key, expert, tile), key, expert, rows[start:stop]))
     return plan
+
+
+def split_like_deepspeed(table: Table, cap: float) -> list[tuple[str | None, Variant, Rows]]:
+    """Parallel group, variant and rows of the groups that DeepSpeed's own split makes.
+
+    ``split_params_into_different_moe_groups_for_optimizer`` in ``deepspeed/moe/utils.py`` leaves
+    the dense parameters of each of the caller's groups together, whatever their number and their
+    dtypes, and behind them fills tiles with the experts. Where experts are in several parallel
+    groups, DeepSpeed has these in another order in every run; here they are in the model's.
+
+    Args:
+        table: with families of whole parallel groups. Each variant is one of the caller's groups.
+        cap: most elements of a tile.
+    """
+    rows_of: dict[tuple[str | None, Variant], list[int]] = {}
+    for key, experts in table.families.items():
+        found = rows_of.setdefault((key.parallel_group, key.variant), [])
+        found += chain.from_iterable(experts.values())
+    parallel_groups = list(dict.fromkeys([None, *(group for group, _ in rows_of)]))
+    groups: list[tuple[str | None, Variant, Rows]] = []
+    for own in sorted(
+        rows_of, key=lambda own: (bool(own[0]), own[1], parallel_groups.index(own[0]))
+    ):
+        rows = sorted(rows_of[own])
+        tiles = fill(table.sizes_of(rows), cap if own[0] else math.inf)
+        groups += [(*own, rows[start:stop]) for start, stop in tiles]
+    return groups
 
 
 def lines(families: Families) -> Iterator[Line]:

@@ -9,6 +9,11 @@ from moe_groups.groups.keys import Key
 from moe_groups.tags import PARALLEL_GROUP, label_from_path
 
 
+def given_name(name: object) -> str | None:
+    """The caller's name of a group as text; None where it has none."""
+    return str(name) if name else None
+
+
 class GroupNames:
     """Makes the names of one plan.
 
@@ -23,9 +28,9 @@ class GroupNames:
     """
 
     def __init__(self, given: Sequence[object], keys: Iterable[Key]) -> None:
+        names = list(map(given_name, given))
         self.given = [
-            label_from_path(str(name)) if name and given.count(name) == 1 else None
-            for name in given
+            label_from_path(name) if name and names.count(name) == 1 else None for name in names
         ]
         self.dtypes: dict[Any, set[torch.dtype]] = {}
         self.meshes: dict[Any, list[Any]] = {}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_groups.groups.grouping import padded_partition
-from moe_groups.groups.packing import pack
+from moe_groups.groups.packing import fill, pack
 from moe_groups.memory.step_cost import GroupOnRanks, Ints, StepSettings, layout
 
 Cut: TypeAlias = tuple[tuple[int, int], ...]
@@ -203,14 +203,7 @@ def _even(line: Line, number: int) -> Cut:
 
 def _greedy(line: Line, number: int) -> Cut:
     """As DeepSpeed's split cuts experts: filled one after the other, to a part of the whole."""
-    cap = max(max(line.sizes), -(-sum(line.sizes) // number))
-    ends, filled = [0], 0
-    for index, size in enumerate(line.sizes):
-        if index and filled + size > cap:
-            ends.append(index)
-            filled = 0
-        filled += size
-    return tuple(pairwise([*ends, len(line.sizes)]))
+    return tuple(fill(line.sizes, max(max(line.sizes), -(-sum(line.sizes) // number))))
 
 
 def _bounds(lines: Sequence[Line]) -> list[int]:

@@ -59,17 +59,19 @@ def regroup_checkpoint(
             until then the work is in ``<destination>.incomplete``, where the same call goes on
             after it was stopped.
         to: the new groups: a file that a refused load wrote, a ``moe_groups.json``, a checkpoint
-            that has one, or "stock" (DeepSpeed's split), "parallel_group", "module" or "expert" for
-            what :func:`create_moe_param_groups` would make with it.
+            that has one; or "stock" (DeepSpeed's split), "parallel_group", "module" or "expert"
+            for what :func:`create_moe_param_groups` would make with it. A name needs a source
+            whose ``moe_groups.json`` says what its groups were made from (schema 2).
         max_group_size: cap in elements, for a name.
         tag: of the checkpoint; None for the one in the file ``latest``.
         workers: threads; None for four.
         progress: called with bytes done and bytes in all, from any thread.
 
     Raises:
-        CheckpointError: the source is incomplete or damaged, the new groups do not fit it, groups
-            with different hyperparameters would become one, the destination is there already, or
-            the disk is full. The source is whole, and no destination is there.
+        CheckpointError: the source is incomplete or damaged, the new groups do not fit it or
+            cannot be made from what it says, groups with different hyperparameters would become
+            one, the destination is there already, or the disk is full. The source is whole, and
+            no destination is there.
 
     Example:
         >>> regroup_checkpoint("run/checkpoints", "run/regrouped", "expert")  # doctest: +SKIP

@@ -1,14 +1,13 @@
 """The groups that a checkpoint is converted to: those of a file, or by name."""
 
 from pathlib import Path
+from typing import cast
 
-from moe_groups._common.arguments import LEVELS
+from moe_groups.checkpoints.convert.named import TARGETS, TargetName, named_target
 from moe_groups.checkpoints.files import CheckpointFiles, find_checkpoint
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import read_manifest
 from moe_groups.errors import CheckpointError
-
-NAMES = ("stock", *LEVELS)
 
 
 def read_target(
@@ -24,20 +23,18 @@ def read_target(
     """
     if isinstance(to, Layout):
         return to
-    if str(to) in NAMES and not Path(to).exists():
-        from moe_groups.checkpoints.inference.target_layout import named_target
-
-        return named_target(source, str(to), max_group_size=max_group_size)  # type: ignore[arg-type]
+    if str(to) in TARGETS and not Path(to).exists():
+        return named_target(source, cast(TargetName, str(to)), max_group_size)
     if max_group_size is not None:
         raise CheckpointError(
-            f"max_group_size goes with one of {', '.join(NAMES)}; {to} says itself how large its "
+            f"max_group_size goes with one of {', '.join(TARGETS)}; {to} says itself how large its "
             "groups are."
         )
     path = _file(Path(to))
     if not path.is_file():
         raise CheckpointError(
-            f"{to} is none of {', '.join(NAMES)}, and no file that says what groups are wanted (a "
-            "refused load writes one; moe_groups.json in a checkpoint is one)."
+            f"{to} is none of {', '.join(TARGETS)}, and no file that says what groups are wanted "
+            "(a refused load writes one; moe_groups.json in a checkpoint is one)."
         )
     return read_manifest(path).layout
 

@@ -8,7 +8,7 @@ import torch
 from torch import distributed
 
 from moe_groups._deepspeed.checkpoints import LaidOut, checkpoint_rank, laid_out_groups
-from moe_groups._deepspeed.engines import Engine, wrapper_name
+from moe_groups._deepspeed.engines import Engine, stepped_groups, wrapper_name
 from moe_groups._deepspeed.patching import deepspeed_version
 from moe_groups._deepspeed.process_groups import expert_parallel_rank
 from moe_groups._version import __version__
@@ -23,6 +23,7 @@ from moe_groups.checkpoints.layout import (
 from moe_groups.checkpoints.manifest import Manifest
 from moe_groups.errors import CheckpointError
 from moe_groups.groups.grouping import fingerprint
+from moe_groups.groups.origin import Origin, origin_of
 from moe_groups.tags import LABELS, get_expert_tag, parallel_group_of, shape_of
 
 
@@ -65,34 +66,47 @@ def gather_layout(engine: Engine) -> Layout | None:
     Raises:
         CheckpointError: on all ranks, where one of them cannot say what its groups are.
     """
-    rank, groups, problem = _own_groups_or_problem(engine)
+    rank, groups, origin, problem = _own_groups_or_problem(engine)
     keys = [fingerprint((group.name, group.place())) for group in groups]
+    origin_key = fingerprint([origin])
     world = distributed.get_world_size()
     heads: list[Any] = [None] * world
-    distributed.all_gather_object(heads, (rank, keys, problem))
+    distributed.all_gather_object(heads, (rank, keys, origin_key, problem))
     for index, (*_, problem) in enumerate(heads):
         if problem is not None:
             raise CheckpointError(f"the groups of rank {index} cannot be described: {problem}.")
     sender: dict[bytes, int] = {}
-    for index, (_, named, _) in enumerate(heads):
-        for key in named:
+    for index, (_, named, made_from, _) in enumerate(heads):
+        for key in (*named, made_from):
             sender.setdefault(key, index)
     me = distributed.get_rank()
-    mine = {key: group for key, group in zip(keys, groups, strict=True) if sender[key] == me}
+    parts = zip((*keys, origin_key), (*groups, origin), strict=True)
+    mine = {key: part for key, part in parts if sender[key] == me}
     sent: list[Any] | None = [None] * world if me == 0 else None
     distributed.gather_object(mine, sent)
     if sent is None:
         return None
-    known = {key: group for some in sent for key, group in some.items()}
-    return merge_ranks([(head, [known[key] for key in named]) for head, named, _ in heads])
+    known = {key: part for some in sent for key, part in some.items()}
+    return merge_ranks(
+        [(head, [known[key] for key in named]) for head, named, *_ in heads],
+        {head: known[key] for head, _, key, _ in heads if known[key] is not None},
+    )
 
 
-def _own_groups_or_problem(engine: Engine) -> tuple[Rank | None, list[FlatGroup], str | None]:
+def own_origin(engine: Engine) -> Origin | None:
+    """What this rank's groups were made from; None where it is not known."""
+    groups = [(str(options.get("name", "")), own) for options, own in stepped_groups(engine)]
+    return origin_of(groups, lambda param: engine.param_names.get(param, "?"))
+
+
+def _own_groups_or_problem(
+    engine: Engine,
+) -> tuple[Rank | None, list[FlatGroup], Origin | None, str | None]:
     """The others wait for this rank, whatever is wrong with it."""
     try:
-        return *own_groups(engine), None
+        return *own_groups(engine), own_origin(engine), None
     except Exception as error:
-        return None, [], f"{type(error).__name__}: {error}"
+        return None, [], None, f"{type(error).__name__}: {error}"
 
 
 def with_options_of(engine: Engine, layout: Layout) -> Layout:
@@ -109,7 +123,7 @@ def with_options_of(engine: Engine, layout: Layout) -> Layout:
     for place, index in {pair for own in alike for pair in enumerate(own)}:
         if options := now.get((place, groups[index].name)):
             groups[index] = replace(groups[index], options=options)
-    return Layout(tuple(groups), layout.order)
+    return replace(layout, groups=tuple(groups))
 
 
 def describe_run(engine: Engine, layout: Layout) -> Manifest:

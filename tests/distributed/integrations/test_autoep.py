@@ -9,6 +9,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from moe_groups import create_moe_param_groups, describe, verify
+from moe_groups.checkpoints.guard.engine_layout import own_origin
 from moe_groups.errors import ParameterInputError, VerificationError
 from moe_groups.integrations.autoep import autoep_optimizer, support_new_transformers
 from moe_groups.tags import is_expert_parameter
@@ -58,6 +59,7 @@ def trained(kind: str, wrapper: str) -> list[Any]:
         else:
             model = make_model(kind)
             engine = initialize(model, stock_optimizer(model), autoep_config(kind, wrapper))
+        assert (own_origin(engine) is None) == bool(found)  # stock groups come second
         before = {n: safe_get_full_fp32_param(p).clone() for n, p in _experts(engine)}
         losses = train_autoep(engine, 3)
         after = {n: safe_get_full_fp32_param(p) for n, p in _experts(engine)}

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moe_groups import MoE, protect_checkpoints, verify
+from moe_groups.checkpoints.manifest import read_manifest
 from moe_groups.errors import CheckpointMismatchError
 from moe_groups.integrations.lightning import GroupLearningRateMonitor
 from tests.distributed.test_demo import run_example
@@ -149,7 +150,7 @@ def test_training_and_resuming_equal_deepspeed(wrapper: str, tmp_path: Path) -> 
     for run in run_on_ranks(2, compare_with_deepspeed, wrapper, str(tmp_path / "saved")):
         assert run["losses"] == run["expected"]
         assert run["equal"]
-    assert (tmp_path / "saved" / "checkpoint" / "moe_groups.json").exists()
+    assert read_manifest(tmp_path / "saved" / "checkpoint" / "moe_groups.json").layout.origins
 
 
 def regroup(folder: str) -> list[list[float]]:

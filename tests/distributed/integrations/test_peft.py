@@ -12,6 +12,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from moe_groups import MoE, create_moe_param_groups, describe, verify
+from moe_groups.checkpoints.guard.engine_layout import own_origin
 from tests.support.hf_runs import (
     config,
     make_model,
@@ -148,6 +149,10 @@ def resume_trainer(folder: Path) -> tuple[float, float, list[str]]:
     whole.train()
     wanted = weights(whole.deepspeed)
     names = [row.name for row in describe(whole.deepspeed).rows]
+    origin = own_origin(whole.deepspeed)
+    assert origin is not None
+    assert origin.frozen_experts  # only adapters are trained
+    assert all("lora_" in row.name for row in origin.rows)
     forget_process_groups()
     run = start()
     run.train(resume_from_checkpoint=str(folder / "checkpoint-2"))

@@ -11,6 +11,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
 from moe_groups import MoE, create_moe_param_groups, protect_checkpoints, verify
+from moe_groups.checkpoints.guard.engine_layout import own_origin
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.groups.muon import is_hidden_matrix, split_for_muon
 from tests.distributed.test_demo import run_example
@@ -206,6 +207,9 @@ def resume(folder: str) -> tuple[bool, str]:
     first = engine("expert")
     train(first, 2)
     first.save_checkpoint(folder)
+    origin = own_origin(first)
+    assert origin is not None
+    assert origin.names == ("muon", "adam")
     expected = train(first, 2, first=2), weights(first)
     second = engine("expert")
     second.load_checkpoint(folder)

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from moe_groups._common.own_folder import is_plain
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
 from moe_groups.checkpoints.manifest import SCHEMA, Manifest, read_manifest, write_manifest
 from moe_groups.errors import CheckpointError
+from moe_groups.groups.origin import Origin, OriginRow
+from moe_groups.groups.rules import Variant
 
 NAMES = st.text(min_size=1, max_size=8)
 OPTIONS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | NAMES
@@ -39,6 +42,29 @@ def layouts(draw: st.DrawFn) -> Layout:
         for rank in ranks:  # what ranks share is one group
             columns[Rank(model, rank)][-1] = group
     return merge_ranks(list(columns.items()))
+
+
+@st.composite
+def origins(draw: st.DrawFn, layout: Layout) -> dict[Rank, Origin]:
+    """What the groups of some ranks were made from."""
+    found = {}
+    for rank in layout.order:
+        rows = [
+            OriginRow(
+                param.name,
+                group.parallel_group,
+                draw(st.none() | NAMES),
+                draw(st.none() | st.integers(0, 9)),
+                Variant(0, draw(st.booleans()), tuple(draw(st.lists(st.integers(0, 3))))),
+                draw(st.sampled_from((torch.float32, torch.bfloat16))),
+            )
+            for group in layout.of(rank)
+            for param in group.params
+        ]
+        if len({row.name for row in rows}) == len(rows) and draw(st.booleans()):
+            names = (draw(st.none() | NAMES), None)
+            found[rank] = Origin(tuple(draw(st.permutations(rows))), names, draw(st.booleans()))
+    return found
 
 
 @st.composite
@@ -70,7 +96,8 @@ def groups(draw: st.DrawFn, ranks: tuple[int, ...], model: int) -> FlatGroup:
 def manifests(draw: st.DrawFn) -> Manifest:
     files = draw(st.dictionaries(NAMES.filter(is_plain), st.integers(0, 2**60), max_size=3))
     about = {"step": draw(st.integers(0)), "versions": {"moe_groups": "9.9"}}
-    return Manifest(draw(layouts()), draw(NAMES), about, files)
+    layout = draw(layouts())
+    return Manifest(replace(layout, origins=draw(origins(layout))), draw(NAMES), about, files)
 
 
 def small() -> Manifest:
@@ -81,7 +108,12 @@ def small() -> Manifest:
         expert = FlatParam("b", 4, 0, (4,), "bfloat16", rank)
         own = FlatGroup("ep_size_2_l", (rank,), (expert,), 0, "ep_size_2", rank)
         columns.append((Rank(0, rank), [dense, own]))
-    return Manifest(merge_ranks(columns), "ZeRO-1", {"step": 3}, {"a.pt": 17})
+    rows = (
+        OriginRow("a", None, None, None, Variant(0, True, (1,)), torch.float32),
+        OriginRow("b", "ep_size_2", "l", 0, Variant(1), torch.bfloat16),
+    )
+    origins = dict.fromkeys((rank for rank, _ in columns), Origin(rows, ("mine", None)))
+    return Manifest(merge_ranks(columns, origins), "ZeRO-1", {"step": 3}, {"a.pt": 17})
 
 
 @pytest.fixture
@@ -240,7 +272,51 @@ def test_later_schema(path: Path, versions: Any) -> None:
     edit(path, ("schema",), SCHEMA + 1)
     edit(path, ("versions",), versions)
     wanted = "7.5" if versions == {"moe_groups": "7.5"} else "a later one"
-    with pytest.raises(CheckpointError, match=rf"has schema 2; .* up to 1\. .*\({wanted}\)"):
+    with pytest.raises(CheckpointError, match=rf"has schema 3; .* up to 2\. .*\({wanted}\)"):
+        read_manifest(path)
+
+
+SCHEMA_1 = Path(__file__).with_name("moe_groups.schema-1.json")
+"""Written by the release before schema 2."""
+
+
+def test_an_earlier_schema_is_read(path: Path) -> None:
+    """It has the groups, and does not say what they were made from."""
+    found = read_manifest(SCHEMA_1)
+    assert found == replace(small(), layout=replace(small().layout, origins={}))
+    write_manifest(found, path)
+    assert read_manifest(path) == found
+
+
+def test_groups_hold_what_they_were_made_from(path: Path) -> None:
+    layout = small().layout
+    (origin,) = {*layout.origins.values()}
+    dense, expert = origin.rows
+    for rows in (
+        (dense,),
+        (dense, expert._replace(name="c")),
+        (dense, expert._replace(parallel_group=None)),
+        (dense, expert, expert),
+    ):
+        origins = dict.fromkeys(layout.order, replace(origin, rows=rows))
+        write_manifest(replace(small(), layout=replace(layout, origins=origins)), path)
+        with pytest.raises(CheckpointError, match="other parameters than they were made from"):
+            read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        ((0, "params", 1, 4), 2),
+        ((0, "params", 0, 7), "float31"),
+        ((0, "params", 0, 5), 1),
+        ((0, "sources", 0), 1),
+    ],
+)
+def test_what_groups_cannot_be_made_from(path: Path, keys: tuple[Any, ...], value: Any) -> None:
+    write_manifest(small(), path)
+    edit(path, ("origins", *keys), value)
+    with pytest.raises(CheckpointError, match="is damaged"):
         read_manifest(path)
 
 
@@ -322,3 +398,13 @@ def check_types(manifest: Manifest) -> None:
             assert param.expert is None or type(param.expert) is int
     for rank, places in manifest.layout.order.items():
         assert {type(number) for number in (*rank, *places)} == {int}
+    for origin in manifest.layout.origins.values():
+        assert {type(name) for name in origin.names} <= {str, type(None)}
+        assert type(origin.frozen_experts) is bool
+        for row in origin.rows:
+            assert type(row.name) is str
+            assert row.number is None or type(row.number) is int
+            assert isinstance(row.dtype, torch.dtype)
+            assert {type(number) for number in (row.variant.source, *row.variant.overrides)} == {
+                int
+            }

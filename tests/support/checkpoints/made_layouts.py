@@ -16,6 +16,7 @@ from moe_groups.checkpoints.layout import (
     merge_ranks,
     readable_options,
 )
+from moe_groups.groups.origin import origin_of
 from moe_groups.tags import LABELS, parallel_group_of
 
 Names = Mapping[int, tuple[str, int | None]]
@@ -33,6 +34,8 @@ def layout_of(
 ) -> Layout:
     """The layout of a run in which every rank has these groups, of experts of its own.
 
+    It says what the groups were made from where ``create_moe_param_groups`` made them.
+
     Args:
         groups: of the optimizer.
         world: data-parallel ranks.
@@ -45,7 +48,9 @@ def layout_of(
             for group in groups
         ]
         columns.append((Rank(model_rank, rank), [group for group in own if group.params]))
-    return merge_ranks(columns)
+    named = [(str(group["name"]), group["params"]) for group in groups]
+    origin = origin_of(named, lambda param: names[id(param)][0])
+    return merge_ranks(columns, {rank: origin for rank, _ in columns} if origin else None)
 
 
 def _flat_group(

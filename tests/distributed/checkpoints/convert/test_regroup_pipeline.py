@@ -7,8 +7,11 @@ import pytest
 from moe_groups import regroup_checkpoint
 from moe_groups.checkpoints.manifest import read_manifest
 from moe_groups.errors import CheckpointMismatchError
+from tests.support.checkpoints.made_checkpoints import same, shard_contents
 from tests.support.pipeline_runs import start_pipeline, train_pipeline
 from tests.support.ranks import run_on_ranks
+
+TAG = "global_step2"
 
 
 def save(directory: Path, wrapper: str) -> list[float]:
@@ -41,4 +44,7 @@ def test_stages_are_compared_and_converted(wrapper: str, tmp_path: Path) -> None
     names = {tuple(group.name for group in layout.of(rank)) for rank in layout.order}
     assert len(names) == 2  # each stage has blocks of its own
     regroup_checkpoint(saved, tmp_path / "made", target)
+    regroup_checkpoint(saved, tmp_path / "named", "expert")
+    assert read_manifest(tmp_path / "named" / TAG / "moe_groups.json").layout == layout
+    assert same(shard_contents(tmp_path / "named"), shard_contents(tmp_path / "made"))
     assert run_on_ranks(4, load, tmp_path / "made", wrapper, "expert") == losses

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from moe_groups import protect_checkpoints, regroup_checkpoint
+from moe_groups.checkpoints.guard.engine_layout import gather_layout
 from moe_groups.checkpoints.guard.guard import set_guard
+from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import read_manifest
 from tests.support.checkpoints.made_checkpoints import same, shard_contents, state_of
 from tests.support.pairwise import Row, label, pairwise
@@ -129,6 +131,37 @@ ROUND = ["stock", "expert", "capped", "module", "stock_capped", "stock"]
 def test_training_goes_on_in_other_groups(row: Row, tmp_path: Path) -> None:
     rounds = list(itertools.pairwise(ROUND))
     check(row["ranks"], tmp_path, row["wrapper"], row["ep_size"], rounds)
+
+
+@pytest.mark.parametrize("wrapper", ["zero2", "bf16"])
+def test_training_goes_on_in_groups_of_a_name(wrapper: str, tmp_path: Path) -> None:
+    """Each conversion goes on from the one before, by name and without the model."""
+    (saved, *_) = run_on_ranks(2, save_all, tmp_path, wrapper, 2, ["module"])
+    (wanted, *_) = run_on_ranks(2, layouts_of_engines, wrapper, 2)
+    before = tmp_path / "module"
+    values = state_of(before, read_manifest(before / TAG / "moe_groups.json").layout)
+    for new, (name, cap) in SPLITS.items():
+        made = tmp_path / f"module-{new}"
+        regroup_checkpoint(before, made, name, max_group_size=cap)
+        layout = read_manifest(made / TAG / "moe_groups.json").layout
+        assert layout.fingerprint() == wanted[new].fingerprint(), new
+        assert same(state_of(made, layout), values)
+        before = made
+    resumed = run_on_ranks(
+        2, resume_all, tmp_path, wrapper, 2, [("module", new) for new in ("expert", "stock")]
+    )
+    for history in resumed[0].values():
+        assert history["loss"] == saved["module"]["loss"]
+
+
+def layouts_of_engines(wrapper: str, ep_size: int) -> dict[str, Layout | None]:
+    """What real engines have with each split."""
+    found = {}
+    for split in SPLITS:
+        engine = engine_for(wrapper, split, ep_size)
+        found[split] = gather_layout(engine)
+        engine.destroy()
+    return found
 
 
 @pytest.mark.parametrize("wrapper", ["zero2", "bf16"])

@@ -1,0 +1,136 @@
+"""The groups that a name stands for: made from what the manifest says, as a run makes its own."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from moe_groups._common.arguments import SplitBy, check_one_of
+from moe_groups.checkpoints.layout import FlatGroup, Layout, lay_out, merge_ranks
+from moe_groups.errors import CheckpointError
+from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE, Caps
+from moe_groups.groups.grouping import make_plan, split_like_deepspeed
+from moe_groups.groups.keys import Key, Table
+from moe_groups.groups.names import GroupNames
+from moe_groups.groups.origin import Origin
+
+TargetName: TypeAlias = Literal["stock", "parallel_group", "module", "expert"]
+TARGETS: tuple[TargetName, ...] = get_args(TargetName)
+
+_WAY_OUT = (
+    "Give a file that says what the new groups are (a refused load_checkpoint writes one, and so "
+    "does save_checkpoint: moe_groups.json) in place of a name, or load with "
+    'protect_checkpoints(engine, regroup="auto").'
+)
+
+
+class _Made(NamedTuple):
+    """A new group: name, labels and rows."""
+
+    name: str
+    labels: Mapping[str, Any]
+    rows: Any
+
+
+def named_target(
+    source: Layout, to: TargetName, max_group_size: int | float | None = None
+) -> Layout:
+    """The groups that another way to split makes for the run that saved a checkpoint.
+
+    They are those of ``create_moe_param_groups(..., split_by=to)`` for the same model, the same
+    groups of the caller and the same rules; with "stock" those of DeepSpeed's own split, of which
+    each of the caller's groups is one for each set of rules that applies.
+
+    Args:
+        source: of the checkpoint.
+        to: "stock", or a ``split_by``.
+        max_group_size: most elements of a group. None: no cap, for "stock" DeepSpeed's default.
+
+    Raises:
+        InvalidArgumentError: an argument is out of range.
+        CheckpointError: the manifest does not say what is needed.
+    """
+    check_one_of("to", to, TARGETS)
+    cap = Caps(max_group_size, None, None)
+    if to == "stock" and max_group_size is None:
+        cap.size = DEEPSPEED_MAX_GROUP_SIZE
+    made: dict[tuple[int, ...], list[FlatGroup]] = {}
+    for rank in sorted(source.order):
+        own = source.order[rank]
+        if own not in made:
+            origin = source.origins.get(rank)
+            if origin is None:
+                raise CheckpointError(
+                    "nothing says what the groups of the checkpoint were made from: it has no "
+                    "moe_groups.json, or one of an earlier release, or of groups that "
+                    "create_moe_param_groups did not make or that were changed afterwards. "
+                    f"{_WAY_OUT}"
+                )
+            made[own] = list(_regroup(source.of(rank), origin, to, cap))
+    columns = [(rank, made[source.order[rank]]) for rank in sorted(source.order)]
+    return merge_ranks(columns, source.origins)
+
+
+def _regroup(
+    groups: list[FlatGroup], origin: Origin, to: TargetName, cap: Caps
+) -> Iterator[FlatGroup]:
+    """One rank's new groups."""
+    homes = {param.name: (group, param) for group in groups for param in group.params}
+    names = [row.name for row in origin.rows]
+    _check_order(groups, names)
+    table = origin.table(
+        "parallel_group" if to == "stock" else to,
+        {name: param.numel for name, (_, param) in homes.items()},
+    )
+    made = _stock_groups(origin, table, cap) if to == "stock" else _groups(origin, table, to, cap)
+    for name, labels, rows in made:
+        home = homes[names[rows[0]]][0]
+        params = lay_out([homes[names[row]][1] for row in rows])
+        yield replace(home, name=name, params=params, labels=labels)
+
+
+def _check_order(groups: list[FlatGroup], names: list[str]) -> None:
+    """Refuse what ``round_robin_gradients`` and ``parameter_alignment`` make of groups.
+
+    The new groups would have to be as these settings make them.
+    """
+    row_of = {name: row for row, name in enumerate(names)}
+    for group in groups:
+        plain = sorted(group.params, key=lambda param: row_of[param.name])
+        if lay_out(plain) != group.params:
+            raise CheckpointError(
+                f"group {group.name!r} has its parameters in another order than they were given "
+                "in, or gaps between them (round_robin_gradients, parameter_alignment), which the "
+                f"groups of a name do not have. {_WAY_OUT}"
+            )
+
+
+def _groups(origin: Origin, table: Table, to: SplitBy, cap: Caps) -> Iterator[_Made]:
+    for row in origin.rows:
+        if row.parallel_group is not None and row.layer is None and to != "parallel_group":
+            raise CheckpointError(
+                f"{row.name} had no tag that says its layer when it was grouped, and {to!r} groups "
+                f"need one. {_WAY_OUT}"
+            )
+    for name, key, number, rows in make_plan(table, cap.of, origin.sources):
+        labels = {"expert_group_name": key.layer, "expert_number": number}
+        yield _Made(name, labels if key.parallel_group else {}, rows)
+
+
+def _stock_groups(origin: Origin, table: Table, cap: Caps) -> Iterator[_Made]:
+    if len({row.parallel_group for row in origin.rows} - {None}) > 1:
+        raise CheckpointError(
+            "DeepSpeed's own split orders the groups of several expert-parallel sizes in another "
+            f"way in every run. {_WAY_OUT}"
+        )
+    if origin.frozen_experts:
+        raise CheckpointError(
+            "DeepSpeed's own split counts frozen experts when it cuts groups by size, and "
+            f"moe_groups.json does not list these. {_WAY_OUT}"
+        )
+    dtype = origin.rows[0].dtype  # all the same, as it mixes dtypes
+    variants = sorted({row.variant for row in origin.rows})
+    keys = {variant: Key(None, None, variant, dtype) for variant in variants}
+    names = GroupNames(origin.names, keys.values())
+    most = float("inf") if cap.size is None else cap.size
+    for parallel_group, variant, rows in split_like_deepspeed(table, most):
+        yield _Made(parallel_group or names.of(keys[variant], None), {}, rows)

@@ -1,1 +1,0 @@
-"""What a checkpoint was made from, where no manifest says it."""
