@@ -66,7 +66,7 @@ def regroup_checkpoint(
             what :func:`create_moe_param_groups` would make with it.
         max_group_size: cap in elements, for a name.
         tag: of the checkpoint; None for the one in the file ``latest``.
-        workers: threads; None for four.
+        workers: threads; None for four. With fewer the conversion needs less memory.
         progress: called with bytes done and bytes in all, from any thread. Optimizer states count
             twice, when they are compared and when they are written.
 
@@ -105,7 +105,7 @@ def _finish(job: Job) -> None:
         if path.is_file() and path.name != FILE_NAME
     }
     about: dict[str, Any] = {}
-    wrapper = "ZeRO or BF16_Optimizer"
+    wrapper = job.source.shard(min(job.source.layout.order)).wrapper
     if files.manifest.is_file():
         saved = read_manifest(files.manifest)
         about, wrapper = dict(saved.about), saved.wrapper

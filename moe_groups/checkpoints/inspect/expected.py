@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe_groups.checkpoints.files import CheckpointFiles
-from moe_groups.checkpoints.inspect.partial_layout import partial_layout
 from moe_groups.checkpoints.inspect.report import Problem
 from moe_groups.checkpoints.inspect.weights import EngineState
-from moe_groups.checkpoints.layout import Layout, Rank
+from moe_groups.checkpoints.layout import (
+    FlatGroup,
+    FlatParam,
+    Layout,
+    Rank,
+    merge_ranks,
+    readable_options,
+)
 from moe_groups.checkpoints.manifest import Manifest, read_manifest
 from moe_groups.checkpoints.read_layout import check_states, layout_of_shards
 from moe_groups.checkpoints.shard import WRAPPERS, Shard, read_shard
 from moe_groups.checkpoints.torch_file import DAMAGE, read_torch_file
 from moe_groups.errors import CheckpointError
+from moe_groups.tags import LABELS
 
 T = TypeVar("T")
 
@@ -102,7 +109,7 @@ def _from_shards(
         problems.append(Problem("content", "", _no_fit(files, error)))
     if not complete:
         with contextlib.suppress(CheckpointError, *DAMAGE):
-            layout = partial_layout(used)
+            layout = _partial_layout(used)
     return Expected(ranks, layout, complete, size, None, tuple(problems))
 
 
@@ -147,6 +154,53 @@ def _data_parallel_size(
     said = [_says(shards[rank]) for rank in first]
     said += [engine.data_parallel_size for engine in engines.values()]
     return next((size for size in said if size), None)
+
+
+def _partial_layout(shards: Mapping[Rank, Shard]) -> Layout:
+    """The groups with what of their parameters is in these ranks' partitions.
+
+    The expert-parallel rank of a group is left open, and with it the numbers of its experts.
+
+    Args:
+        shards: of some ranks of a run.
+    """
+    built: dict[tuple[int, tuple[int, ...], int], FlatGroup] = {}
+    columns = []
+    for rank, shard in shards.items():
+        keys = [
+            (rank.model, shard.sharing(index, rank.data), index)
+            for index in range(len(shard.options))
+        ]
+        for key in keys:
+            built.setdefault(key, _partial_group(shards, *key))
+        columns.append((rank, [built[key] for key in keys]))
+    return merge_ranks(columns)
+
+
+def _partial_group(
+    shards: Mapping[Rank, Shard], model: int, ranks: tuple[int, ...], index: int
+) -> FlatGroup:
+    found: dict[str, FlatParam] = {}
+    present = [(place, Rank(model, data)) for place, data in enumerate(ranks)]
+    present = [(p, rank) for p, rank in present if rank in shards]
+    present = [(p, rank) for p, rank in present if index < len(shards[rank].options)]
+    for place, rank in present:
+        shard = shards[rank]
+        for name, start, numel in shard.fragments(index):
+            offset = place * shard.partition(index) + start
+            param = found.get(name, FlatParam(name, 0, offset))
+            found[name] = param._replace(numel=param.numel + numel)
+    first = shards[present[0][1]]
+    options = first.options[index]
+    return FlatGroup(
+        name=str(options.get("name", "")),
+        ranks=ranks,
+        params=tuple(sorted(found.values(), key=lambda param: param.offset)),
+        model_rank=model,
+        parallel_group=first.parallel_group(index),
+        labels={key: options[key] for key in LABELS if options.get(key) is not None},
+        options=readable_options(options),
+    )
 
 
 def without_folder(files: CheckpointFiles, message: str) -> str:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from moe_groups._common.progress import Progress, ProgressSum, in_order
-from moe_groups.checkpoints.files import CheckpointFiles, find_checkpoint
+from moe_groups.checkpoints.files import STATES, CheckpointFiles, find_checkpoint
 from moe_groups.checkpoints.inspect.agreement import RankAgreement, ShardFacts
 from moe_groups.checkpoints.inspect.expected import Expected, expected_layout
 from moe_groups.checkpoints.inspect.experts import ParamKey, Place, expert_rows, find_places
 from moe_groups.checkpoints.inspect.files import (
-    STATES,
     check_finished,
     check_latest,
     check_presence,
