@@ -141,7 +141,7 @@ def speed_rows(saved: Saved, directory: Path, rounds: int) -> list[dict[str, Any
 
 WATCHED = """
 import sys
-import torch._dynamo, torch._subclasses.fake_tensor, deepspeed
+import deepspeed
 from moe_groups import regroup_checkpoint
 sys.stdin.readline()
 regroup_checkpoint(*sys.argv[1:])

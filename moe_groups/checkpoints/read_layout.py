@@ -6,7 +6,7 @@ group. Which ranks share a group of experts is DeepSpeed's arrangement for its `
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 from moe_groups.checkpoints.files import CheckpointFiles
 from moe_groups.checkpoints.layout import (
@@ -21,7 +21,7 @@ from moe_groups.checkpoints.layout import (
 )
 from moe_groups.checkpoints.manifest import read_manifest
 from moe_groups.checkpoints.shard import SameStep, Shard, read_shard
-from moe_groups.checkpoints.torch_file import read_mapped
+from moe_groups.checkpoints.torch_file import read_torch_file, reading
 from moe_groups.errors import CheckpointError
 from moe_groups.tags import LABELS
 
@@ -74,7 +74,7 @@ def _build(
     params = _join_fragments(column, index, partition)
     if first.reorders and not _has_gaps(params):
         params = list(lay_out(round_robin(params, len(ranks))))
-    options = first.real_options(index)
+    options = first.options[index]
     parallel_group = first.parallel_group(index)
     group = FlatGroup(
         name=str(options.get("name", "")),
@@ -147,7 +147,7 @@ def read_layout(files: CheckpointFiles) -> Layout:
     steps = SameStep()
     for shard in shards.values():
         steps.check(shard)
-    shapes = {model: _shapes(read_mapped(path)) for model, path in files.models.items()}
+    shapes = {model: _shapes(path) for model, path in files.models.items()}
     return layout_of_shards(shards, shapes)
 
 
@@ -169,10 +169,12 @@ def check_states(files: CheckpointFiles) -> None:
         )
 
 
-def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes that DeepSpeed saved beside the dense weights, of its first rank's parameters."""
-    return {
-        name: tuple(shape)
-        for group in model.get("param_shapes") or []
-        for name, shape in group.items()
-    }
+    model = read_torch_file(path)
+    with reading(path):
+        return {
+            name: tuple(shape)
+            for group in model.get("param_shapes") or []
+            for name, shape in group.items()
+        }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_groups.checkpoints.layout import FlatGroup, Rank, fragments, lay_out, round_robin
-from moe_groups.checkpoints.torch_file import read_skeleton, read_small
+from moe_groups.checkpoints.torch_file import read_torch_file, reading
 from moe_groups.errors import CheckpointError
 from moe_groups.tags import parallel_group_of
 from moe_groups.topology import ep_size_of
@@ -35,7 +35,7 @@ class Fragment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The file of one rank with fake tensors (:func:`read_skeleton`).
+    """The file of one rank; its tensors are in the file until somebody looks at them.
 
     Attributes:
         path: the file.
@@ -57,14 +57,6 @@ class Shard:
         found: list[dict[str, Any]] = self.optimizer[STATE]["param_groups"]
         return found
 
-    def real_options(self, index: int) -> dict[str, Any]:
-        """The dict of a group with values in place of fake tensors (a learning rate can be one)."""
-        return {key: self.real(value) for key, value in self.options[index].items()}
-
-    def real(self, value: Any) -> Any:
-        """The value itself, for a fake tensor its content: for counters and the like."""
-        return read_small(self.path, value) if isinstance(value, torch.Tensor) else value
-
     def states(self, index: int) -> dict[str, Any]:
         """Optimizer state of a group, such as ``exp_avg``; empty before the first step."""
         (key,) = self.options[index]["params"]
@@ -75,6 +67,11 @@ class Shard:
     def lean(self) -> bool:
         """Are the master weights without padding, as ZeRO saves them and BF16_Optimizer not?"""
         return _STAGE in self.optimizer
+
+    @property
+    def wrapper(self) -> str:
+        """Who saved it, in the words of the manifest."""
+        return f"ZeRO-{int(self.optimizer[_STAGE])}" if self.lean else "BF16_Optimizer"
 
     def partition(self, index: int) -> int:
         """Elements of the rank's partition of a group, with padding."""
@@ -151,7 +148,7 @@ def stated_fragments(group: FlatGroup, rank: int, reorders: bool) -> list[Fragme
 
 
 def read_shard(path: Path, elastic: bool = False) -> Shard:
-    """Read what the file says about its groups, without the tensors.
+    """Read what the file says about its groups, and where its tensors are.
 
     Args:
         path: the file.
@@ -161,8 +158,9 @@ def read_shard(path: Path, elastic: bool = False) -> Shard:
     Raises:
         CheckpointError: the file cannot be read, or does not say what lies where.
     """
-    content = read_skeleton(path)
-    problem = _problem(content, elastic)
+    content = read_torch_file(path)
+    with reading(path):
+        problem = _problem(content, elastic)
     if problem:
         raise CheckpointError(f"{path}: {problem}.")
     return Shard(path, content)
@@ -190,18 +188,20 @@ def _problem(content: Any, elastic: bool) -> str | None:
     return None
 
 
+def step_of_group(shard: Shard, index: int) -> float | None:
+    """The steps that the optimizer counts for a group; None where it counts none."""
+    counter = shard.states(index).get("step", shard.options[index].get("step"))
+    if isinstance(counter, torch.Tensor) and counter.numel() == 1:
+        counter = counter.item()
+    return float(counter) if isinstance(counter, int | float) else None
+
+
 def step_of_shard(shard: Shard) -> float | None:
     """The most steps that the optimizer counts for a group; None where nothing is counted."""
     if not isinstance(shard.optimizer[STATE], dict):  # "elastic_checkpoint"
         return None
-    counters = []
-    for index, options in enumerate(shard.options):
-        counter = shard.states(index).get("step", options.get("step"))
-        if isinstance(counter, torch.Tensor) and counter.numel() == 1:
-            counter = read_small(shard.path, counter).item()
-        if isinstance(counter, int | float):
-            counters.append(float(counter))
-    return max(counters, default=None)
+    steps = (step_of_group(shard, index) for index in range(len(shard.options)))
+    return max((step for step in steps if step is not None), default=None)
 
 
 class SameStep:

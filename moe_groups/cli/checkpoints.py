@@ -276,7 +276,12 @@ def _add_regroup(commands: Any, count: Callable[[str], int]) -> None:
         "--max-group-size", type=count, metavar="N", help="most elements of a group (no limit)"
     )
     parser.add_argument("--tag", help="of the checkpoint (what the file latest says)")
-    parser.add_argument("--workers", type=count, metavar="N", help="threads that read and write")
+    parser.add_argument(
+        "--workers",
+        type=count,
+        metavar="N",
+        help="threads that read and write (4); each makes one file of optimizer states in memory",
+    )
 
 
 def _inspect(args: argparse.Namespace) -> int:

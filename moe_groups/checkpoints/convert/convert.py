@@ -1,14 +1,14 @@
 """Convert the optimizer states of a checkpoint from one grouping to another, offline."""
 
-import contextlib
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_groups._common.own_folder import finished_file, own
-from moe_groups.checkpoints.convert.copying import Copier, Sums
-from moe_groups.checkpoints.convert.job import Job, Report
+from moe_groups._common.progress import Progress
+from moe_groups.checkpoints.convert.job import Job
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.convert.target import check_same_parameters, read_target, size_in_groups
 from moe_groups.checkpoints.convert.workdir import Unfinished, writing
@@ -16,6 +16,8 @@ from moe_groups.checkpoints.files import LATEST, check_whole, find_checkpoint
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
+
+_WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +45,16 @@ def regroup_checkpoint(
     max_group_size: int | None = None,
     tag: str | None = None,
     workers: int | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> Regrouped:
     """Write a checkpoint of ZeRO-1, ZeRO-2 or BF16_Optimizer anew, in other groups.
 
     Needs no GPU and no process group. Master weights and optimizer state stay bit-equal for each
     parameter; hyperparameters, loss scaler, counters and the learning-rate schedule are kept. The
-    number of data-parallel ranks may change too, where ``to`` says so. Bytes go from file to file
-    through a buffer of 1 MiB for each worker; what the files state about their bytes (CRC-32) is
-    checked on the way. Unpickles, as DeepSpeed does: only for checkpoints that you trust.
+    number of data-parallel ranks may change too, where ``to`` says so. All files are compared with
+    the CRC-32 that they state for their bytes before they are converted or copied. Each worker
+    makes one file of optimizer states in memory: the conversion needs the largest of the new files
+    times the workers. Unpickles, as DeepSpeed does: only for checkpoints that you trust.
 
     Args:
         source: what ``load_checkpoint`` is given; it is only read.
@@ -64,8 +67,9 @@ def regroup_checkpoint(
             whose ``moe_groups.json`` says what its groups were made from (schema 2).
         max_group_size: cap in elements, for a name.
         tag: of the checkpoint; None for the one in the file ``latest``.
-        workers: threads; None for four.
-        progress: called with bytes done and bytes in all, from any thread.
+        workers: threads; None for four. With fewer the conversion needs less memory.
+        progress: called with bytes done and bytes in all, from any thread. Optimizer states count
+            twice, when they are compared and when they are written.
 
     Raises:
         CheckpointError: the source is incomplete or damaged, the new groups do not fit it or
@@ -86,7 +90,7 @@ def regroup_checkpoint(
     size = size_in_groups(files, layout, target) + sum(path.stat().st_size for path in copied)
     with Unfinished(files, Path(destination), target, size) as work:
         job = Job(files, RegroupSource(files, layout), target, work.path)
-        job.run(workers or 4, progress or (lambda done, total: None))
+        job.run(workers or _WORKERS, progress)
         with writing(work.path):
             _finish(job)
         work.publish()
@@ -103,7 +107,7 @@ def _finish(job: Job) -> None:
         if path.is_file() and path.name != FILE_NAME
     }
     about: dict[str, Any] = {}
-    wrapper = "ZeRO or BF16_Optimizer"
+    wrapper = job.source.shard(min(job.source.layout.order)).wrapper
     if files.manifest.is_file():
         saved = read_manifest(files.manifest)
         about, wrapper = dict(saved.about), saved.wrapper
@@ -111,10 +115,9 @@ def _finish(job: Job) -> None:
     write_manifest(
         Manifest(job.target, wrapper, about, sizes), own(directory, job.folder / FILE_NAME)
     )
-    with contextlib.closing(Copier(Sums(), lambda count: None)) as copier:
-        for path in files.beside():
-            with finished_file(directory / path.name, directory) as part:
-                copier.copy_file(path, part)
+    for path in files.beside():
+        with finished_file(directory / path.name, directory) as part:
+            shutil.copy(path, part)
     if not (directory / LATEST).is_dir():  # the tag of some trainers
         with finished_file(directory / LATEST, directory) as part:
             part.write_text(files.tag)

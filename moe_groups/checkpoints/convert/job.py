@@ -1,27 +1,24 @@
 """Write the files of a converted checkpoint, with threads that end when one of them fails."""
 
-import contextlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple
 
-from moe_groups._common.own_folder import finished_file, own, remove_others
-from moe_groups.checkpoints.convert.copying import Copier, Sums
+from moe_groups._common.own_folder import finished_file, remove_others
+from moe_groups._common.progress import Progress, ProgressSum
 from moe_groups.checkpoints.convert.model import write_model
-from moe_groups.checkpoints.convert.shard import new_shard, shard_is_kept, write_shard
+from moe_groups.checkpoints.convert.shard import new_shard
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.convert.workdir import writing
 from moe_groups.checkpoints.files import STATES, CheckpointFiles, shard_name
 from moe_groups.checkpoints.layout import Layout, Rank
-from moe_groups.checkpoints.torch_file import read_mapped
+from moe_groups.checkpoints.torch_file import check_crcs, read_torch_file, save
 from moe_groups.errors import CheckpointError
-
-Report: TypeAlias = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
 
 
 class Task(NamedTuple):
@@ -31,18 +28,19 @@ class Task(NamedTuple):
         path: its name.
         size: bytes, as estimated.
         write: writes it.
-        is_kept: is there already what ``write`` would write?
     """
 
     path: Path
     size: int
-    write: Callable[[Path, Copier], None]
-    is_kept: Callable[[Path, Copier], bool] = lambda path, copier: False
+    write: Callable[[Path], None]
 
 
 @dataclass(slots=True)
 class Job:
     """The files of the tag in new groups, without the manifest.
+
+    What is read is compared with the CRC-32 that it states before anything is made of it. So a
+    file that has its final name in ``directory`` was made of sound bytes, and is on the disk.
 
     Attributes:
         files: the source.
@@ -55,104 +53,91 @@ class Job:
     source: RegroupSource
     target: Layout
     directory: Path
-    sums: Sums = field(default_factory=Sums)
     stopped: threading.Event = field(default_factory=threading.Event)
-    kept: list[Path] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
         """Where the files of the tag are written."""
         return self.directory / self.files.tag
 
-    def run(self, workers: int, report: Report) -> None:
-        """Write all files; optimizer states that an earlier process wrote are kept if sound.
+    def run(self, workers: int, progress: Progress | None) -> None:
+        """Write all files; those that an earlier process finished are kept.
 
         Raises:
             CheckpointError: the source is damaged, or a file cannot be written.
         """
-        by_path: dict[Path, Task] = {}
-        for task in self._tasks():  # what is converted before what is copied
-            by_path.setdefault(task.path, task)
-        tasks = list(by_path.values())
+        shards = list(self.files.shards.values())
+        converted = {task.path: task for task in self._conversions()}
+        copied = {task.path: task for task in self._copies() if task.path not in converted}
         with writing(self.folder):
-            remove_others(self.directory, {*by_path})
+            remove_others(self.directory, {*converted, *copied})
             self.folder.mkdir(parents=True, exist_ok=True)
-        meter = _Meter(report, sum(task.size for task in tasks), self.stopped)
+            read = [*self.files.models.values(), *self.files.others()]
+            total = ProgressSum(progress, [*shards, *shards, *read])
+
+        def count(numbytes: int) -> None:
+            if self.stopped.is_set():
+                raise CheckpointError("the conversion was stopped.")
+            total(numbytes)
+
         pool = ThreadPoolExecutor(workers)
         try:
-            _finish([pool.submit(self._do, task, meter) for task in tasks])
-            try:
-                _finish([pool.submit(self._check, path) for path in self.files.shards.values()])
-            except CheckpointError as error:
-                self._give_up(tasks, error)
+            checks = [pool.submit(check_crcs, path, count) for path in shards]
+            copies = [pool.submit(self._do, task, count) for task in copied.values()]
+            _finish(checks)
+            _finish([*copies, *(pool.submit(self._do, task, count) for task in converted.values())])
         finally:
             self.stopped.set()
             pool.shutdown(cancel_futures=True)
+        total.finish()
 
-    def _tasks(self) -> Iterator[Task]:
+    def _conversions(self) -> Iterator[Task]:
         like = next(iter(self.files.shards.values()))
-        share = sum(path.stat().st_size for path in self.files.shards.values())
+        size = sum(path.stat().st_size for path in self.files.shards.values())
         for rank in sorted(self.target.order):
             place = self.folder / shard_name(like, rank)
-            write, is_kept = partial(self._shard, rank), partial(self._shard_is_kept, rank)
-            yield Task(place, share // len(self.target.order), write, is_kept)
+            yield Task(place, size // len(self.target.order), partial(self._shard, rank))
         for model, path in self.files.models.items():
-            write = partial(self._model, model)
-            yield Task(self.folder / path.name, path.stat().st_size, write)
+            place = self.folder / path.name
+            yield Task(place, path.stat().st_size, partial(self._model, model))
+
+    def _copies(self) -> Iterator[Task]:
         for path in self.files.others():
             place = self.folder / path.relative_to(self.files.folder)
             yield Task(place, path.stat().st_size, partial(_copy, path))
 
-    def _give_up(self, tasks: list[Task], error: CheckpointError) -> NoReturn:
-        for task in tasks:  # nobody can tell which of them have the damaged bytes
-            own(self.directory, task.path).unlink(missing_ok=True)
-        if self.kept:
-            raise CheckpointError(
-                f"{error} Or what an earlier attempt left in {self.folder} is: that was removed, "
-                "so call again to know."
-            ) from error
-        raise error
-
-    def _do(self, task: Task, meter: "_Meter") -> None:
-        counted = 0
-
-        def progress(count: int) -> None:
-            nonlocal counted
-            step = min(count, task.size - counted)  # sizes were estimated
-            counted += step
-            meter.add(step)
-
-        copier = Copier(self.sums, progress)
-        with contextlib.closing(copier), writing(task.path):
-            if task.path.exists() and task.is_kept(task.path, copier):
-                self.kept.append(task.path)
-            else:
-                own(self.directory, task.path).unlink(missing_ok=True)
+    def _do(self, task: Task, count: Callable[[int], None]) -> None:
+        with writing(task.path):
+            if not _is_kept(task.path):
                 task.path.parent.mkdir(parents=True, exist_ok=True)
                 with finished_file(task.path, self.directory) as part:
-                    task.write(part, copier)
-        meter.add(task.size - counted)
+                    task.write(part)
+        count(task.size)
 
-    def _shard(self, rank: Rank, path: Path, copier: Copier) -> None:
-        write_shard(new_shard(self.source, self.target, rank), path, copier)
+    def _shard(self, rank: Rank, path: Path) -> None:
+        save(new_shard(self.source, self.target, rank), path)
 
-    def _shard_is_kept(self, rank: Rank, path: Path, copier: Copier) -> bool:
-        return shard_is_kept(new_shard(self.source, self.target, rank), path, copier)
-
-    def _model(self, model: int, path: Path, copier: Copier) -> None:
-        self.sums.check(self.files.models[model], copier)
+    def _model(self, model: int, path: Path) -> None:
+        check_crcs(self.files.models[model])
         write_model(self.source, self.target, model, path)
 
-    def _check(self, path: Path) -> None:
-        meter = _Meter(lambda done, total: None, 0, self.stopped)
-        with contextlib.closing(Copier(self.sums, meter.add)) as copier:
-            self.sums.check(path, copier)
+
+def _is_kept(path: Path) -> bool:
+    """Did an earlier process of this job finish the file, and has it still its CRC-32?"""
+    if not path.is_file() or not path.name.endswith(STATES):
+        return False
+    try:
+        check_crcs(path)
+    except CheckpointError:
+        return False
+    return True
 
 
-def _copy(source: Path, path: Path, copier: Copier) -> None:
+def _copy(source: Path, path: Path) -> None:
     if source.name.endswith(STATES):  # DeepSpeed's, so torch has to be able to read it
-        read_mapped(source)
-    copier.copy_file(source, path)
+        read_torch_file(source)
+        check_crcs(source)
+    shutil.copy(source, path)
 
 
 def _finish(futures: list[Future[Any]]) -> None:
@@ -160,20 +145,3 @@ def _finish(futures: list[Future[Any]]) -> None:
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
     for future in done:
         future.result()
-
-
-class _Meter:
-    """Adds up what all threads wrote, and ends them when one of them failed."""
-
-    def __init__(self, report: Report, total: int, stopped: threading.Event) -> None:
-        self.report, self.total, self.stopped = report, total, stopped
-        self.done = 0
-        self.lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        if self.stopped.is_set():
-            raise CheckpointError("the conversion was stopped.")
-        if count:
-            with self.lock:
-                self.done += count
-                self.report(self.done, self.total)

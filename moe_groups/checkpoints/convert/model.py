@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.layout import Layout, Rank
-from moe_groups.checkpoints.torch_file import read_mapped, save
+from moe_groups.checkpoints.torch_file import read_torch_file, save
 from moe_groups.errors import CheckpointError
 
 _LISTS = re.compile(r"(^|_)(lrs|last_lr|lr_lambdas|momentums)$")
@@ -29,7 +29,7 @@ def write_model(source: RegroupSource, target: Layout, model: int, path: Path) -
             would become one.
         OSError: the file cannot be written.
     """
-    content = read_mapped(source.files.models[model])
+    content = read_torch_file(source.files.models[model])
     rank = Rank(model, 0)
     if content.get(_SCHEDULER) is not None:
         content[_SCHEDULER] = _regroup_lists(source, target, rank, content[_SCHEDULER])

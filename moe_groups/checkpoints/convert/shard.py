@@ -2,13 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 
-from moe_groups.checkpoints.convert.copying import Chunk, Copier, combine
-from moe_groups.checkpoints.convert.source import RegroupSource
+from moe_groups.checkpoints.convert.source import RegroupSource, Run
 from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank, fragments
 from moe_groups.checkpoints.shard import (
     ALIGNMENT,
@@ -18,20 +17,7 @@ from moe_groups.checkpoints.shard import (
     PADDINGS,
     SLICES,
     STATE,
-    Shard,
     stated_fragments,
-)
-from moe_groups.checkpoints.torch_file import (
-    ends_with_directory,
-    fake_like,
-    read_records,
-    storage_of,
-    storage_records,
-    storage_start,
-    tensor_start,
-    tensors_in,
-    write_crcs,
-    write_skeleton,
 )
 from moe_groups.errors import CheckpointError
 from moe_groups.tags import LABELS
@@ -39,20 +25,8 @@ from moe_groups.tags import LABELS
 _NAMES = ("params", "name", "moe", *LABELS)
 
 
-class NewShard(NamedTuple):
-    """A file that is to be written.
-
-    Attributes:
-        content: with fake tensors.
-        fills: where the bytes of each storage come from.
-    """
-
-    content: dict[str, Any]
-    fills: dict[int, list[Chunk]]
-
-
-def new_shard(source: RegroupSource, target: Layout, rank: Rank) -> NewShard:
-    """What a rank's file holds in the new groups.
+def new_shard(source: RegroupSource, target: Layout, rank: Rank) -> dict[str, Any]:
+    """What a rank's file holds in the new groups; its partitions are copied into memory.
 
     Raises:
         CheckpointError: groups with other hyperparameters or counters would become one, or the
@@ -60,21 +34,14 @@ def new_shard(source: RegroupSource, target: Layout, rank: Rank) -> NewShard:
     """
     like = source.shard(Rank(rank.model, rank.data % source.layout.data_parallel_size))
     lean = like.lean
-    fills: dict[int, list[Chunk]] = {}
     master, states, param_groups = [], {}, []
     groups = target.of(rank)
     for index, group in enumerate(groups):
         size = group.filled(rank.data) if lean else group.partition
-        tensor = fake_like(source.master_dtype(group), size)
-        fills[storage_of(tensor)] = _flat(source, group, rank, None, size, tensor.itemsize)
-        master.append(tensor)
-        state, more = _state(source, group, rank)
-        fills.update(more)
-        if state:
+        master.append(_flat(source, group, rank, None, size))
+        if state := _state(source, group, rank):
             states[index] = state
-        options, more = _options(source, group)
-        fills.update(more)
-        param_groups.append({**options, "params": [index]})
+        param_groups.append({**_options(source, group), "params": [index]})
     optimizer = {
         **like.optimizer,
         STATE: {**like.optimizer[STATE], "state": states, "param_groups": param_groups},
@@ -85,106 +52,94 @@ def new_shard(source: RegroupSource, target: Layout, rank: Rank) -> NewShard:
     }
     if lean:
         optimizer[ALIGNMENT] = [_gaps(group) for group in groups]
-    content = {**like.content, CONTENT: optimizer}
-    for tensor in tensors_in(content):  # the rest stays as it was
-        whole = tensor.untyped_storage()
-        if storage_of(tensor) not in fills:
-            chunk = Chunk(like.path, storage_start(tensor), whole.nbytes())
-            fills[storage_of(tensor)] = [chunk]
-    return NewShard(content, fills)
+    return {**like.content, CONTENT: optimizer}
 
 
 def _flat(
-    source: RegroupSource, group: FlatGroup, rank: Rank, key: str | None, size: int, itemsize: int
-) -> list[Chunk]:
-    """The bytes of a partition: its parameters, and zeros between and behind them."""
-    chunks: list[Chunk] = []
+    source: RegroupSource, group: FlatGroup, rank: Rank, key: str | None, size: int
+) -> torch.Tensor:
+    """A new partition: its parameters, and zeros between and behind them."""
+    dtype = source.tensor(*source.saved(group)[0], key).dtype
+    runs: list[Run] = []
     at = 0
     for piece in fragments(group, rank.data):
         if piece.start > at:
-            chunks.append(Chunk(None, 0, (piece.start - at) * itemsize))
-        chunks.extend(source.chunks(group, piece, key))
+            runs.append(Run(torch.zeros(piece.start - at, dtype=dtype), 0, piece.start - at))
+        for run in source.runs(group, piece, key):
+            last = runs[-1] if runs else None
+            if last and last.tensor is run.tensor and last.stop == run.start:
+                runs[-1] = last._replace(stop=run.stop)
+            else:
+                runs.append(run)
         at = piece.start + piece.numel
-    if at < size:
-        chunks.append(Chunk(None, 0, (size - at) * itemsize))
-    return _joined(chunks)
+    if at < size or not runs:
+        runs.append(Run(torch.zeros(size - at, dtype=dtype), 0, size - at))
+    if dtypes := {run.tensor.dtype for run in runs} - {dtype}:
+        raise CheckpointError(
+            f"group {group.name!r} of the new groups would hold parameters with {key or MASTER} in "
+            f"{dtype} and {dtypes.pop()}: their old groups cannot become one."
+        )
+    parts = [run.tensor.detach().flatten()[run.start : run.stop] for run in runs]
+    return _alone(parts[0]) if len(parts) == 1 else _joined(parts, size, dtype)
 
 
-def _joined(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Runs that follow each other in one file as one: parameters mostly keep their neighbours."""
-    joined = list(chunks[:1])
-    for chunk in chunks[1:]:
-        last = joined[-1]
-        if chunk.start == last.start + last.size and chunk.path == last.path:
-            joined[-1] = last._replace(size=last.size + chunk.size)
-        else:
-            joined.append(chunk)
+def _alone(part: torch.Tensor) -> torch.Tensor:
+    """The same bytes of the file as a storage of their own: torch saves whole storages."""
+    first = part.storage_offset() * part.itemsize
+    storage = part.untyped_storage()[first : first + part.nbytes]
+    return torch.empty(0, dtype=part.dtype).set_(storage)
+
+
+def _joined(parts: list[torch.Tensor], size: int, dtype: torch.dtype) -> torch.Tensor:
+    memory = np.empty(size * dtype.itemsize, np.uint8)  # numpy asks the system for huge pages
+    joined: torch.Tensor = torch.cat(parts, out=torch.from_numpy(memory).view(dtype))
     return joined
 
 
-def _state(
-    source: RegroupSource, group: FlatGroup, rank: Rank
-) -> tuple[dict[str, Any], dict[int, list[Chunk]]]:
+def _state(source: RegroupSource, group: FlatGroup, rank: Rank) -> dict[str, Any]:
     """Optimizer state of a group: what has the size of a partition is laid out anew."""
-    if any(shard.options[index].get("use_muon") for shard, index in source.saved(group)):
+    saved = source.saved(group)
+    if any(shard.options[index].get("use_muon") for shard, index in saved):
         raise CheckpointError(
             f"group {group.name!r} of the new groups would hold parameters that DeepSpeed's Muon "
             "steps, whose momentum is kept as whole matrices on each rank that has a part of them, "
             "and cannot be laid out anew. Load with the groups of the checkpoint, or its weights "
             "alone (load_module_only=True)."
         )
-    olds = [(shard, shard.states(index)) for shard, index in source.saved(group)]
-    kinds = sorted({str(sorted(states)) for _, states in olds})
+    olds = [shard.states(index) for shard, index in saved]
+    kinds = sorted({str(sorted(states)) for states in olds})
     if len(kinds) > 1:
         raise CheckpointError(
             f"group {group.name!r} of the new groups would hold parameters with optimizer state "
             f"{' and '.join(kinds)}: their old groups cannot become one."
         )
-    shard, index = source.saved(group)[0]
-    partition, size = shard.partition(index), group.partition
+    shard, index = saved[0]
+    partition = shard.partition(index)
     state: dict[str, Any] = {}
-    fills: dict[int, list[Chunk]] = {}
-    for key, value in shard.states(index).items():
+    for key, value in olds[0].items():
         if isinstance(value, torch.Tensor) and value.dim() and value.numel() == partition:
-            state[key] = fake_like(value.dtype, size)
-            flat = _flat(source, group, rank, key, size, value.itemsize)
-            fills[storage_of(state[key])] = flat
-            continue
-        values = [old.real(states[key]) for old, states in olds]
-        _check_equal(group, f"optimizer state {key!r}", values)
-        state[key] = _as_it_was(value, shard, fills)
-    return state, fills
+            state[key] = _flat(source, group, rank, key, group.partition)
+        else:
+            _check_equal(group, f"optimizer state {key!r}", [states[key] for states in olds])
+            state[key] = _own(value)
+    return state
 
 
-def _options(
-    source: RegroupSource, group: FlatGroup
-) -> tuple[dict[str, Any], dict[int, list[Chunk]]]:
+def _options(source: RegroupSource, group: FlatGroup) -> dict[str, Any]:
     """Hyperparameters from the old groups, name and labels of the new one."""
-    saved = source.saved(group)
-    olds = [shard.real_options(index) for shard, index in saved]
+    olds = [shard.options[index] for shard, index in source.saved(group)]
     for key in sorted(set().union(*olds) - set(_NAMES)):
         _check_equal(group, key, [old.get(key) for old in olds])
     names: dict[str, Any] = {"name": group.name}
     if group.parallel_group is not None:
         names |= {"moe": True, **group.labels}
-    shard, index = saved[0]
-    fills: dict[int, list[Chunk]] = {}
-    kept = {
-        key: _as_it_was(value, shard, fills)
-        for key, value in shard.options[index].items()
-        if key not in _NAMES
-    }
-    return {**names, **kept}, fills
+    kept = {key: _own(value) for key, value in olds[0].items() if key not in _NAMES}
+    return {**names, **kept}
 
 
-def _as_it_was(value: Any, shard: Shard, fills: dict[int, list[Chunk]]) -> Any:
-    """A counter or an option; the bytes of one that is a tensor come from its file."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    copy = fake_like(value.dtype, value.numel()).reshape(value.shape)
-    size = value.numel() * value.itemsize
-    fills[storage_of(copy)] = [Chunk(shard.path, tensor_start(value), size)]
-    return copy
+def _own(value: Any) -> Any:
+    """A counter or an option; one that is a tensor gets a storage of its own for each group."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _check_equal(group: FlatGroup, what: str, values: Sequence[Any]) -> None:
@@ -220,28 +175,3 @@ def _slices(group: FlatGroup, data_rank: int, reorders: bool) -> Mapping[str, An
         (name, fragment_address(start=start, numel=numel))
         for name, start, numel in stated_fragments(group, data_rank, reorders)
     )
-
-
-def write_shard(shard: NewShard, path: Path, copier: Copier) -> None:
-    """Write the file; nothing else writes to ``path``.
-
-    Raises:
-        CheckpointError: the source is cut off, or holds tensors where they cannot be seen.
-        OSError: the file cannot be written.
-    """
-    records = write_skeleton(shard.content, path)
-    crcs = copier.fill(path, [(record, shard.fills[of]) for of, record in records.items()])
-    write_crcs(path, crcs)
-
-
-def shard_is_kept(shard: NewShard, path: Path, copier: Copier) -> bool:
-    """Did :func:`write_shard` write all of this file, and is it as it was then?"""
-    try:
-        records = storage_records(shard.content, path)
-        starts = {record.start for record in records.values()}
-        rest = [record for record in read_records(path) if record.start not in starts]
-        wanted = [(record, shard.fills[of]) for of, record in records.items()]
-    except (CheckpointError, ValueError):  # cut off, damaged, or with other tensors
-        return False
-    sound = all(combine(copier.cover(path, record, [])) == record.crc for record in rest)
-    return sound and ends_with_directory(path) and copier.kept(path, wanted)

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from moe_groups.checkpoints.convert.copying import Chunk
 from moe_groups.checkpoints.files import CheckpointFiles
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Piece, Rank, pieces
 from moe_groups.checkpoints.read_layout import check_states
 from moe_groups.checkpoints.shard import MASTER, SameStep, Shard, read_shard
-from moe_groups.checkpoints.torch_file import tensor_start
+from moe_groups.checkpoints.torch_file import reading
 from moe_groups.errors import CheckpointError
 
 _OPEN_SHARDS = 32
@@ -23,6 +22,14 @@ class Home(NamedTuple):
 
     group: FlatGroup
     param: FlatParam
+
+
+class Run(NamedTuple):
+    """Elements of a saved tensor that lie behind each other."""
+
+    tensor: torch.Tensor
+    start: int
+    stop: int
 
 
 class RegroupSource:
@@ -52,7 +59,7 @@ class RegroupSource:
         self._lock = threading.RLock()
 
     def shard(self, rank: Rank) -> Shard:
-        """A rank's file without its tensors.
+        """A rank's file.
 
         Raises:
             CheckpointError: missing, damaged, or not what the layout says.
@@ -77,12 +84,13 @@ class RegroupSource:
                 f"(model-parallel rank {rank.model}) is missing."
             )
         shard = read_shard(self.files.shards[rank])
-        if not shard.holds(rank, self.layout.of(rank)):
-            raise CheckpointError(
-                f"{shard.path} does not hold the groups that {self.files.manifest.name} says: the "
-                "files are not of one checkpoint."
-            )
-        self._steps.check(shard)
+        with reading(shard.path):
+            if not shard.holds(rank, self.layout.of(rank)):
+                raise CheckpointError(
+                    f"{shard.path} does not hold the groups that {self.files.manifest.name} says: "
+                    "the files are not of one checkpoint."
+                )
+            self._steps.check(shard)
         return shard
 
     def home(self, target: FlatGroup, param: FlatParam) -> Home:
@@ -123,24 +131,36 @@ class RegroupSource:
         """For each old group of a new one a file that has it, and its number in that."""
         return [self.place(group, group.ranks[0]) for group in self.homes(target)]
 
-    def chunks(self, target: FlatGroup, piece: Piece, key: str | None) -> Iterator[Chunk]:
-        """The bytes of a piece of a new partition.
+    def runs(self, target: FlatGroup, piece: Piece, key: str | None) -> Iterator[Run]:
+        """Where the numbers of a piece of a new partition are.
 
         Args:
             target: the new group.
             piece: what of it.
             key: of the optimizer state; None for the master weights.
+
+        Raises:
+            CheckpointError: a file does not hold as many as its groups need.
         """
         group, param = self.home(target, piece.param)
         for part in pieces(group, param, piece.skip, piece.skip + piece.numel):
             shard, index = self.place(group, part.rank)
-            states = shard.states(index)
-            tensor = shard.optimizer[MASTER][index] if key is None else states[key]
-            size = tensor.itemsize
-            yield Chunk(shard.path, tensor_start(tensor) + part.start * size, part.numel * size)
+            run = Run(self.tensor(shard, index, key), part.start, part.start + part.numel)
+            if run.stop > run.tensor.numel():
+                raise CheckpointError(
+                    f"{shard.path}: {key or MASTER} of group {index} has {run.tensor.numel()} "
+                    f"elements, its parameters need {run.stop}."
+                )
+            yield run
 
-    def master_dtype(self, target: FlatGroup) -> torch.dtype:
-        """Of the master weights of a new group."""
-        shard, index = self.saved(target)[0]
-        dtype: torch.dtype = shard.optimizer[MASTER][index].dtype
-        return dtype
+    def tensor(self, shard: Shard, index: int, key: str | None) -> torch.Tensor:
+        """The master weights of a group in a file, or one of its optimizer states.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        with reading(shard.path):
+            found = shard.optimizer[MASTER][index] if key is None else shard.states(index)[key]
+            if not isinstance(found, torch.Tensor):
+                raise TypeError(f"{key or MASTER} of group {index} is no tensor")
+        return found

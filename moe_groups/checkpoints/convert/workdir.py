@@ -28,8 +28,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        where = error.filename2 or error.filename or path  # of a copy the second one is written
         raise CheckpointError(
-            f"{error.filename or path}: {error.strerror}. What is written already is kept: make "
+            f"{where}: {error.strerror}. What is written already is kept: make "
             "room, or put right what is wrong, and call again."
         ) from error
 
@@ -200,7 +201,7 @@ class Unfinished:
         Raises:
             CheckpointError: the source has changed meanwhile, or the destination has appeared.
         """
-        if _job(self.files, self.target) != self.job:
+        if not self._is_unchanged():
             raise CheckpointError(
                 f"{self.files.folder} was changed while it was converted: remove {self.place} and "
                 "convert again."
@@ -218,6 +219,12 @@ class Unfinished:
             os.fsync(parent)
         finally:
             os.close(parent)
+
+    def _is_unchanged(self) -> bool:
+        try:
+            return _job(self.files, self.target) == self.job
+        except OSError:  # a file of the source is gone
+            return False
 
 
 def _job(files: CheckpointFiles, target: Layout) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from moe_groups._common.own_folder import own
 from moe_groups._common.ranks import on_all_ranks, on_first_rank
 from moe_groups._deepspeed.checkpoints import checkpoint_rank
 from moe_groups._deepspeed.engines import Engine
-from moe_groups.checkpoints.convert.copying import Copier, Sums
 from moe_groups.checkpoints.convert.model import write_model
-from moe_groups.checkpoints.convert.shard import new_shard, write_shard
+from moe_groups.checkpoints.convert.shard import new_shard
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.convert.target import check_same_parameters, size_in_groups
 from moe_groups.checkpoints.convert.workdir import check_space
@@ -28,7 +27,7 @@ from moe_groups.checkpoints.files import (
 from moe_groups.checkpoints.guard.engine_layout import gather_layout
 from moe_groups.checkpoints.layout import Layout, Rank
 from moe_groups.checkpoints.read_layout import read_layout
-from moe_groups.checkpoints.torch_file import read_mapped
+from moe_groups.checkpoints.torch_file import check_crcs, read_torch_file, save
 from moe_groups.errors import CheckpointError
 
 
@@ -103,23 +102,20 @@ def _convert(
         )
     rank = Rank(*checkpoint_rank(engine))
     files = find_checkpoint(load_dir, tag)
-    source, sums = RegroupSource(files, layout), Sums()
-    copier = Copier(sums, lambda count: None)
+    source = RegroupSource(files, layout)
     try:
+        for path in _checked_here(files, target, rank):
+            read_torch_file(path)  # torch has to be able to read experts' weights too
+            check_crcs(path)
         like = next(iter(files.shards.values()))
         path = own(directory, folder / shard_name(like, rank))
         path.unlink(missing_ok=True)  # a link to a file of the source that is called so too
-        write_shard(new_shard(source, target, rank), path, copier)
+        save(new_shard(source, target, rank), path)
         if rank.data == 0 and rank.model in files.models:
-            sums.check(files.models[rank.model], copier)
+            check_crcs(files.models[rank.model])
             write_model(source, target, rank.model, folder / files.models[rank.model].name)
-        for path in _checked_here(files, target, rank):
-            read_mapped(path)  # torch has to be able to read experts' weights too
-            sums.check(path, copier)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror}.") from error
-    finally:
-        copier.close()
 
 
 def _checked_here(files: CheckpointFiles, target: Layout, rank: Rank) -> list[Path]:

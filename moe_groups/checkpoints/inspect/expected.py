@@ -2,24 +2,29 @@
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from moe_groups.checkpoints.files import CheckpointFiles
-from moe_groups.checkpoints.inspect.partial_layout import partial_layout
 from moe_groups.checkpoints.inspect.report import Problem
-from moe_groups.checkpoints.inspect.scan import sound_pickle
-from moe_groups.checkpoints.inspect.slim_shard import read_slim_shard
 from moe_groups.checkpoints.inspect.weights import EngineState
-from moe_groups.checkpoints.layout import Layout, Rank
+from moe_groups.checkpoints.layout import (
+    FlatGroup,
+    FlatParam,
+    Layout,
+    Rank,
+    merge_ranks,
+    readable_options,
+)
 from moe_groups.checkpoints.manifest import Manifest, read_manifest
 from moe_groups.checkpoints.read_layout import check_states, layout_of_shards
-from moe_groups.checkpoints.shard import Shard, read_shard
-from moe_groups.checkpoints.torch_file import read_records, read_skeleton
+from moe_groups.checkpoints.shard import WRAPPERS, Shard, read_shard
+from moe_groups.checkpoints.torch_file import DAMAGE, read_torch_file
 from moe_groups.errors import CheckpointError
+from moe_groups.tags import LABELS
 
 T = TypeVar("T")
-WRAPPERS = ("ZeRO-1", "ZeRO-2", "BF16_Optimizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,6 @@ class Expected:
         layout: of the groups; of those ranks alone that could be read, where not complete.
         complete: does the layout hold every parameter of every rank?
         manifest: None where there is none that can be used.
-        shards: what had to be read for it, without a manifest.
         data_parallel_size: ranks of the run.
         problems: what was found on the way.
     """
@@ -41,7 +45,6 @@ class Expected:
     complete: bool
     data_parallel_size: int
     manifest: Manifest | None = None
-    shards: Mapping[Rank, Shard] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
 
     def said(self, key: str, kind: type[T]) -> T | None:
@@ -101,13 +104,13 @@ def _from_shards(
     try:
         if complete:
             layout = layout_of_shards(used)
-    except Exception as error:  # files that contradict each other in any way
+    except (CheckpointError, *DAMAGE) as error:  # files that contradict each other
         complete = False
         problems.append(Problem("content", "", _no_fit(files, error)))
     if not complete:
-        with contextlib.suppress(Exception):
-            layout = partial_layout(used)
-    return Expected(ranks, layout, complete, size, None, shards, tuple(problems))
+        with contextlib.suppress(CheckpointError, *DAMAGE):
+            layout = _partial_layout(used)
+    return Expected(ranks, layout, complete, size, None, tuple(problems))
 
 
 def _no_fit(files: CheckpointFiles, error: Exception) -> str:
@@ -120,29 +123,26 @@ def _readable(files: CheckpointFiles) -> dict[Rank, Shard]:
     shards: dict[Rank, Shard] = {}
     for rank, path in sorted(files.shards.items()):
         try:
-            if sound_pickle(path, read_records(path)):
-                shards[rank] = read_slim_shard(path)
+            shards[rank] = read_shard(path)
         except CheckpointError:
             if not shards:
-                _check_supported(files, rank)
-        except Exception:  # a damaged file that can be unpickled may hold anything
-            continue
+                _check_supported(path)
     return shards
 
 
-def _check_supported(files: CheckpointFiles, rank: Rank) -> None:
+def _check_supported(path: Path) -> None:
     """Raise where a shard is sound, but of another wrapper."""
     try:
-        read_skeleton(files.shards[rank])
+        read_torch_file(path)
     except CheckpointError:
         return
-    read_shard(files.shards[rank])
+    read_shard(path)
 
 
 def _says(shard: Shard) -> int | None:
     try:
         return shard.data_parallel_size
-    except Exception:
+    except DAMAGE:
         return None
 
 
@@ -154,6 +154,53 @@ def _data_parallel_size(
     said = [_says(shards[rank]) for rank in first]
     said += [engine.data_parallel_size for engine in engines.values()]
     return next((size for size in said if size), None)
+
+
+def _partial_layout(shards: Mapping[Rank, Shard]) -> Layout:
+    """The groups with what of their parameters is in these ranks' partitions.
+
+    The expert-parallel rank of a group is left open, and with it the numbers of its experts.
+
+    Args:
+        shards: of some ranks of a run.
+    """
+    built: dict[tuple[int, tuple[int, ...], int], FlatGroup] = {}
+    columns = []
+    for rank, shard in shards.items():
+        keys = [
+            (rank.model, shard.sharing(index, rank.data), index)
+            for index in range(len(shard.options))
+        ]
+        for key in keys:
+            built.setdefault(key, _partial_group(shards, *key))
+        columns.append((rank, [built[key] for key in keys]))
+    return merge_ranks(columns)
+
+
+def _partial_group(
+    shards: Mapping[Rank, Shard], model: int, ranks: tuple[int, ...], index: int
+) -> FlatGroup:
+    found: dict[str, FlatParam] = {}
+    present = [(place, Rank(model, data)) for place, data in enumerate(ranks)]
+    present = [(p, rank) for p, rank in present if rank in shards]
+    present = [(p, rank) for p, rank in present if index < len(shards[rank].options)]
+    for place, rank in present:
+        shard = shards[rank]
+        for name, start, numel in shard.fragments(index):
+            offset = place * shard.partition(index) + start
+            param = found.get(name, FlatParam(name, 0, offset))
+            found[name] = param._replace(numel=param.numel + numel)
+    first = shards[present[0][1]]
+    options = first.options[index]
+    return FlatGroup(
+        name=str(options.get("name", "")),
+        ranks=ranks,
+        params=tuple(sorted(found.values(), key=lambda param: param.offset)),
+        model_rank=model,
+        parallel_group=first.parallel_group(index),
+        labels={key: options[key] for key in LABELS if options.get(key) is not None},
+        options=readable_options(options),
+    )
 
 
 def without_folder(files: CheckpointFiles, message: str) -> str:

@@ -5,16 +5,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from moe_groups._common.own_folder import is_plain
-from moe_groups.checkpoints.files import LATEST, CheckpointFiles, check_saved, shard_name
+from moe_groups.checkpoints.files import (
+    LATEST,
+    STATES,
+    CheckpointFiles,
+    check_saved,
+    shard_name,
+)
 from moe_groups.checkpoints.inspect.expected import Expected, without_folder
 from moe_groups.checkpoints.inspect.report import Problem
 from moe_groups.checkpoints.inspect.weights import EngineState, missing_experts
 from moe_groups.checkpoints.layout import Rank
 from moe_groups.checkpoints.manifest import UNFINISHED
 from moe_groups.errors import CheckpointError
-
-STATES = "_states.pt"
-"""How names of DeepSpeed's files end that hold state; others may change."""
 
 _SHARD_NAME = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 

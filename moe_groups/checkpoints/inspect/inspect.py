@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from moe_groups._common.progress import Progress, ProgressSum, in_order
-from moe_groups.checkpoints.files import CheckpointFiles, find_checkpoint
+from moe_groups.checkpoints.files import STATES, CheckpointFiles, find_checkpoint
+from moe_groups.checkpoints.inspect.agreement import RankAgreement, ShardFacts
 from moe_groups.checkpoints.inspect.expected import Expected, expected_layout
 from moe_groups.checkpoints.inspect.experts import ParamKey, Place, expert_rows, find_places
 from moe_groups.checkpoints.inspect.files import (
-    STATES,
     check_finished,
     check_latest,
     check_presence,
     check_steps,
 )
 from moe_groups.checkpoints.inspect.report import CheckpointReport, Problem, ProblemKind, SavedGroup
-from moe_groups.checkpoints.inspect.shards import RankAgreement, ShardFacts, examine_shard
+from moe_groups.checkpoints.inspect.shards import examine_shard
 from moe_groups.checkpoints.inspect.weights import EngineState, examine_engines, examine_file
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.topology import ep_size_of
@@ -38,9 +38,10 @@ def inspect_checkpoint(
     """Groups, norms per expert, counters and damage of a checkpoint.
 
     For checkpoints of ZeRO-1, ZeRO-2 and BF16_Optimizer, with a manifest of this library
-    (``moe_groups.json``) or without. The files are read in small chunks and one shard's list of
-    tensors at a time (of all shards, where there is no manifest). They are unpickled, as when
-    DeepSpeed loads them: only for checkpoints that you trust.
+    (``moe_groups.json``) or without. Tensors stay in the files and are read in small chunks; each
+    worker has the list of tensors of one file in memory (and all shards', where there is no
+    manifest, until the groups are known). Files are unpickled, as when DeepSpeed loads them: only
+    for checkpoints that you trust.
 
     Args:
         directory: as for ``load_checkpoint``, or the folder of a tag.

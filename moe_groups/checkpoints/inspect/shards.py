@@ -1,80 +1,31 @@
 """Is one rank's optimizer state sound, and what is in it?"""
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from moe_groups.checkpoints.inspect.agreement import GroupFacts, ShardFacts
 from moe_groups.checkpoints.inspect.expected import Expected
 from moe_groups.checkpoints.inspect.experts import ParamKey, Place
-from moe_groups.checkpoints.inspect.report import Problem, ProblemKind, unreadable
-from moe_groups.checkpoints.inspect.scan import (
-    PICKLE,
-    Scan,
-    Segment,
+from moe_groups.checkpoints.inspect.figures import (
+    FLOATS,
+    changed_tensors,
     changed_text,
-    scan_file,
-    sound_pickle,
+    examine_values,
 )
-from moe_groups.checkpoints.inspect.slim_shard import (
-    extents,
-    name_record,
-    read_slim_shard,
-    segments,
-    state_bytes,
-    step_of,
-    wrapper_of,
+from moe_groups.checkpoints.inspect.report import MASTER_NAME, unreadable
+from moe_groups.checkpoints.layout import FlatGroup, Rank, fragments, readable_options
+from moe_groups.checkpoints.shard import (
+    MASTER,
+    Fragment,
+    Shard,
+    read_shard,
+    stated_fragments,
+    step_of_group,
 )
-from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank, readable_options
-from moe_groups.checkpoints.shard import Fragment, Shard, stated_fragments
-from moe_groups.checkpoints.torch_file import Record, read_records
-
-
-@dataclass(frozen=True, slots=True)
-class GroupFacts:
-    """What one rank's file says of a group.
-
-    Attributes:
-        index: of the group in the layout.
-        options: hyperparameters.
-        states: names of the optimizer state.
-        step: see :func:`step_of`.
-        size: bytes of state, master weights too.
-    """
-
-    index: int
-    options: dict[str, Any]
-    states: tuple[str, ...]
-    step: float | None
-    size: int
-
-
-@dataclass(slots=True)
-class ShardFacts:
-    """What was found in one rank's file.
-
-    Attributes:
-        rank: whose it is.
-        name: of the file.
-        wrapper: who saved it; None where it could not be read.
-        groups: in its order; empty where they are not those of the layout.
-        squares: sums of squares by group, parameter and state.
-        problems: what is wrong.
-        unstated: records without a CRC.
-    """
-
-    rank: Rank
-    name: str
-    wrapper: str | None = None
-    groups: list[GroupFacts] = field(default_factory=list)
-    squares: dict[ParamKey, dict[str, float]] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    unstated: int = 0
-
-    def report(self, kind: ProblemKind, text: str) -> None:
-        """Add a problem of this file."""
-        self.problems.append(Problem(kind, self.name, text))
+from moe_groups.checkpoints.torch_file import DAMAGE, PICKLE, compare_crcs
+from moe_groups.errors import CheckpointError
 
 
 def examine_shard(
@@ -96,27 +47,25 @@ def examine_shard(
         progress: is told how many bytes were read.
     """
     facts = ShardFacts(rank, path.name)
-    shard = expected.shards.get(rank)
     try:
-        records = read_records(path)
-        if sound_pickle(path, records):
-            shard = shard or read_slim_shard(path)
-            _examine_content(facts, shard, expected)
+        shard = None
+        if compare_crcs(path, names=[PICKLE]).changed:
+            facts.report("checksum", changed_text(path.name, PICKLE))
         else:
-            pickle = next(record for record in records if record.name == PICKLE)
-            facts.report("checksum", changed_text(path.name, pickle))
+            shard = read_shard(path)
+            _examine_content(facts, shard, expected)
         if data:
-            known = shard if facts.groups else None
-            groups = expected.layout.of(rank) if facts.groups else []
-            _examine_data(facts, path, records, known, groups, places, progress)
-    except Exception as error:
+            _compare_data(facts, path, shard, progress)
+        if data and shard is not None and facts.groups:
+            _examine_data(facts, shard, expected.layout.of(rank), places)
+    except (CheckpointError, *DAMAGE) as error:
         facts.problems.append(unreadable(path, path.name, error))
     return facts
 
 
 def _examine_content(facts: ShardFacts, shard: Shard, expected: Expected) -> None:
     """Compare with the layout; take the groups' figures where that is possible."""
-    facts.wrapper = wrapper_of(shard)
+    facts.wrapper = shard.wrapper
     size, rank = shard.data_parallel_size, facts.rank
     if size != expected.data_parallel_size:
         facts.report(
@@ -137,8 +86,8 @@ def _examine_content(facts: ShardFacts, shard: Shard, expected: Expected) -> Non
                 index=place,
                 options=readable_options(shard.options[index]),
                 states=tuple(sorted(shard.states(index))),
-                step=step_of(shard, index),
-                size=state_bytes(shard, index),
+                step=_step(shard, index),
+                size=_state_bytes(shard, index),
             )
         )
         for text in _too_short(shard, index):
@@ -171,168 +120,84 @@ def _named(fragment: Fragment) -> str:
     return f"{fragment.numel} elements of {fragment.name} from element {fragment.start} on"
 
 
+def _step(shard: Shard, index: int) -> float | None:
+    step = step_of_group(shard, index)
+    return 0.0 if step is None and not shard.states(index) else step
+
+
+def _tensors(shard: Shard, index: int) -> dict[str, torch.Tensor]:
+    """Master weights and optimizer state of a group, without counters."""
+    found = {MASTER_NAME: shard.optimizer[MASTER][index], **shard.states(index)}
+    return {n: t for n, t in found.items() if isinstance(t, torch.Tensor) and t.dim()}
+
+
+def _state_bytes(shard: Shard, index: int) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(shard, index).values())
+
+
+def _partitions(shard: Shard, index: int) -> dict[str, torch.Tensor]:
+    """Those that are as long as the group's partition."""
+    found = _tensors(shard, index)
+    lengths = (shard.partition(index), found[MASTER_NAME].numel())
+    return {name: tensor for name, tensor in found.items() if tensor.numel() in lengths}
+
+
 def _too_short(shard: Shard, index: int) -> Iterator[str]:
     end = max((start + numel for _, start, numel in shard.fragments(index)), default=0)
-    for state, extent in extents(shard, index).items():
-        if extent.size < end:
+    for state, tensor in _partitions(shard, index).items():
+        if tensor.numel() < end:
             name = str(shard.options[index].get("name", ""))
             yield (
-                f"{state} of group {index} ({name!r}) has {extent.size} elements, its parameters "
-                f"need {end}"
+                f"{state} of group {index} ({name!r}) has {tensor.numel()} elements, its "
+                f"parameters need {end}"
             )
+
+
+def _compare_data(
+    facts: ShardFacts, path: Path, shard: Shard | None, progress: Callable[[int], None]
+) -> None:
+    """Compare all records with their CRC-32; name the tensors that have changed."""
+    changed, facts.unstated = compare_crcs(path, progress)
+    changed = [record for record in changed if record != PICKLE]
+    named: list[str | None] = []
+    if changed and shard is not None:
+        tensors = {
+            f"{state} of group {index} ({str(options.get('name', ''))!r})": value
+            for index, options in enumerate(shard.options)
+            for state, value in (
+                (MASTER_NAME, shard.optimizer[MASTER][index]),
+                *shard.states(index).items(),
+            )
+            if isinstance(value, torch.Tensor)
+        }
+        named = [*changed_tensors(path, tensors)]
+    named += [None] * (len(changed) - len(named))
+    for record, what in zip(changed, named, strict=False):
+        facts.report("checksum", changed_text(path.name, record, what))
 
 
 def _examine_data(
-    facts: ShardFacts,
-    path: Path,
-    records: list[Record],
-    shard: Shard | None,
-    groups: list[FlatGroup],
-    places: dict[ParamKey, Place],
-    progress: Callable[[int], None],
+    facts: ShardFacts, shard: Shard, groups: list[FlatGroup], places: dict[ParamKey, Place]
 ) -> None:
-    wanted: list[Segment] = []
-    if shard is not None:
-        for index, group in enumerate(groups):
-            wanted.extend(segments(shard, index, group, facts.rank.data))
-    scan = scan_file(path, records, wanted, progress)
-    facts.unstated = scan.unstated
-    for record in scan.changed:
-        if record.name != PICKLE:
-            what = None
-            if shard is not None:
-                what = name_record(path, record.start, record.start + record.size)
-            facts.report("checksum", changed_text(path.name, record, what))
-    if shard is not None:
-        _take_figures(facts, scan)
-        _report_broken(facts, scan, {s.key: s.numel for s in wanted}, places)
-
-
-def _take_figures(facts: ShardFacts, scan: Scan) -> None:
-    for (index, name, state), square in scan.squares.items():
-        key = facts.groups[index].index, name
-        facts.squares.setdefault(key, {})[state] = square
-
-
-def _report_broken(
-    facts: ShardFacts,
-    scan: Scan,
-    sizes: dict[tuple[int, str, str], int],
-    places: dict[ParamKey, Place],
-) -> None:
-    for (index, name, state), count in sorted(scan.broken.items()):
-        place = places[facts.groups[index].index, name]
-        expert = "" if place.expert is None else f" (expert {place.expert})"
-        facts.report(
-            "not finite",
-            f"{facts.name}: {state} of {name}{expert}: {count:,} of "
-            f"{sizes[index, name, state]:,} values are NaN or infinite.",
-        )
-
-
-_SHOWN = 3
-_STATES = "the optimizer state"
-
-
-class RankAgreement:
-    """Takes the facts of one rank after the other and keeps little of them.
-
-    Args:
-        layout: the groups.
-    """
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.several_models = len(layout.model_ranks) > 1
-        self.sizes: Counter[int] = Counter()
-        self.files: dict[Rank, str] = {}
-        self.ranks: dict[int, list[Rank]] = defaultdict(list)
-        self.first: dict[int, GroupFacts] = {}
-        self.steps: dict[float, dict[Rank, list[int]]] = {}
-        self.other: dict[tuple[int, str], dict[str, list[Rank]]] = {}
-
-    def take(self, facts: ShardFacts) -> None:
-        """Add the groups of a rank."""
-        if facts.groups:
-            self.files[facts.rank] = facts.name
-        for group in facts.groups:
-            self.sizes[group.index] += group.size
-            self.ranks[group.index].append(facts.rank)
-            first = self.first.setdefault(group.index, group)
-            self._compare(first, group, facts.rank)
-            if group.step is not None and group.states == first.states:
-                ranks = self.steps.setdefault(group.step, defaultdict(list))
-                ranks[facts.rank].append(group.index)
-
-    def _compare(self, first: GroupFacts, group: GroupFacts, rank: Rank) -> None:
-        """Note what differs from the first rank that has the group."""
-        for key in (first.options.keys() | group.options.keys()) - {"step"}:
-            if first.options.get(key) != group.options.get(key):
-                self._note(group.index, key, repr(group.options.get(key)), rank)
-        if first.states != group.states:
-            self._note(group.index, _STATES, _listed(group.states), rank)
-
-    def _note(self, index: int, key: str, value: str, rank: Rank) -> None:
-        self.other.setdefault((index, key), {}).setdefault(value, []).append(rank)
-
-    def step(self, engine_steps: int | None) -> float | None:
-        """What most counters say; where two values tie, the engine's, or the larger."""
-        counts = {step: sum(map(len, ranks.values())) for step, ranks in self.steps.items()}
-        return max(counts, key=lambda s: (counts[s], s == engine_steps, s), default=None)
-
-    def steps_of(self) -> dict[int, float | None]:
-        """The counter of each group; None where its ranks differ."""
-        found: dict[int, float | None] = {}
-        for step, ranks in self.steps.items():
-            for index in {index for own in ranks.values() for index in own}:
-                found[index] = None if index in found else step
-        return found
-
-    def problems(self, engine_steps: int | None) -> Iterator[Problem]:
-        """What differs between ranks or groups."""
-        usual = self.step(engine_steps)
-        for step, ranks in sorted(self.steps.items()):
-            for rank, indices in ranks.items() if step != usual else ():
-                text = (
-                    f"{self._named(rank)}: the step counter of {self._groups(indices)} is "
-                    f"{step:g}, elsewhere it is {usual:g}."
-                )
-                yield Problem("step", self.files[rank], text)
-        for (rank, key, value, usually, where), indices in self._odd_ones().items():
-            text = (
-                f"{self._named(rank)}: {key} of {self._groups(indices)} is {value}, {where} it is "
-                f"{usually}."
-            )
-            yield Problem("content", self.files[rank], text)
-
-    def _odd_ones(self) -> dict[tuple[Rank, str, str, str, str], list[int]]:
-        """Groups by rank, key, its value there, the value elsewhere, and where that is."""
-        odd: dict[tuple[Rank, str, str, str, str], list[int]] = {}
-        for (index, key), values in sorted(self.other.items()):
-            differing = {rank for ranks in values.values() for rank in ranks}
-            same = [rank for rank in self.ranks[index] if rank not in differing]
-            first = self.first[index]
-            own = _listed(first.states) if key == _STATES else repr(first.options.get(key))
-            sides = {own: same, **values}
-            usual = max(sides, key=lambda value: len(sides[value]))
-            one = len(sides[usual]) == 1
-            where = f"for {self._named(sides[usual][0])}" if one else "for most ranks"
-            for value, ranks in sides.items():
-                for rank in ranks if value != usual else ():
-                    odd.setdefault((rank, key, value, usual, where), []).append(index)
-        return odd
-
-    def _groups(self, indices: list[int]) -> str:
-        names = list(dict.fromkeys(repr(self.layout.groups[index].name) for index in indices))
-        shown = ", ".join(names[:_SHOWN])
-        rest = len(indices) - min(len(names), _SHOWN)
-        more = f" and {rest:,} more" if rest else ""
-        return f"group{'s' * (len(indices) > 1)} {shown}{more}"
-
-    def _named(self, rank: Rank) -> str:
-        model = f" of model-parallel rank {rank.model}" if self.several_models else ""
-        return f"rank {rank.data}{model}"
-
-
-def _listed(states: tuple[str, ...]) -> str:
-    return ", ".join(states) or "nothing"
+    """Norms of each parameter in the rank's partitions, and what of it is not finite."""
+    for index, group in enumerate(groups):
+        for state, tensor in _partitions(shard, index).items():
+            if tensor.dtype not in FLOATS:
+                continue
+            flat = tensor.detach().flatten()
+            # with round_robin_gradients the file states the wrong places
+            for piece in fragments(group, facts.rank.data):
+                values = flat[piece.start :][: piece.numel]  # less where files contradict
+                if not values.numel():
+                    continue
+                square, broken = examine_values(values)
+                key = facts.groups[index].index, piece.param.name
+                facts.squares.setdefault(key, {})[state] = square
+                if broken:
+                    expert = places[key].expert
+                    which = "" if expert is None else f" (expert {expert})"
+                    facts.report(
+                        "not finite",
+                        f"{facts.name}: {state} of {piece.param.name}{which}: {broken:,} of "
+                        f"{values.numel():,} values are NaN or infinite.",
+                    )

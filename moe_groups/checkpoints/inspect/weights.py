@@ -9,18 +9,16 @@ from typing import Any
 import torch
 
 from moe_groups.checkpoints.files import CheckpointFiles
+from moe_groups.checkpoints.inspect.figures import FLOATS, changed_text, examine_values
 from moe_groups.checkpoints.inspect.report import Problem, unreadable
-from moe_groups.checkpoints.inspect.scan import (
-    FLOATS,
+from moe_groups.checkpoints.torch_file import (
+    DAMAGE,
     PICKLE,
-    Scan,
-    Segment,
-    changed_text,
-    scan_file,
-    sound_pickle,
+    compare_crcs,
+    read_torch_file,
+    reading,
 )
-from moe_groups.checkpoints.inspect.slim_shard import Extent, extent_of
-from moe_groups.checkpoints.torch_file import Record, read_records, read_skeleton
+from moe_groups.errors import CheckpointError
 
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 
@@ -52,41 +50,42 @@ def read_engine_state(path: Path) -> EngineState:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    content = read_skeleton(path)
+    content = read_torch_file(path)
     if not isinstance(content, Mapping):
         return EngineState()
-    sizes = content.get("checkpoint_parallel_dimensions") or {}
-    both = _number(sizes.get("pp_degree")), _number(sizes.get("tp_degree"))
-    experts = map(_number, content.get("num_experts") or ())
-    return EngineState(
-        global_steps=_number(content.get("global_steps")),
-        skipped_steps=_number(content.get("skipped_steps")),
-        data_parallel_size=_number(content.get("dp_world_size")),
-        model_parallel_size=None if None in both else both[0] * both[1],  # type: ignore[operator]
-        num_experts=tuple(count for count in experts if count is not None),
-        version=content.get("ds_version"),
-    )
+    with reading(path):
+        sizes = content.get("checkpoint_parallel_dimensions") or {}
+        both = _number(sizes.get("pp_degree")), _number(sizes.get("tp_degree"))
+        experts = map(_number, content.get("num_experts") or ())
+        return EngineState(
+            global_steps=_number(content.get("global_steps")),
+            skipped_steps=_number(content.get("skipped_steps")),
+            data_parallel_size=_number(content.get("dp_world_size")),
+            model_parallel_size=None if None in both else both[0] * both[1],  # type: ignore[operator]
+            num_experts=tuple(count for count in experts if count is not None),
+            version=content.get("ds_version"),
+        )
 
 
 def _number(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def parameters_in(path: Path) -> dict[str, Extent]:
+def parameters_in(path: Path) -> dict[str, torch.Tensor]:
     """The parameters of a file of weights by name, without buffers.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
-    content = read_skeleton(path)
+    content = read_torch_file(path)
     module = content.get("module", content) if isinstance(content, Mapping) else None
     if not isinstance(module, Mapping):
         return {}
     buffers = set(content.get("buffer_names") or ())  # a mask may be infinite
     return {
-        str(name): extent_of(tensor)
+        str(name): tensor
         for name, tensor in module.items()
-        if isinstance(tensor, torch.Tensor) and tensor.is_contiguous() and name not in buffers
+        if isinstance(tensor, torch.Tensor) and name not in buffers
     }
 
 
@@ -111,12 +110,11 @@ def examine_engines(
     engines, problems = {}, []
     for model, path in files.models.items():
         try:
-            pickle = [record for record in read_records(path) if record.name == PICKLE]
-            if sound_pickle(path, pickle):
-                engines[model] = read_engine_state(path)
+            if compare_crcs(path, names=[PICKLE]).changed:
+                problems.append(Problem("checksum", path.name, changed_text(path.name, PICKLE)))
             else:
-                problems.append(Problem("checksum", path.name, changed_text(path.name, pickle[0])))
-        except Exception as error:
+                engines[model] = read_engine_state(path)
+        except CheckpointError as error:
             problems.append(unreadable(path, path.name, error))
     return engines, problems
 
@@ -125,24 +123,20 @@ def examine_file(
     path: Path, name: str, data: bool, progress: Callable[[int], None]
 ) -> tuple[list[Problem], int]:
     """Problems of a file of weights, and its number of records without a CRC."""
+    problems: list[Problem] = []
+    unstated = 0
     try:
-        records = read_records(path)
-        scan = _scan_weights(path, records, progress) if data else Scan()
-    except Exception as error:
-        return [unreadable(path, name, error)], 0
-    problems = [Problem("checksum", name, changed_text(name, record)) for record in scan.changed]
-    problems += [
-        Problem("not finite", name, f"{name}: {count:,} values of {param} are NaN or infinite.")
-        for (_, param, _), count in scan.broken.items()
-    ]
-    return problems, scan.unstated
+        changed, unstated = compare_crcs(path, progress, None if data else [PICKLE])
+        problems += [Problem("checksum", name, changed_text(name, record)) for record in changed]
+        if data and PICKLE not in changed:
+            problems += _not_finite(path, name)
+    except (CheckpointError, *DAMAGE) as error:
+        problems.append(unreadable(path, name, error))
+    return problems, unstated
 
 
-def _scan_weights(path: Path, records: list[Record], progress: Callable[[int], None]) -> Scan:
-    found = parameters_in(path) if sound_pickle(path, records) else {}
-    segments = [
-        Segment(extent.start, extent.size, extent.dtype, (0, name, "weights"))
-        for name, extent in found.items()
-        if extent.dtype in FLOATS and extent.size
-    ]
-    return scan_file(path, records, segments, progress)
+def _not_finite(path: Path, name: str) -> Iterator[Problem]:
+    for param, tensor in parameters_in(path).items():
+        if tensor.dtype in FLOATS and (count := examine_values(tensor)[1]):
+            text = f"{name}: {count:,} values of {param} are NaN or infinite."
+            yield Problem("not finite", name, text)

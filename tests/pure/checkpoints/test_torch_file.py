@@ -1,14 +1,10 @@
-"""Files of ``torch.save``: read without bytes, written without bytes, and filled later."""
+"""Files of ``torch.save``: read as they are, compared with their CRC-32, refused when damaged."""
 
 import contextlib
-import os
 import random
-import struct
 import zipfile
-import zlib
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from moe_groups.checkpoints.torch_file import (
-    fake_like,
-    read_records,
-    read_skeleton,
-    read_small,
-    storage_of,
-    storage_start,
-    tensor_start,
-    tensors_in,
-    write_crcs,
-    write_skeleton,
-)
+from moe_groups.checkpoints.torch_file import check_crcs, compare_crcs, read_torch_file, save
 from moe_groups.errors import CheckpointError
+from tests.support.checkpoints.checkpoint_damage import records_of
 
 DTYPES = [
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn),
@@ -45,9 +31,7 @@ def base_tensors(draw: st.DrawFn) -> torch.Tensor:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     count = int(torch.tensor(shape).prod()) if shape else 1
     raw = torch.randint(0, 2, (count, dtype.itemsize), dtype=torch.uint8, generator=generator)
-    tensor = raw.view(torch.uint8).flatten().view(dtype).reshape(shape)
-    assert tensor.dtype is dtype
-    return tensor
+    return raw.flatten().view(dtype).reshape(shape)
 
 
 @st.composite
@@ -58,14 +42,11 @@ def contents(draw: st.DrawFn) -> Any:
     @st.composite
     def leaves(draw: st.DrawFn) -> Any:
         tensor = draw(st.sampled_from(pool))
-        kind = draw(st.sampled_from(["same", "view", "parameter", "grad", "transposed", "scalar"]))
-        floating = tensor.is_floating_point()
+        kind = draw(st.sampled_from(["same", "view", "parameter", "transposed", "scalar"]))
         if kind == "view" and tensor.dim() and tensor.shape[0] > 1:
             return tensor[1:]
         if kind == "parameter":
-            return torch.nn.Parameter(tensor, requires_grad=floating and draw(st.booleans()))
-        if kind == "grad" and floating:
-            return tensor.detach().clone().requires_grad_()
+            return torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
         if kind == "transposed" and tensor.dim() == 2:
             return tensor.t()
         return (
@@ -85,46 +66,27 @@ def contents(draw: st.DrawFn) -> Any:
     return draw(st.recursive(leaves(), nested, max_leaves=8))
 
 
-def assert_same(found: Any, wanted: Any, data: bool) -> None:
-    """Equal in structure and layout, and with ``data`` in every bit."""
+def assert_same(found: Any, wanted: Any) -> None:
+    """Equal in structure, layout and every bit."""
     if isinstance(wanted, torch.Tensor):
         assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-        assert (found.stride(), found.storage_offset()) == (
-            wanted.stride(),
-            wanted.storage_offset(),
-        )
-        assert found.requires_grad == wanted.requires_grad
-        if data:
-            assert type(found) is torch.Tensor  # also where it was a Parameter
-            assert as_bytes(found) == as_bytes(wanted)
+        assert found.stride() == wanted.stride()
+        assert as_bytes(found) == as_bytes(wanted)
     elif isinstance(wanted, dict):
         assert type(found) is type(wanted)
         assert list(found) == list(wanted)
         for key, value in wanted.items():
-            assert_same(found[key], value, data)
+            assert_same(found[key], value)
     elif isinstance(wanted, list | tuple):
         assert (type(found), len(found)) == (type(wanted), len(wanted))
         for one, other in zip(found, wanted, strict=True):
-            assert_same(one, other, data)
+            assert_same(one, other)
     else:
         assert found == wanted
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.detach().contiguous().flatten().view(torch.uint8).tolist())
-
-
-def copy_bytes(skeleton: Any, source: Path, records: dict[int, Any], target: Path) -> None:
-    """Fill what :func:`write_skeleton` wrote with the bytes of the file that was read."""
-    crcs = {}
-    with open(source, "rb") as read, open(target, "r+b") as write:
-        for tensor in tensors_in(skeleton):
-            record = records[storage_of(tensor)]
-            data = os.pread(read.fileno(), record.size, storage_start(tensor))
-            assert len(data) == record.size == tensor.untyped_storage().nbytes()
-            os.pwrite(write.fileno(), data, record.start)
-            crcs[record.start] = zlib.crc32(data)
-    write_crcs(target, crcs)
 
 
 @pytest.fixture(scope="module")
@@ -135,125 +97,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(contents())
 @settings(max_examples=40, derandomize=True)
 def test_there_and_back(folder: Path, content: Any) -> None:
+    """What is read can be saved again without being loaded, and is sound."""
     source, target = folder / "source.pt", folder / "target.pt"
     torch.save(content, source)
-    skeleton = read_skeleton(source)
-    assert_same(skeleton, content, data=False)
-    copy_bytes(skeleton, source, write_skeleton(skeleton, target), target)
-    loaded = torch.load(target, weights_only=False)
-    assert_same(loaded, content, data=True)
+    save(read_torch_file(source), target)
+    assert_same(torch.load(target, weights_only=False), content)
+    assert compare_crcs(target) == ([], 0)
     with zipfile.ZipFile(target) as archive:
         assert archive.testzip() is None
-
-
-@given(contents())
-@settings(max_examples=40, derandomize=True)
-def test_records_and_starts(folder: Path, content: Any) -> None:
-    """Each says where zipfile and ``torch.load`` find the same bytes."""
-    path = folder / "records.pt"
-    torch.save(content, path)
-    whole = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        wanted = [
-            (info.filename.split("/", 1)[1], archive.read(info), info.CRC)
-            for info in archive.infolist()
-        ]
-    found = [(r.name, whole[r.start : r.start + r.size], r.crc) for r in read_records(path)]
-    assert found == wanted
-    loaded = torch.load(path, weights_only=False)
-    for fake, real in zip(tensors_in(read_skeleton(path)), tensors_in(loaded), strict=True):
-        if real.is_contiguous():
-            start = tensor_start(fake)
-            assert whole[start : start + real.nbytes] == as_bytes(real)
-            again = read_small(path, fake)
-            assert (again.dtype, again.shape) == (real.dtype, real.shape)
-            assert as_bytes(again) == as_bytes(real)
-
-
-def test_new_tensors_in_a_skeleton(tmp_path: Path) -> None:
-    """Partitions of other sizes beside what was read."""
-    source, target = tmp_path / "source.pt", tmp_path / "target.pt"
-    torch.save({"old": torch.arange(5), "step": torch.tensor(7.0)}, source)
-    skeleton = read_skeleton(source)
-    skeleton["old"] = fake_like(torch.bfloat16, 1000)
-    records = write_skeleton(skeleton, target)
-    record = records[storage_of(skeleton["old"])]
-    step = records[storage_of(skeleton["step"])]
-    data = torch.arange(1000).to(torch.bfloat16)
-    assert (record.size, step.size) == (2000, 4)
-    with open(target, "r+b") as file:
-        os.pwrite(file.fileno(), as_bytes(data), record.start)
-        os.pwrite(file.fileno(), struct.pack("<f", 7.0), step.start)
-    crcs = {record.start: zlib.crc32(as_bytes(data)), step.start: zlib.crc32(struct.pack("<f", 7))}
-    write_crcs(target, crcs)
-    loaded = torch.load(target)
-    assert torch.equal(loaded["old"], data)
-    assert loaded["step"].item() == 7.0
-    with zipfile.ZipFile(target) as archive:
-        assert archive.testzip() is None
-
-
-def test_other_records_keep_their_crcs(tmp_path: Path) -> None:
-    path = tmp_path / "a.pt"
-    torch.save([torch.ones(3), torch.zeros(3)], path)
-    before = read_records(path)
-    first = next(record for record in before if record.name == "data/0")
-    write_crcs(path, {first.start: 0x12345678})
-    wanted = [r._replace(crc=0x12345678) if r is first else r for r in before]
-    assert read_records(path) == wanted
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() == "a/data/0"
-
-
-def test_crcs_of_records_without_a_descriptor(tmp_path: Path) -> None:
-    path = tmp_path / "plain.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data/0", b"before")
-        archive.writestr("a/data/1", b"others")
-    first, _ = read_records(path)
-    with open(path, "r+b") as file:
-        os.pwrite(file.fileno(), b"behind", first.start)
-    write_crcs(path, {first.start: zlib.crc32(b"behind")})
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None
-    header = path.read_bytes()[: first.start]
-    assert struct.unpack_from("<I", header, 14) == (zlib.crc32(b"behind"),)
-
-
-# ---- what cannot be converted ---------------------------------------------------------
-
-
-@dataclass
-class Holder:
-    held: Any
-
-
-class Mark:
-    """An object without tensors."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mark)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-@pytest.mark.parametrize("hide", [Holder, lambda tensor: deque([tensor]), lambda tensor: {tensor}])
-def test_hidden_tensors_are_refused(tmp_path: Path, hide: Any) -> None:
-    source, target = tmp_path / "source.pt", tmp_path / "target.pt"
-    torch.save({"seen": torch.ones(3), "object": hide(torch.ones(2))}, source)
-    with pytest.raises(CheckpointError, match=r"target\.pt holds tensors inside of objects"):
-        write_skeleton(read_skeleton(source), target)
-
-
-def test_objects_without_tensors_are_kept(tmp_path: Path) -> None:
-    source, target = tmp_path / "source.pt", tmp_path / "target.pt"
-    content: dict[str, Any] = {"seen": torch.ones(3), "object": Holder([1, Mark()]), "mark": Mark()}
-    torch.save(content, source)
-    skeleton = read_skeleton(source)
-    copy_bytes(skeleton, source, write_skeleton(skeleton, target), target)
-    loaded = torch.load(target, weights_only=False)
-    assert torch.equal(loaded.pop("seen"), content.pop("seen"))
-    assert loaded == content
 
 
 # ---- damage ---------------------------------------------------------------------------
@@ -266,8 +117,18 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
+def flipped(content: bytes, at: int, bit: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
+
+
+def flips(first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """A bit of each byte."""
+    randomness = random.Random(0)
+    return ((at, randomness.randrange(8)) for at in range(first, stop))
+
+
 def test_missing(tmp_path: Path) -> None:
-    for read in (read_records, read_skeleton):
+    for read in (check_crcs, read_torch_file):
         with pytest.raises(CheckpointError, match=r"no\.pt is missing\."):
             read(tmp_path / "no.pt")
         with pytest.raises(CheckpointError, match="cannot be read"):
@@ -280,58 +141,46 @@ def test_old_format(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"old\.pt cannot be read \(.*cut off, or.*old format"
     ):
-        read_skeleton(path)
+        read_torch_file(path)
 
 
 def test_every_truncation(saved: Path) -> None:
     content = saved.read_bytes()
     for length in range(len(content)):
         saved.write_bytes(content[:length])
-        for read in (read_records, read_skeleton):
+        for read in (check_crcs, read_torch_file):
             with pytest.raises(CheckpointError, match="cannot be read"):
                 read(saved)
 
 
-def flips(first: int, stop: int, bits: int) -> Iterator[tuple[int, int]]:
-    """Some bits of each byte."""
-    randomness = random.Random(0)
-    for at in range(first, stop):
-        yield from ((at, bit) for bit in randomness.sample(range(8), bits))
-
-
-def assert_records_are_in_the_file(path: Path) -> None:
-    size = path.stat().st_size
-    for record in read_records(path):
-        assert 0 <= record.start <= record.start + record.size < size
-
-
-def test_flipped_bits_of_the_directory(saved: Path) -> None:
-    content = saved.read_bytes()
-    with zipfile.ZipFile(saved) as archive:
-        start = archive.start_dir
+def test_every_changed_byte(saved: Path) -> None:
+    """In a record it is found; elsewhere it is found, or what is read is what was saved."""
+    content, right = saved.read_bytes(), torch.load(saved)
+    inside = {at: record.name for record in records_of(saved) for at in range(*record[1:])}
     errors = 0
-    for at, bit in flips(start, len(content), 1):
+    for at, bit in flips(0, len(content)):
         saved.write_bytes(flipped(content, at, bit))
-        for read in (assert_records_are_in_the_file, read_skeleton):
-            with contextlib.suppress(CheckpointError):
-                read(saved)
-                errors -= 1
-            errors += 1
+        if at in inside:
+            assert compare_crcs(saved).changed == [inside[at]]
+            with pytest.raises(CheckpointError, match=rf"record {inside[at]} do not have the CRC"):
+                check_crcs(saved)
+            continue
+        with contextlib.suppress(CheckpointError):
+            check_crcs(saved)
+            assert_same(read_torch_file(saved), right)
+            errors -= 1
+        errors += 1
     assert errors > 100
 
 
-def flipped(content: bytes, at: int, bit: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
-
-
-def test_flipped_bits_of_the_pickle(saved: Path) -> None:
-    """They could make anything of it, and some take minutes and all memory."""
+def test_a_changed_pickle_is_not_unpickled(saved: Path) -> None:
+    """Changed bytes could make anything of it, and some take minutes and all memory."""
     content = saved.read_bytes()
-    pickle = next(record for record in read_records(saved) if record.name == "data.pkl")
-    for at, bit in flips(pickle.start, pickle.start + pickle.size, 1):
+    (pickle,) = (record for record in records_of(saved) if record.name == "data.pkl")
+    for at, bit in flips(pickle.start, pickle.stop):
         saved.write_bytes(flipped(content, at, bit))
         with pytest.raises(CheckpointError, match="CRC"):
-            read_skeleton(saved)
+            read_torch_file(saved)
 
 
 def test_files_without_crcs(saved: Path) -> None:
@@ -341,8 +190,9 @@ def test_files_without_crcs(saved: Path) -> None:
         torch.save({"a": torch.ones(3)}, saved)
     finally:
         torch.serialization.set_crc32_options(True)
-    assert read_skeleton(saved)["a"].shape == (3,)
-    assert {record.crc for record in read_records(saved)} == {0}
+    assert read_torch_file(saved)["a"].shape == (3,)
+    with zipfile.ZipFile(saved) as archive:
+        assert compare_crcs(saved) == ([], len(archive.infolist()))
 
 
 def test_broken_pickle_in_a_sound_archive(tmp_path: Path) -> None:
@@ -351,49 +201,9 @@ def test_broken_pickle_in_a_sound_archive(tmp_path: Path) -> None:
         archive.writestr("a/data.pkl", b"no pickle")
         archive.writestr("a/version", b"3")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        read_skeleton(path)
+        read_torch_file(path)
 
 
-# ---- more than 4 GiB ------------------------------------------------------------------
-
-GIB = 1 << 30
-
-
-@pytest.fixture
-def sparse(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "sparse.pt"
-    with open(path, "wb") as file:
-        file.truncate(GIB)
-    if path.stat().st_blocks * 512 > GIB // 2:
-        pytest.skip("the file system has no sparse files")
-    yield path
-    path.unlink()
-
-
-def test_more_than_4_gib(sparse: Path) -> None:
-    large, small = fake_like(torch.float32, 5 * GIB // 4), fake_like(torch.bfloat16, 3)
-    records = write_skeleton({"first": small, "large": large, "last": [small[1:]]}, sparse)
-    assert sparse.stat().st_size > 5 * GIB
-    assert sparse.stat().st_blocks * 512 < 1 << 20
-    one, two = records[storage_of(small)], records[storage_of(large)]
-    assert (one.size, two.size) == (6, 5 * GIB)
-    end = b"end"
-    with open(sparse, "r+b") as file:
-        os.pwrite(file.fileno(), end, two.start + two.size - 3)
-    write_crcs(sparse, {one.start: 0x11111111, two.start: 0x22222222})
-
-    with zipfile.ZipFile(sparse) as archive:
-        infos = {info.filename.split("/", 1)[1]: info for info in archive.infolist()}
-    assert infos["data/0"].CRC == 0x11111111
-    assert (infos["data/1"].CRC, infos["data/1"].file_size) == (0x22222222, 5 * GIB)
-    for record, crc in ((one, 0x11111111), (two, 0x22222222)):
-        with open(sparse, "rb") as file:  # the descriptor: signature, CRC, sizes
-            wide = record is two
-            descriptor = os.pread(file.fileno(), 24 if wide else 16, record.start + record.size)
-        layout = "<4sIQQ" if wide else "<4sIII"
-        assert struct.unpack(layout, descriptor) == (b"PK\x07\x08", crc, record.size, record.size)
-    skeleton = read_skeleton(sparse)
-    assert tensor_start(skeleton["large"]) == two.start
-    assert tensor_start(skeleton["last"][0]) == one.start + 2
-    loaded = torch.load(sparse, mmap=True)
-    assert bytes(loaded["large"].view(torch.uint8)[-3:].tolist()) == end
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="could not write"):
+        save(torch.ones(3), tmp_path / "no/such.pt")

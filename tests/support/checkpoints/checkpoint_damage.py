@@ -1,14 +1,12 @@
 """Ways to damage a checkpoint, each as a disk, a network or a person would do it."""
 
 import os
-import zlib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-
-from moe_groups.checkpoints.shard import read_shard
-from moe_groups.checkpoints.torch_file import Record, read_records, tensor_start, write_crcs
 
 
 def shard_path(folder: Path, data_rank: int) -> Path:
@@ -16,14 +14,43 @@ def shard_path(folder: Path, data_rank: int) -> Path:
     return path
 
 
-def place_of(path: Path, group: int, state: str) -> int:
-    """Where a group's state begins in a shard; ``state`` is "fp32" or the optimizer's name."""
-    shard = read_shard(path)
+def state_in(content: Any, group: int, state: str) -> torch.Tensor:
+    """A group's tensor in a shard; ``state`` is "fp32" or the optimizer's name."""
+    optimizer = content["optimizer_state_dict"]
     if state == "fp32":
-        tensor = shard.optimizer["single_partition_of_fp32_groups"][group]
+        found: torch.Tensor = optimizer["single_partition_of_fp32_groups"][group]
     else:
-        tensor = shard.states(group)[state]
-    return tensor_start(tensor)
+        found = optimizer["base_optimizer_state"]["state"][group][state]
+    return found.detach()
+
+
+def place_of(path: Path, group: int, state: str) -> int:
+    """Where that tensor begins in the file."""
+    tensor = state_in(torch.load(path, weights_only=False), group, state)
+    whole, sought = path.read_bytes(), tensor.numpy().tobytes()
+    assert whole.count(sought) == 1
+    return whole.index(sought)
+
+
+class Record(NamedTuple):
+    """A record, and where its bytes are in the file."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def records_of(path: Path) -> list[Record]:
+    whole, found = path.read_bytes(), []
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            name, extra = (
+                int.from_bytes(whole[info.header_offset + at :][:2], "little") for at in (26, 28)
+            )
+            start = info.header_offset + 30 + name + extra
+            assert whole[start : start + info.file_size] == archive.read(info)
+            found.append(Record(info.filename.partition("/")[2], start, start + info.file_size))
+    return found
 
 
 def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
@@ -32,17 +59,13 @@ def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
         os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), offset)
 
 
-def overwrite(path: Path, offset: int, value: float) -> None:
-    """Put an fp32 number into a record, as the run itself would have saved it."""
-    with open(path, "r+b") as file:
-        os.pwrite(file.fileno(), torch.tensor(value).numpy().tobytes(), offset)
-    record = next(r for r in read_records(path) if r.start <= offset < r.start + r.size)
-    write_crcs(path, {record.start: zlib.crc32(_bytes_of(path, record))})
+def overwrite(path: Path, group: int, state: str, element: int, value: float) -> None:
+    """Put a number into a tensor, as the run itself would have saved it."""
 
+    def change(content: dict[str, object]) -> None:
+        state_in(content, group, state).view(-1)[element] = value
 
-def _bytes_of(path: Path, record: Record) -> bytes:
-    with open(path, "rb") as file:
-        return os.pread(file.fileno(), record.size, record.start)
+    save_again(path, change)
 
 
 def cut(path: Path) -> None:

@@ -120,12 +120,9 @@ def _live(
 ) -> None:
     import torch
 
-    from moe_groups.checkpoints.torch_file import fake_like
-
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
     job = getattr(importlib.import_module(name[0]), name[1])
-    fake_like(torch.float32, 1)  # its first use imports a lot
     count = 0
 
     def watch(event: str, values: tuple[Any, ...]) -> None:

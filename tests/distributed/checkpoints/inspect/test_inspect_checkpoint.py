@@ -235,7 +235,7 @@ def put(value: float, state: str, group: int) -> Callable[[Path], None]:
 
     def do(folder: Path) -> None:
         path = shard_path(folder, 1)
-        overwrite(path, place_of(path, group, state) + (0 if state == "step" else 4), value)
+        overwrite(path, group, state, 0 if state == "step" else 1, value)
 
     return do
 

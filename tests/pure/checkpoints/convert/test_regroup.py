@@ -3,7 +3,7 @@
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from hypothesis import given, settings, strategies as st
 from moe_groups import MoE
 from moe_groups.checkpoints.convert.convert import regroup_checkpoint
 from moe_groups.checkpoints.files import find_checkpoint
+from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
 from moe_groups.checkpoints.manifest import Manifest, read_manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
 from moe_groups.errors import CheckpointError
+from tests.support.checkpoints.checkpoint_damage import save_again
 from tests.support.checkpoints.made_checkpoints import (
     make_checkpoint,
     random_state,
@@ -307,6 +309,45 @@ def test_groups_with_other_counters_do_not_become_one(place: Path) -> None:
         state[3]["step"] += 1
         torch.save(content, path)
     refused(place / "a", place, ONE, "'step'.* 7.* and .*8")
+
+
+def change_states(source: Path, change: Callable[[dict[str, Any]], None], rank: str = "*") -> None:
+    for path in source.glob(f"*/*pp_rank_{rank}_*optim*"):
+        save_again(path, lambda content: change(content["optimizer_state_dict"]))  # type: ignore[arg-type]
+
+
+def test_groups_with_states_of_other_dtypes_do_not_become_one(place: Path) -> None:
+    make_checkpoint(place / "a", MANY, random_state(MANY))
+
+    def change(optimizer: dict[str, Any]) -> None:
+        state = optimizer["base_optimizer_state"]["state"][3]
+        state["exp_avg"] = state["exp_avg"].bfloat16()
+
+    change_states(place / "a", change)
+    refused(place / "a", place, ONE, r"exp_avg in torch.float32 and torch.bfloat16")
+
+
+def test_a_state_that_is_too_short_is_refused(source: Path, place: Path) -> None:
+    def change(optimizer: dict[str, Any]) -> None:
+        state = optimizer["base_optimizer_state"]["state"][0]
+        state["exp_avg"] = state["exp_avg"][:3].clone()
+
+    change_states(source, change, rank="2")
+    refused(source, place, MANY, r"pp_rank_2_.*: exp_avg of group 0 has 3 elements, its param")
+
+
+def test_a_state_that_is_not_there_is_refused(source: Path, place: Path) -> None:
+    change_states(source, lambda o: o["base_optimizer_state"]["state"][0].pop("exp_avg"), rank="2")
+    refused(source, place, MANY, r"pp_rank_2_.* cannot be read \(KeyError: 'exp_avg'\)")
+
+
+@pytest.mark.parametrize("kind", ["zero", "bf16"])
+def test_what_was_converted_can_be_inspected(kind: str, place: Path) -> None:
+    make_checkpoint(place / "a", ONE, random_state(ONE), kind)
+    regroup_checkpoint(place / "a", place / "b", MANY)
+    report = inspect_checkpoint(place / "b")
+    assert report.problems == ()
+    assert report.wrapper == ("ZeRO-2" if kind == "zero" else "BF16_Optimizer")
 
 
 def test_other_parameters_are_refused(source: Path, place: Path) -> None:
