@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from moe_groups._common.arguments import LEVELS, OptimizerKind
-from moe_groups._common.units import parse_bytes
+from moe_groups._common.text import parse_bytes
 from moe_groups.cli.checkpoints import add_commands
 from moe_groups.cli.progress import quiet
 from moe_groups.cli.topology import add_topology

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe_groups._common.units import show_bytes
+from moe_groups._common.text import show_bytes
 from moe_groups.checkpoints.inspect.report import CheckpointReport, SavedExpert, SavedGroup
 from moe_groups.cli.progress import quiet, show_progress, show_seconds
 from moe_groups.cli.render import MOST_ROWS, name_pattern, new_table, print_with, say_hidden

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_groups._common.units import show_bytes
+from moe_groups._common.text import show_bytes
 from moe_groups.cli.render import MOST_ROWS, name_pattern, new_table, print_with
 
 if TYPE_CHECKING:

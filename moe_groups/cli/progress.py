@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from moe_groups._common.units import show_bytes
+from moe_groups._common.text import show_bytes
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from moe_groups._common.text_table import html_table, text_table
+from moe_groups._common.text import html_table, text_table
 from moe_groups._deepspeed.engines import engine_data_parallel_group, is_engine, stepped_groups
 from moe_groups._deepspeed.process_groups import expert_data_parallel_size, expert_parallel_rank
 from moe_groups.errors import InvalidArgumentError

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from moe_groups._common.arguments import SplitBy
-from moe_groups._common.units import show_bytes
+from moe_groups._common.text import show_bytes
 from moe_groups._common.warn import warn
 from moe_groups.errors import CostlyGroupsWarning
 from moe_groups.groups.grouping import lines, padded_partition

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from moe_groups._common.units import show_bytes
+from moe_groups._common.text import show_bytes
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory.step_config import StepConfig
 from moe_groups.tags import get_expert_tag, numel_of, parallel_group_of

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 
 from moe_groups._common.garbage import no_garbage_collection
-from moe_groups._common.text_table import text_table
+from moe_groups._common.text import text_table
 from moe_groups.errors import InvalidArgumentError, MeasurementError
 from moe_groups.memory.recorders import CPURecorder, CUDARecorder, Recording, Segment
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_groups._common.arguments import LEVELS, SplitBy, check_one_of
-from moe_groups._common.units import parse_bytes, show_bytes
+from moe_groups._common.text import parse_bytes, show_bytes
 from moe_groups.errors import InvalidArgumentError, PlanError
 from moe_groups.groups.families import read_table
 from moe_groups.groups.grouping import fingerprint, lines, name_groups

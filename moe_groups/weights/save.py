@@ -12,7 +12,7 @@ from torch import distributed, nn
 from moe_groups._common.arguments import check_one_of, need
 from moe_groups._common.own_folder import finished_file
 from moe_groups._common.ranks import on_all_ranks
-from moe_groups._common.units import parse_bytes
+from moe_groups._common.text import parse_bytes
 from moe_groups._deepspeed.engines import is_pipeline
 from moe_groups._deepspeed.process_groups import tensor_parallel_size
 from moe_groups.errors import CheckpointError, InvalidArgumentError

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from moe_groups._common.units import show_bytes
+from moe_groups._common.text import show_bytes
 from moe_groups.errors import CheckpointError
 
 ProblemKind: TypeAlias = Literal[

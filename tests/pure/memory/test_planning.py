@@ -22,7 +22,7 @@ from moe_groups import (
     set_expert_tag,
 )
 from moe_groups._common.arguments import OptimizerKind
-from moe_groups._common.units import show_bytes
+from moe_groups._common.text import show_bytes
 from moe_groups.errors import CostlyGroupsWarning, InvalidArgumentError, PlanError
 from moe_groups.memory.cost_warning import Alike, least_peak, peak_of, simple_cuts
 from moe_groups.memory.cuts import Cut, Line

@@ -14,7 +14,7 @@ from moe_groups import (
     estimate_step_memory,
     set_expert_tag,
 )
-from moe_groups._common.units import parse_bytes, show_bytes
+from moe_groups._common.text import parse_bytes, show_bytes
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory.estimate import on_ranks
 

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import tabulate
 from hypothesis import given, strategies as st
 
-from moe_groups._common.text_table import html_table, text_table
+from moe_groups._common.text import html_table, text_table
 
 CELLS = st.text("ab<&-.1,", max_size=6)
 
