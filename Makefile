@@ -23,8 +23,8 @@ BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory 
   regroup_checkpoint checkpoint_faults topologies checkpointing load_experts group_metrics
 
 .PHONY: demo test test-long test-numeric campaign lint docs bench compatibility clean
-# What needs no process group runs on two workers, the rest in one session, whose pools of ranks
-# are started once.
+# Two workers each: a rank mostly waits for the others. Files stay together, as each worker starts
+# its pools of ranks once. What is long counts on its time, and runs alone.
 PYTEST := $(BIN)/python -m pytest
 PURE := OMP_NUM_THREADS=1 $(PYTEST) tests/pure -n 2 --dist worksteal
 RANKS_TOO := $(PYTEST) tests/distributed tests/gpu
@@ -36,7 +36,7 @@ demo: $(VENV)/.demo unlock
 
 test: $(VENV)/.test
 	$(PURE) -m "not long and not campaign"
-	$(RANKS_TOO) -m "not long and not campaign"
+	$(RANKS_TOO) -n 2 --dist loadfile -m "not long and not campaign"
 
 test-long: $(VENV)/.test
 	$(PURE) -m long
