@@ -207,9 +207,7 @@ def resume(folder: str) -> tuple[bool, str]:
     first = engine("expert")
     train(first, 2)
     first.save_checkpoint(folder)
-    origin = own_origin(first)
-    assert origin is not None
-    assert origin.names == ("muon", "adam")
+    assert own_origin(first) is None  # MuonWithAuxAdam sorts its parameters by size
     expected = train(first, 2, first=2), weights(first)
     second = engine("expert")
     second.load_checkpoint(folder)
