@@ -69,7 +69,11 @@ def test_figures_in_the_readme() -> None:
     ("args", "ranks"),
     [
         (["--bf16-optimizer", "--split-by", "expert"], 2),
-        (["--zero-stage", "1", "--ep-size", "1", "--split-by", "parallel_group"], 4),
+        pytest.param(
+            ["--zero-stage", "1", "--ep-size", "1", "--split-by", "parallel_group"],
+            4,
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_flags(args: list[str], ranks: int, tmp_path: Path) -> None:

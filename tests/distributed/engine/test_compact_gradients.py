@@ -393,7 +393,7 @@ EP1 = [
 """A group of one expert has 3 parameters: fewer than 4 ranks."""
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_holds_exactly_the_partitions(world: int) -> None:
     for rank in run_on_ranks(world, costs, EP1, True):
         for case, one in zip(EP1, rank, strict=True):

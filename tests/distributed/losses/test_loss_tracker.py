@@ -46,6 +46,7 @@ def tracked(runs: list[Run], steps: int) -> list[list[Any]]:
     return found
 
 
+@pytest.mark.long
 def test_topologies_report_the_same() -> None:
     runs = [
         Run(plain=True, ep=TWO),

@@ -98,6 +98,7 @@ def check(cases: list[Case], runs: list[Run]) -> None:
     assert peaks[len(peaks) // 4] > SCALARS / 0.02
 
 
+@pytest.mark.long
 def test_some_on_real_ranks() -> None:
     cases = [on_gloo(case) for case in FAST]
     for runs in run_on_ranks(2, run_all, [*cases, FAST[-1]], 2, timeout=300):
@@ -106,7 +107,7 @@ def test_some_on_real_ranks() -> None:
         assert problems(FAST[-1:], runs[-1:])
 
 
-@pytest.mark.parametrize(("rank", "world"), [(5, 8), (63, 64)])
+@pytest.mark.parametrize(("rank", "world"), [pytest.param(5, 8, marks=pytest.mark.long), (63, 64)])
 def test_some_in_large_worlds(rank: int, world: int) -> None:
     cases = [case._replace(shape=case.shape.times(max(1, world // 16))) for case in FAST]
     check(cases, run_as_rank(rank, world, run_all, cases, 2))
@@ -147,7 +148,7 @@ def offloaded(case: Case) -> tuple[int, list[Figures], StepMemory]:
     return sum(storage.nbytes() for storage in live_storages("cpu")), figures, predicted
 
 
-@pytest.mark.parametrize("accumulation", ["bf16", "fp32"])
+@pytest.mark.parametrize("accumulation", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
 def test_offload_to_the_host(accumulation: Any) -> None:
     step = StepConfig(optimizer="CPUAdam", grad_accum_dtype=accumulation)
     there, (_, *later), predicted = run_as_rank(5, 8, offloaded, Case(step))

@@ -135,6 +135,7 @@ def names_of_several_sizes() -> list[str]:
     return trained(start("zero2", groups_by("expert"), SeveralSizes()))[0]
 
 
+@pytest.mark.long
 def test_ranks_need_not_agree_on_the_hash_seed() -> None:
     """Every rank of a real start-up has a hash seed of its own."""
     names = run_in_fresh_processes(2, names_of_several_sizes, env={"PYTHONHASHSEED": "random"})

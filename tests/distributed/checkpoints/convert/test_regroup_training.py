@@ -117,15 +117,21 @@ ROUND = ["stock", "expert", "capped", "module", "stock_capped", "stock"]
 """Each grouping once; the pure tests of conversion have every pair of them."""
 
 
+ROWS = pairwise(
+    {
+        "wrapper": ["zero1", "zero2", "bf16", "zero2_fp32_grads"],
+        "ranks": [2, 4],
+        "ep_size": [1, 2],
+    }
+)
+
+
 @pytest.mark.parametrize(
     "row",
-    pairwise(
-        {
-            "wrapper": ["zero1", "zero2", "bf16", "zero2_fp32_grads"],
-            "ranks": [2, 4],
-            "ep_size": [1, 2],
-        }
-    ),
+    [
+        pytest.param(row, marks=() if row["wrapper"] in ("zero2", "bf16") else pytest.mark.long)
+        for row in ROWS
+    ],
     ids=label,
 )
 def test_training_goes_on_in_other_groups(row: Row, tmp_path: Path) -> None:

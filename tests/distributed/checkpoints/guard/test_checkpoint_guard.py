@@ -267,6 +267,7 @@ def stock_groups(model: nn.Module) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.long
 def test_stock_split_under_other_hash_seeds(tmp_path: Path) -> None:
     """A restarted run may have its groups in another order, and is told so."""
     seeds = two_hash_seeds(["ep_size_1", "ep_size_2"])

@@ -81,7 +81,7 @@ ROWS = pairwise(
 )
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_resume_equals_the_run_that_never_stopped(world: int, tmp_path: Path) -> None:
     rows = [{key: value for key, value in row.items() if key != "world"} for row in ROWS]
     cases = [Case(**row) for row, whole in zip(rows, ROWS, strict=True) if whole["world"] == world]
