@@ -1,6 +1,6 @@
 """How fast is the conversion of a checkpoint compared with a copy, and in how much memory?
 
-Checkpoints of real engines on 2 gloo ranks, EP=2, saved with DeepSpeed's own split, are
+Checkpoints of real engines on 2 gloo ranks, EP=2, saved with one group for each EP size, are
 converted to groups by layer, from these by expert, from these with a cap. ``cp -r``,
 ``shutil.copytree`` and the conversion run in turn; all read from the page cache, and end when
 the written files are on the disk. Memory is that of a process that only converts.
@@ -45,7 +45,7 @@ class Target(NamedTuple):
 
 
 CHAIN = (
-    Target("stock to module", "module"),
+    Target("parallel_group to module", "module"),
     Target("module to expert", "expert"),
     Target("expert to capped", "expert", CAP),
 )
@@ -57,8 +57,8 @@ CASES = {
 
 
 def save(step: StepConfig, shape: Shape, directory: Path) -> None:
-    """Train one step with DeepSpeed's own groups, and save."""
-    engine, _ = start(Case(step, "stock", None, shape))
+    """Train one step with one group for each EP size, and save."""
+    engine, _ = start(Case(step, "parallel_group", None, shape))
     engine.backward(engine())
     engine.step()
     engine.save_checkpoint(directory)
