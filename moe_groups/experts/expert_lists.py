@@ -44,15 +44,14 @@ def find_flags(nodes: list[ModuleNode], known: Sequence[object]) -> dict[int, in
         nodes: the tree.
         known: for each row what has been found already; only where that is None it is looked at.
     """
-    names, params = nodes[0].columns
+    names, params, kinds = nodes[0].columns
     experts = {
         row: row
         for row, (param, found) in enumerate(zip(params, known, strict=True))
         if found is None and not param.__dict__.get("allreduce", True)
     }
-    kinds = {type(node.module) for node in nodes} if experts else set()
     slots = {slot for kind in kinds for slot in wrapper_slots(kind)}
-    if not slots:
+    if not (experts and slots):
         return experts
     originals = {names[row]: row for row in experts}
     row_of = {id(param): row for row, param in enumerate(params)}
@@ -94,9 +93,8 @@ def find_places(nodes: list[ModuleNode], flags: Mapping[int, int]) -> list[Place
     """
     tagged = {row for row, flag in flags.items() if row == flag}
     named, unnamed = [], []
-    for index, node in enumerate(nodes):
-        if not isinstance(node.module, _CONTAINERS):
-            continue
+    for index in nodes[0].columns.modules(_CONTAINERS):
+        node = nodes[index]
         if isinstance(node.module, nn.Sequential) and "expert" not in node.slot:
             continue
         children = _children(nodes, index)
@@ -128,7 +126,7 @@ def _alike(children: list[ModuleNode], flags: Mapping[int, int]) -> bool:
     """Do all modules hold only expert parameters, of the same shapes?"""
     signatures = set()
     for child in children:
-        rows, (names, params) = range(child.row, child.row_stop), child.columns
+        rows, (names, params, _) = range(child.row, child.row_stop), child.columns
         if not all(row in flags for row in rows):
             return False
         if any(len(shape_of(params[row])) == 3 for row in rows):

@@ -232,16 +232,14 @@ class _Finder:
 
     def __init__(self, nodes: list[ModuleNode]) -> None:
         self.nodes = nodes
-        names, params = nodes[0].columns
+        names, params, _ = nodes[0].columns
         self.found = TaggedModel(names, params, [None] * len(names))
         self.layer_paths: dict[str, str] = {}
         self.layers: dict[tuple[Any, ...], tuple[ExpertTag, bool]] = {}
 
     def tag_deepspeed_layers(self) -> None:
-        types = moe_layer_types()
-        layers = [i for i, node in enumerate(self.nodes) if isinstance(node.module, types)]
         stop = 0
-        for index in layers:
+        for index in self.nodes[0].columns.modules(moe_layer_types()):
             if index >= stop:  # else it is inside of the one before
                 self._tag_layer(index)
                 stop = self.nodes[index].stop

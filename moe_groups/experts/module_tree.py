@@ -7,8 +7,8 @@ left out of the path: a user's submodule that happens to be called ``module`` st
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -38,14 +38,20 @@ class Columns(NamedTuple):
     Attributes:
         names: qualified names.
         params: the parameters.
+        indices: of the modules, by their class.
     """
 
     names: list[str]
     params: list[torch.Tensor]
+    indices: dict[type[nn.Module], list[int]]
+
+    def modules(self, types: tuple[type, ...]) -> list[int]:
+        """Indices of the modules of these types, in order."""
+        found = [own for kind, own in self.indices.items() if issubclass(kind, types)]
+        return found[0] if len(found) == 1 else sorted(chain.from_iterable(found))
 
 
-@dataclass(slots=True)
-class ModuleNode:
+class ModuleNode(NamedTuple):
     """One module of the tree.
 
     Attributes:
@@ -73,7 +79,7 @@ class ModuleNode:
     @property
     def params(self) -> list[tuple[str, torch.Tensor]]:
         """Its own parameters as ``(qualified name, parameter)``."""
-        names, params = self.columns
+        names, params, _ = self.columns
         own = slice(self.row, self.own_stop)
         return list(zip(names[own], params[own], strict=True))
 
@@ -92,13 +98,17 @@ def wrapper_slots(kind: type[nn.Module]) -> tuple[str, ...]:
     return known
 
 
+_VISITED = cast(ModuleNode, None)
+"""Stands for a module until those below it are known."""
+
+
 def walk(model: nn.Module) -> list[ModuleNode]:
     """All modules in the order of ``model.modules()``, each once, with unwrapped names.
 
     A parameter that several modules share is listed with the first of them.
     """
     nodes: list[ModuleNode] = []
-    _visit({"": model}, ("",), "", -1, nodes, Columns([], []), set())
+    _visit({"": model}, ("",), "", -1, nodes, Columns([], [], {}), set())
     return nodes
 
 
@@ -113,7 +123,8 @@ def _visit(
 ) -> None:
     """Walk the subtrees of children; ``left_out`` are those whose slots no path has."""
     prefix = f"{path}." if path else ""
-    names, params = columns
+    names, params, indices = columns
+    new = tuple.__new__  # a model has tens of thousands of modules
     for slot, module in children.items():
         if module is None or id(module) in seen:
             continue
@@ -125,13 +136,19 @@ def _visit(
                 seen.add(id(param))
                 names.append(f"{own}.{name}" if own else name)
                 params.append(param)
-        index, stop = len(nodes), len(params)
-        node = ModuleNode(module, own, parent, slot, columns, row, stop, stop, index + 1)
-        nodes.append(node)
+        index, stop, kind = len(nodes), len(params), type(module)
+        if kind in indices:
+            indices[kind].append(index)
+        else:
+            indices[kind] = [index]
+        row_stop = stop
+        nodes.append(_VISITED)
         if below := module._modules:
-            slots = below if slot == "modules_to_save" else wrapper_slots(type(module))
+            slots = below if slot == "modules_to_save" else wrapper_slots(kind)
             _visit(below, slots, own, index, nodes, columns, seen)
-            node.row_stop, node.stop = len(params), len(nodes)
+            row_stop = len(params)
+        node = (module, own, parent, slot, columns, row, stop, row_stop, len(nodes))
+        nodes[index] = new(ModuleNode, node)
 
 
 def named_parameters(nodes: list[ModuleNode]) -> Iterator[tuple[str, torch.Tensor]]:
