@@ -14,7 +14,7 @@ from moe_groups.errors import CheckpointError
 T = TypeVar("T")
 
 
-def on_all_ranks(work: Callable[[], T]) -> list[T]:
+def on_all_ranks(work: Callable[[], T], outcome: str = "") -> list[T]:
     """Run ``work`` on every rank; all ranks call this together, and get the results of all ranks.
 
     Raises:
@@ -24,10 +24,10 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
     value, problem = _tried(work)
     found: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, (value, problem))
-    return _given(found, problem)
+    return _given(found, problem, outcome)
 
 
-def on_first_rank(work: Callable[[], T]) -> T:
+def on_first_rank(work: Callable[[], T], outcome: str = "") -> T:
     """Run ``work`` on rank 0 and return its result on all ranks, which call this together.
 
     Raises:
@@ -36,7 +36,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
     value, problem = _tried(work) if distributed.get_rank() == 0 else (None, None)
     found: list[Any] = [(value, problem)]
     distributed.broadcast_object_list(found)
-    given: list[T] = _given(found, problem)
+    given: list[T] = _given(found, problem, outcome)
     return given[0]
 
 
@@ -45,16 +45,17 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, CheckpointError | None]:
         return work(), None
     except CheckpointError as error:
         return None, error
-    except Exception as error:  # the other ranks wait in the collective
-        problem = CheckpointError(f"{type(error).__name__}: {error}")
+    except Exception as error:  # the other ranks would wait for this one for ever
+        rank = distributed.get_rank()
+        problem = CheckpointError(f"rank {rank}: {type(error).__name__}: {error}.")
         problem.__cause__ = error
         return None, problem
 
 
-def _given(found: list[Any], own: CheckpointError | None) -> list[Any]:
+def _given(found: list[Any], own: CheckpointError | None, outcome: str) -> list[Any]:
     for _, problem in found:
         if problem is not None:
-            if own is not None and str(own) == str(problem):
-                raise own  # it has its cause
-            raise problem
+            same = own is not None and str(own) == str(problem)
+            cause = own if same else None  # it has the traceback of this rank
+            raise CheckpointError(f"{problem} {outcome}".rstrip()) from cause
     return [value for value, _ in found]

@@ -193,7 +193,3 @@ def _request(args: argparse.Namespace) -> "PlanRequest":
     }
     budget = args.budget if args.budget == "auto" else parse_bytes(args.budget, "--budget")
     return PlanRequest(**taken, step=step, budget=budget, max_groups=args.max_groups, cap=args.cap)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

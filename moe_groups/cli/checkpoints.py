@@ -209,7 +209,7 @@ def _experts_of(rows: Sequence[SavedGroup]) -> str:
     return f" (expert{'s' * (len(experts) > 1)} {text})"
 
 
-INSPECT_OPTIONS = {"tag": "--tag", "data": "--quick", "workers": "--workers"}
+INSPECT_OPTIONS = {"tag": "--tag", "data": "--quick"}
 REGROUP_OPTIONS = {
     "to": "--to",
     "max_group_size": "--max-group-size",

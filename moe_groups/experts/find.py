@@ -162,16 +162,27 @@ def tag_experts(
                 "there is none. Without a pattern the parameters say their group themselves."
             )
         return _tag_found(model)
+    if not isinstance(pattern, str):
+        raise InvalidArgumentError(f"tag_experts: pattern={pattern!r} must be a string.")
     ep_size = 1 if ep_size is None else ep_size
     if type(ep_size) is not int or ep_size < 1:
         raise InvalidArgumentError(f"ep_size={ep_size!r} must be an integer of 1 or more.")
     matched = _below(model, pattern)
     before = [dict(param.__dict__) for param in matched]
+    group = f"ep_size_{ep_size}"
     for param in matched:
-        set_expert_tag(param, ExpertTag(f"ep_size_{ep_size}"))
+        set_expert_tag(param, ExpertTag(group))
     try:
+        tags = find_experts(model).tags()
+        own = (tags[id(param)] for param in matched)
+        if other := next((tag for tag in own if tag.parallel_group != group), None):
+            raise InvalidArgumentError(
+                f"tag_experts: {pattern!r} matches experts of layer {other.layer!r}, which are in "
+                f"{other.parallel_group!r} by their layer, and not in {group!r}: give its ep_size, "
+                "or a pattern that leaves the layer out."
+            )
         return _tag_found(model)
-    except TagError:
+    except (TagError, InvalidArgumentError):
         for param, attributes in zip(matched, before, strict=True):
             param.__dict__.clear()
             param.__dict__.update(attributes)

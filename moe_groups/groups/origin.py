@@ -5,14 +5,13 @@ its groups are looked up, and what they were made from goes into ``moe_groups.js
 kept in the group dicts, which DeepSpeed saves and compares; and nothing keeps a model alive.
 """
 
-import operator
-import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_groups._common.arguments import SplitBy
 from moe_groups.groups.keys import NO_EXPERT, Families, Key, PlannedGroup, Table
@@ -76,18 +75,29 @@ class Origin:
 
 
 class _Made(NamedTuple):
-    """Groups that were made, and the parameters in the order in which they were given."""
+    """Groups that were made.
 
-    plan: list[PlannedGroup]
-    params: list["weakref.ref[torch.Tensor]"]
+    Attributes:
+        keys: key of each row that is in a group.
+        params: ``id`` of each of these parameters, in the order of the groups.
+        rows: their rows, in the same order.
+        names: of the caller's groups.
+        frozen_experts: see :class:`Origin`.
+    """
+
+    keys: dict[int, Key]
+    params: list[int]
+    rows: list[int]
     names: list[str | None]
+    frozen_experts: bool
 
 
-_Shape: TypeAlias = tuple[tuple[str, int], ...]
-"""Name and number of parameters of each group."""
+_Groups: TypeAlias = tuple[int, tuple[tuple[str, int], ...]]
+"""``id`` of the first parameter, and name and number of parameters of each group."""
 
-_made: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
-"""The first parameter of groups that were made to these, by their shape."""
+_made: OrderedDict[_Groups, _Made] = OrderedDict()
+_MOST = 64
+"""Calls that are remembered, the last ones."""
 
 
 def remember_groups(
@@ -95,17 +105,29 @@ def remember_groups(
     params: Sequence[torch.Tensor],
     sources: Sequence[Mapping[str, object]],
 ) -> None:
-    """Keep what groups were made from for as long as their parameters live.
+    """Keep what groups were made from.
+
+    Parameters are known by ``id``: torch does not swap a tensor that has weak references
+    (``torch.utils.swap_tensors``), and a group keeps its parameters alive.
 
     Args:
         plan: the groups.
         params: all parameters in the order in which they were given; the plan's rows.
         sources: the caller's groups, for their names.
     """
-    shape: _Shape = tuple((name, len(rows)) for name, _, _, rows in plan)
+    keys = {row: key for _, key, _, rows in plan for row in rows}
+    rows = list(chain.from_iterable(rows for *_, rows in plan))
+    frozen = len(keys) < len(params) and any(
+        row not in keys and is_expert_parameter(param) and numel_of(param) > 0
+        for row, param in enumerate(params)
+    )
+    ids = [id(params[row]) for row in rows]
     names = [given_name(source.get("name")) for source in sources]
-    first = params[plan[0][3][0]]
-    _made.setdefault(first, {})[shape] = _Made(plan, list(map(weakref.ref, params)), names)
+    groups = ids[0], tuple((name, len(own)) for name, _, _, own in plan)
+    _made[groups] = _Made(keys, ids, rows, names, frozen)
+    _made.move_to_end(groups)
+    while len(_made) > _MOST:
+        _made.popitem(last=False)
 
 
 def origin_of(
@@ -120,35 +142,19 @@ def origin_of(
         groups: name and parameters of each, in the order of the optimizer.
         name_of: the qualified name of a parameter.
     """
-    made = _find(groups)
-    if made is None:
+    params = [param for _, own in groups for param in own]
+    shape = tuple((name, len(own)) for name, own in groups)
+    made = _made.get((id(params[0]), shape)) if params else None
+    if made is None or made.params != list(map(id, params)):
         return None
-    keys = {row: key for _, key, _, rows in made.plan for row in rows}
-    found: list[OriginRow] = []
-    frozen_experts = False
-    for row, reference in enumerate(made.params):
-        param = reference()
-        if param is not None and row in keys:
-            name = name_of(param)
-            tag = get_expert_tag(param, name)
-            layer, number = (tag.layer, tag.expert_number) if tag else (None, None)
-            group, _, variant, dtype, _ = keys[row]
-            found.append(OriginRow(name, group, layer, number, variant, dtype))
-        elif param is not None:
-            frozen_experts |= is_expert_parameter(param) and numel_of(param) > 0
-    if len({row.name for row in found}) < len(found):
+    found: dict[int, OriginRow] = {}
+    for row, param in zip(made.rows, params, strict=True):
+        name = name_of(param)
+        tag = get_expert_tag(param, name)
+        layer, number = (tag.layer, tag.expert_number) if tag else (None, None)
+        group, _, variant, dtype, _ = made.keys[row]
+        found[row] = OriginRow(name, group, layer, number, variant, dtype)
+    if len({row.name for row in found.values()}) < len(found):
         return None
-    return Origin(tuple(found), tuple(made.names), frozen_experts)
-
-
-def _find(groups: Sequence[tuple[str, Sequence[torch.Tensor]]]) -> _Made | None:
-    """The last call that made exactly these groups."""
-    shape: _Shape = tuple((name, len(params)) for name, params in groups)
-    if not shape or not shape[0][1]:
-        return None
-    made: _Made | None = _made.get(groups[0][1][0], {}).get(shape)
-    if made is None:
-        return None
-    planned = [made.params[row]() for _, _, _, rows in made.plan for row in rows]
-    stepped = [param for _, params in groups for param in params]
-    return made if all(map(operator.is_, planned, stepped)) else None
+    rows = tuple(found[row] for row in sorted(found))
+    return Origin(rows, tuple(made.names), made.frozen_experts)

@@ -114,7 +114,7 @@ from pathlib import Path
 import moe_groups
 root = Path(moe_groups.__file__).parent
 paths = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py")]
-for name in sorted(".".join(path.parts) for path in paths if path.stem != "__init__"):
+for name in sorted(".".join(path.parts) for path in paths if path.stem[:2] != "__"):
     for loaded in [loaded for loaded in sys.modules if loaded.startswith("moe_groups.")]:
         del sys.modules[loaded]
     __import__(name)
@@ -132,6 +132,14 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "deepspeed
 moe_groups.MoE
 assert "deepspeed" in sys.modules
 """)
+
+
+def test_the_command_line_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_groups.cli", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "regroup-checkpoint" in done.stdout
 
 
 def test_what_works_offline_does_not_need_an_engine() -> None:

@@ -104,3 +104,15 @@ def test_describe_refuses_partitions_that_deepspeed_made() -> None:
         describe([group])
     assert describe([{"params": []}]).rows == []
     assert describe({"params": [nn.Linear(2, 2).weight]}).rows[0].name == "group 0"
+
+
+def test_a_grouped_model_can_be_converted_by_swapping_its_parameters() -> None:
+    """torch swaps no tensor that somebody has a weak reference to."""
+    model = nn.Linear(4, 4)
+    create_moe_param_groups(model)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.bfloat16()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model.weight.dtype is torch.bfloat16

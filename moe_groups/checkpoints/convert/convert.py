@@ -16,6 +16,7 @@ from moe_groups.checkpoints.files import LATEST, check_whole, find_checkpoint
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
+from moe_groups.errors import InvalidArgumentError
 
 _WORKERS = 4
 
@@ -72,6 +73,7 @@ def regroup_checkpoint(
             twice, when they are compared and when they are written.
 
     Raises:
+        InvalidArgumentError: ``workers`` is less than 1.
         CheckpointError: the source is incomplete or damaged, the new groups do not fit it or
             cannot be made from what it says, groups with different hyperparameters would become
             one, the destination is there already, or the disk is full. The source is whole, and
@@ -80,6 +82,8 @@ def regroup_checkpoint(
     Example:
         >>> regroup_checkpoint("run/checkpoints", "run/regrouped", "expert")  # doctest: +SKIP
     """
+    if workers is not None and workers < 1:
+        raise InvalidArgumentError(f"workers={workers!r} must be at least 1.")
     start = time.monotonic()
     files = find_checkpoint(source, tag)
     check_whole(files)

@@ -1,9 +1,8 @@
 """The groups that a checkpoint is converted to: those of a file, or by name."""
 
 from pathlib import Path
-from typing import cast
 
-from moe_groups.checkpoints.convert.named import TARGETS, TargetName, named_target
+from moe_groups.checkpoints.convert.named import TARGETS, named_target
 from moe_groups.checkpoints.files import CheckpointFiles, find_checkpoint
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import read_manifest
@@ -23,12 +22,12 @@ def read_target(
     """
     if isinstance(to, Layout):
         return to
-    if str(to) in TARGETS and not Path(to).exists():
-        return named_target(source, cast(TargetName, str(to)), max_group_size)
+    if isinstance(to, str) and to in TARGETS:  # a file of that name is ./expert
+        return named_target(source, to, max_group_size)
     if max_group_size is not None:
         raise CheckpointError(
-            f"max_group_size goes with one of {', '.join(TARGETS)}; {to} says itself how large its "
-            "groups are."
+            f"max_group_size={max_group_size} goes with one of {', '.join(TARGETS)}; {to} says "
+            "itself how large its groups are."
         )
     path = _file(Path(to))
     if not path.is_file():

@@ -61,7 +61,7 @@ def checked(
         CheckpointMismatchError: the checkpoint was saved with other groups, parameters or ranks.
         CheckpointError: it is damaged, or ranks do not see the same.
     """
-    findings = on_all_ranks(lambda: _examine(engine, load_dir, tag))
+    findings = on_all_ranks(lambda: _examine(engine, load_dir, tag), "Nothing was loaded.")
     if problem := _problem(load_dir, findings):
         raise CheckpointError(f"{problem} Nothing was loaded.")
     kinds, tag = {finding.kind for finding in findings}, findings[0].tag
@@ -109,19 +109,16 @@ def _examine(engine: Engine, load_dir: Path, tag: str | None) -> Finding:
     Raises:
         CheckpointError: a file is missing, damaged, or of another checkpoint.
     """
-    try:
-        if tag is None:
-            tag = read_latest(load_dir)
-        if tag is None:
-            return Finding("absent")
-        check_tag(tag)
-        if not (load_dir / tag).is_dir():
-            return Finding("absent", tag=tag)
-        files = find_checkpoint(load_dir, tag)
-        (check_whole if distributed.get_rank() == 0 else check_saved)(files)
-        return replace(_compare(engine, files), tag=tag)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} Nothing was loaded.") from error
+    if tag is None:
+        tag = read_latest(load_dir)
+    if tag is None:
+        return Finding("absent")
+    check_tag(tag)
+    if not (load_dir / tag).is_dir():
+        return Finding("absent", tag=tag)
+    files = find_checkpoint(load_dir, tag)
+    (check_whole if distributed.get_rank() == 0 else check_saved)(files)
+    return replace(_compare(engine, files), tag=tag)
 
 
 def _compare(engine: Engine, files: CheckpointFiles) -> Finding:

@@ -42,17 +42,19 @@ def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None
             reach the files.
     """
     gathered = gather_layout(engine)
-    source, target, directory = on_first_rank(lambda: _begin(load_dir, tag, gathered, scratch_dir))
+    source, target, directory = on_first_rank(
+        lambda: _begin(load_dir, tag, gathered, scratch_dir), "Nothing was loaded."
+    )
 
     def convert() -> None:
         try:
             _convert(engine, load_dir, tag, source, target, directory)
         except CheckpointError as error:
             rank = distributed.get_rank()
-            raise CheckpointError(f"rank {rank}: {error} Nothing was loaded.") from error
+            raise CheckpointError(f"rank {rank}: {error}") from error
 
     try:
-        on_all_ranks(convert)
+        on_all_ranks(convert, "Nothing was loaded.")
         yield directory
     finally:
         distributed.barrier()
@@ -82,7 +84,7 @@ def _begin(
             link.symlink_to(path.resolve())
     except (OSError, CheckpointError) as error:
         shutil.rmtree(directory, ignore_errors=True)
-        why = error.strerror if isinstance(error, OSError) else error
+        why = f"{error.strerror}." if isinstance(error, OSError) else error
         raise CheckpointError(
             f"{directory} cannot be written: {why} Give protect_checkpoints a scratch_dir that all "
             "ranks can write to, and that has room for the optimizer states."

@@ -183,12 +183,12 @@ def _write(engine: Engine, layout: Layout, folder: Path, finished: bool) -> list
         if finished:
             manifest = _with_files(manifest, folder)
         write_manifest(manifest, folder / FILE_NAME)
-    except (OSError, TypeError, ValueError) as error:  # the last two: options that JSON cannot hold
+        if finished:
+            problems += _missing_weights(layout, folder)
+    except Exception as error:  # DeepSpeed's files are complete, and the other ranks go on
         problems.append(
             f"{folder} was saved, but {FILE_NAME} could not be written ({error}){_WITHOUT}"
         )
-    if finished:
-        problems += _missing_weights(layout, folder)
     return problems
 
 

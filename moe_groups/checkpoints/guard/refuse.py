@@ -15,7 +15,7 @@ from moe_groups.checkpoints.layout_diff import compare_groups, moved_parameters
 from moe_groups.checkpoints.manifest import Manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
 from moe_groups.checkpoints.shard import WRAPPERS
-from moe_groups.errors import CheckpointError, CheckpointMismatchError
+from moe_groups.errors import CheckpointMismatchError
 
 _SHOWN = 8
 
@@ -31,12 +31,9 @@ def refuse(engine: Engine, load_dir: Path, tag: str) -> NoReturn:
 
     def find() -> CheckpointMismatchError:
         assert layout is not None  # on the first rank
-        try:
-            return _refusal(describe_run(engine, layout), load_dir, tag)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} Nothing was loaded.") from error
+        return _refusal(describe_run(engine, layout), load_dir, tag)
 
-    raise on_first_rank(find)
+    raise on_first_rank(find, "Nothing was loaded.")
 
 
 def _refusal(run: Manifest, load_dir: Path, tag: str) -> CheckpointMismatchError:

@@ -16,8 +16,8 @@ from moe_groups import (
     set_expert_tag,
     tag_experts,
 )
-from moe_groups.errors import TagError
-from tests.support.models import FFN, TinyMoE
+from moe_groups.errors import InvalidArgumentError, TagError
+from tests.support.models import FFN, HIDDEN, TinyMoE
 
 Places = dict[str, tuple[str | None, int | None]]
 
@@ -233,3 +233,22 @@ def test_true_is_no_number_behind_an_expert_with_one() -> None:
     model.experts[1].bias.__dict__["expert_number"] = True
     with pytest.raises(TagError, match=r"experts\.1\.bias"):
         tag_experts(model)
+
+
+def test_a_pattern_marks_no_layer_of_another_size() -> None:
+    model = nn.Module()
+    model.one = DeepSpeedMoE(HIDDEN, FFN(), num_experts=2)  # ep_size 1
+    model.two = nn.Module()
+    model.two.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    before = [dict(param.__dict__) for param in model.parameters()]
+    with pytest.raises(InvalidArgumentError, match="layer 'one', which are in 'ep_size_1'"):
+        tag_experts(model, "*experts*", ep_size=4)
+    assert [param.__dict__ for param in model.parameters()] == before
+    tags = tag_experts(model, "two.experts", ep_size=4)
+    assert {tag.parallel_group for tag in tags.values()} == {"ep_size_1", "ep_size_4"}
+
+
+@pytest.mark.parametrize("arguments", [{"pattern": 5}, {"ep_size": 2}])
+def test_a_pattern_is_a_string_and_goes_with_ep_size(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match="tag_experts"):
+        tag_experts(TinyMoE(DeepSpeedMoE), **arguments)

@@ -213,6 +213,9 @@ def save_in_trouble(kind: str, folder: Path) -> tuple[list[tuple[str, str]], boo
     members = optimizer.round_robin_bit16_groups
     if kind == "option":
         optimizer.param_groups[0]["a", "b"] = "no key of JSON"
+    elif kind == "value":
+        engine.save_checkpoint(str(folder), tag="before")  # the layout is gathered once
+        optimizer.param_groups[0]["lr_of_a_fake"] = torch.empty((), device="meta")
     elif rank == 1:  # "one rank" cannot say what its groups are
         optimizer.round_robin_bit16_groups = []
     with collected() as found:
@@ -228,6 +231,7 @@ def save_in_trouble(kind: str, folder: Path) -> tuple[list[tuple[str, str]], boo
     ("kind", "why"),
     [
         ("option", r"was saved, but moe_groups\.json could not be written \(keys must be str"),
+        ("value", r"was saved, but moe_groups\.json could not be written \(.*meta tensors"),
         ("one rank", "is not written, as the groups of rank 1 cannot be described: IndexError"),
     ],
 )

@@ -1,6 +1,7 @@
 """The groups of a name are those that a run makes of the same model."""
 
 import math
+import weakref
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -259,14 +260,21 @@ def test_arguments_out_of_range() -> None:
 
 
 def test_nothing_keeps_a_model_alive() -> None:
-    from moe_groups.groups import origin
-
-    before = len(origin._made)
     model = Tree(moe=block())
     groups = create_moe_param_groups(model)
-    assert len(origin._made) == before + 1
+    known = weakref.ref(model), [weakref.ref(param) for param in model.parameters()]
     del model, groups
-    assert len(origin._made) == before
+    assert known[0]() is None
+    assert [param() for param in known[1]] == [None] * len(known[1])
+
+
+def test_not_all_calls_are_remembered() -> None:
+    from moe_groups.groups import origin
+
+    models = [nn.Linear(2, 2) for _ in range(origin._MOST + 5)]
+    for model in models:
+        create_moe_param_groups(model)
+    assert len(origin._made) == origin._MOST
 
 
 @given(cases(forms=("module",)))

@@ -18,7 +18,7 @@ from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
 from moe_groups.checkpoints.manifest import Manifest, read_manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
-from moe_groups.errors import CheckpointError
+from moe_groups.errors import CheckpointError, InvalidArgumentError
 from tests.support.checkpoints.checkpoint_damage import save_again
 from tests.support.checkpoints.made_checkpoints import (
     make_checkpoint,
@@ -377,6 +377,22 @@ def test_names_and_files_that_mean_nothing_are_refused(source: Path, place: Path
         regroup_checkpoint(place / "nowhere", place / "b", MANY)
     with pytest.raises(CheckpointError, match="no checkpoint 'global_step9'"):
         regroup_checkpoint(source, place / "b", MANY, tag="global_step9")
+
+
+def test_a_name_is_no_folder_that_is_called_so(
+    source: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "expert").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused(source, place, "expert", "nothing says what the groups")
+    refused(source, place, "./expert", "expert is no checkpoint")
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_no_workers(source: Path, place: Path, workers: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"workers={workers} must be at least 1"):
+        regroup_checkpoint(source, place / "new", MANY, workers=workers)
+    assert not (place / "new.incomplete").exists()
 
 
 def test_a_destination_in_the_way_is_refused(source: Path, place: Path) -> None:
