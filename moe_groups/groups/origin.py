@@ -78,16 +78,14 @@ class _Made(NamedTuple):
     """Groups that were made.
 
     Attributes:
-        keys: key of each row that is in a group.
-        params: ``id`` of each of these parameters, in the order of the groups.
-        rows: their rows, in the same order.
+        plan: the groups, whose rows are parameters in the order in which they were given.
+        params: ``id`` of each parameter of the groups, in their order.
         names: of the caller's groups.
         frozen_experts: see :class:`Origin`.
     """
 
-    keys: dict[int, Key]
+    plan: list[PlannedGroup]
     params: list[int]
-    rows: list[int]
     names: list[str | None]
     frozen_experts: bool
 
@@ -96,7 +94,7 @@ _Groups: TypeAlias = tuple[int, tuple[tuple[str, int], ...]]
 """``id`` of the first parameter, and name and number of parameters of each group."""
 
 _made: OrderedDict[_Groups, _Made] = OrderedDict()
-_MOST = 64
+_MOST = 16
 """Calls that are remembered, the last ones."""
 
 
@@ -115,16 +113,15 @@ def remember_groups(
         params: all parameters in the order in which they were given; the plan's rows.
         sources: the caller's groups, for their names.
     """
-    keys = {row: key for _, key, _, rows in plan for row in rows}
-    rows = list(chain.from_iterable(rows for *_, rows in plan))
-    frozen = len(keys) < len(params) and any(
-        row not in keys and is_expert_parameter(param) and numel_of(param) > 0
-        for row, param in enumerate(params)
-    )
-    ids = [id(params[row]) for row in rows]
+    ids = list(map(id, map(params.__getitem__, chain.from_iterable(rows for *_, rows in plan))))
+    frozen = False
+    if len(ids) < len(params):
+        grouped = set(ids)
+        left_out = (param for param in params if id(param) not in grouped)
+        frozen = any(is_expert_parameter(param) and numel_of(param) > 0 for param in left_out)
     names = [given_name(source.get("name")) for source in sources]
     groups = ids[0], tuple((name, len(own)) for name, _, _, own in plan)
-    _made[groups] = _Made(keys, ids, rows, names, frozen)
+    _made[groups] = _Made(plan, ids, names, frozen)
     _made.move_to_end(groups)
     while len(_made) > _MOST:
         _made.popitem(last=False)
@@ -148,11 +145,12 @@ def origin_of(
     if made is None or made.params != list(map(id, params)):
         return None
     found: dict[int, OriginRow] = {}
-    for row, param in zip(made.rows, params, strict=True):
+    keyed = ((row, key) for _, key, _, rows in made.plan for row in rows)
+    for (row, key), param in zip(keyed, params, strict=True):
         name = name_of(param)
         tag = get_expert_tag(param, name)
         layer, number = (tag.layer, tag.expert_number) if tag else (None, None)
-        group, _, variant, dtype, _ = made.keys[row]
+        group, _, variant, dtype, _ = key
         found[row] = OriginRow(name, group, layer, number, variant, dtype)
     if len({row.name for row in found.values()}) < len(found):
         return None
