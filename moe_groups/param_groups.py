@@ -164,12 +164,11 @@ def _make_groups(
     model = given.model
     with model.written() if model and rules.no_decay else contextlib.nullcontext():
         groups = make(given)
-        if all(key.mesh is None for _, key, _, _ in groups):
+        if all(key.mesh is None for _, key, _, _ in groups):  # DeepSpeed does not step DTensors
             support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
+            remember_groups(groups, given.params, given.groups)
     if model and not rules.no_decay:  # nothing has looked at the tags
         model.write()
-    if all(key.mesh is None for _, key, _, _ in groups):  # DeepSpeed does not step DTensors
-        remember_groups(groups, given.params, given.groups)
     return _group_dicts(groups, given, rules)
 
 

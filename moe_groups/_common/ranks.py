@@ -17,6 +17,9 @@ T = TypeVar("T")
 def on_all_ranks(work: Callable[[], T], outcome: str = "") -> list[T]:
     """Run ``work`` on every rank; all ranks call this together, and get the results of all ranks.
 
+    Args:
+        outcome: the sentence that ends an error, such as "Nothing was loaded."
+
     Raises:
         CheckpointError: that of the first rank on which ``work`` raised. Another type of error
             becomes its cause, with the traceback, on that rank, and its text on the others.

@@ -40,6 +40,10 @@ module:function, called to build one rank's model on the meta device."""
 class _Parser(argparse.ArgumentParser):
     """Prints one line for bad input; only ``--help`` prints the usage."""
 
+    def __init__(self, **options: Any) -> None:
+        """Descriptions are shown as they are written, also those of the commands."""
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
@@ -81,7 +85,6 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="memory of the optimizer step and the groups that lower it",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plan.set_defaults(run=_plan, names=_OPTIONS)
     plan.add_argument("source", metavar="SOURCE", help="config.json, model type, module:function")

@@ -251,7 +251,6 @@ def _add_inspect(commands: Any) -> None:
         "inspect-checkpoint",
         help="groups, norms per expert and damage of a checkpoint",
         description=_INSPECT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_inspect, names=INSPECT_OPTIONS)
     parser.add_argument("directory", metavar="DIR", help="the checkpoint")
@@ -266,7 +265,6 @@ def _add_regroup(commands: Any, count: Callable[[str], int]) -> None:
         "regroup-checkpoint",
         help="convert a checkpoint to other groups",
         description=_REGROUP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_regroup, names=REGROUP_OPTIONS)
     parser.add_argument("source", metavar="SRC", help="the checkpoint")

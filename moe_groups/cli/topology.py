@@ -138,7 +138,6 @@ def add_topology(commands: Any, count: Callable[[str], int]) -> None:
         "topology",
         help="which ranks share parameters and exchange tokens",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_topology, names=OPTIONS)
     parser.add_argument("--world", type=count, required=True, metavar="N", help="all ranks")

@@ -161,7 +161,7 @@ def tag_experts(
                 f"tag_experts: ep_size={ep_size!r} is for the modules that a pattern matches, and "
                 "there is none. Without a pattern the parameters say their group themselves."
             )
-        return _tag_found(model)
+        return _written(find_experts(model))
     if not isinstance(pattern, str):
         raise InvalidArgumentError(f"tag_experts: pattern={pattern!r} must be a string.")
     ep_size = 1 if ep_size is None else ep_size
@@ -173,7 +173,8 @@ def tag_experts(
     for param in matched:
         set_expert_tag(param, ExpertTag(group))
     try:
-        tags = find_experts(model).tags()
+        found = find_experts(model)
+        tags = found.tags()
         own = (tags[id(param)] for param in matched)
         if other := next((tag for tag in own if tag.parallel_group != group), None):
             raise InvalidArgumentError(
@@ -181,7 +182,7 @@ def tag_experts(
                 f"{other.parallel_group!r} by their layer, and not in {group!r}: give its ep_size, "
                 "or a pattern that leaves the layer out."
             )
-        return _tag_found(model)
+        return _written(found)
     except (TagError, InvalidArgumentError):
         for param, attributes in zip(matched, before, strict=True):
             param.__dict__.clear()
@@ -189,8 +190,8 @@ def tag_experts(
         raise
 
 
-def _tag_found(model: nn.Module) -> dict[str, ExpertTag]:
-    found = find_experts(model)
+def _written(found: TaggedModel) -> dict[str, ExpertTag]:
+    """Write the tags; they are returned by the names of the parameters."""
     found.write()
     named = zip(found.names, found.experts, strict=True)
     return {name: expert.tag for name, expert in named if expert is not None}

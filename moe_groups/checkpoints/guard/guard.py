@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -105,21 +105,22 @@ def guarded_save(
 ) -> Any:
     """DeepSpeed's ``save_checkpoint``, with our file beside its files."""
     guard = guard_of(engine)
+    if guard is not None and guard.regroup == "off":
+        guard = None
     call = inspect.signature(save).bind(*args, **kwargs)
     save_dir = call.arguments.get("save_dir")
     if not save_dir:
         return save(*args, **kwargs)
     call.arguments["tag"] = tag = checkpoint_tag(engine, call.arguments.get("tag"))
     folder, writes = Path(save_dir) / tag, _writes(engine)
-    guarded = guard is not None and guard.regroup != "off"
-    if guarded:
+    if guard is not None:
         on_all_ranks(lambda: check_tag(tag))
-    if guard is None or not guarded or engine.checkpoint_engine.is_decoupled():
+    if guard is None or engine.checkpoint_engine.is_decoupled():
         if writes and is_plain(tag):  # what an older save said of this folder no longer holds
             for name in (FILE_NAME, UNFINISHED):
                 with contextlib.suppress(OSError):
                     (folder / name).unlink()
-        if guard is None or not guarded:
+        if guard is None:
             return save(*call.args, **call.kwargs)
         return _save_decoupled(engine, guard, folder, lambda: save(*call.args, **call.kwargs))
     layout, problems = _layout(engine, guard)
@@ -197,7 +198,12 @@ _WITHOUT = ": the checkpoint can be loaded and converted as one of a run without
 
 def _missing_weights(layout: Layout, folder: Path) -> list[str]:
     """DeepSpeed saves dense weights on ranks that are first among those that share experts."""
-    saved = list_files(folder.parent, folder.name).models
+    try:
+        saved = list_files(folder.parent, folder.name).models
+    except OSError as error:
+        return [
+            f"{folder} was saved, but cannot be listed ({error}): see that its files are there."
+        ]
     missing = [rank for rank in layout.model_ranks if rank not in saved]
     if not missing:
         return []
@@ -219,7 +225,7 @@ def _with_files(manifest: Manifest, folder: Path) -> Manifest:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (FILE_NAME, UNFINISHED)
     }
-    return Manifest(manifest.layout, manifest.wrapper, manifest.about, files)
+    return replace(manifest, files=files)
 
 
 def guarded_load(

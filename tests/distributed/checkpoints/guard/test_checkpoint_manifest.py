@@ -1,5 +1,6 @@
 """What is written beside a checkpoint, and when it cannot be."""
 
+import errno
 import json
 import re
 import warnings
@@ -245,6 +246,27 @@ def test_manifest_that_cannot_be_written(kind: str, why: str, tmp_path: Path) ->
             assert re.search(why, text), text
             assert "can be loaded and converted as one of a run without moe-groups" in text
             assert file == __file__
+
+
+def save_to_a_folder_that_cannot_be_listed(folder: Path) -> tuple[list[str], list[str]]:
+    """The warnings, and what is there besides DeepSpeed's files."""
+    engine = started("zero1", groups_by("module"))
+
+    def list_files(directory: Path, tag: str) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(directory / tag))
+
+    with pytest.MonkeyPatch.context() as patch, collected() as found:
+        patch.setattr("moe_groups.checkpoints.guard.guard.list_files", list_files)
+        engine.save_checkpoint(str(folder), tag="t")
+    ours = [path for path in (folder / "latest", *folder.glob("t/moe_groups*")) if path.exists()]
+    return [text for text, _ in found], sorted(path.name for path in ours)
+
+
+def test_a_save_ends_on_all_ranks_where_the_folder_cannot_be_listed(tmp_path: Path) -> None:
+    answers = run_on_ranks(2, save_to_a_folder_that_cannot_be_listed, tmp_path, timeout=30)
+    assert [len(texts) for texts, _ in answers] == [1, 0]
+    assert "was saved, but cannot be listed ([Errno 116] Stale file handle" in answers[0][0][0]
+    assert [names for _, names in answers] == [["latest", "moe_groups.json"]] * 2
 
 
 def save_with_warnings_as_errors(folder: Path) -> str | None:
