@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from moe_groups._common.arguments import need
 from moe_groups.errors import InvalidArgumentError
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -139,13 +140,9 @@ def _build(config: Any, source: str) -> nn.Module:
 
 
 def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InvalidArgumentError(
-            "Hugging Face configs and model types need transformers, which cannot be imported "
-            f"({_reason(error)}): pip install 'moe-groups[hf]'."
-        ) from error
+    need("transformers", "cli", "Hugging Face configs and model types")
+    import transformers
+
     return transformers
 
 

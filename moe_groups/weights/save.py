@@ -76,7 +76,7 @@ def save_experts(
         InvalidArgumentError: an argument does not fit the model, or the package
             ``safetensors`` is missing.
     """
-    need("safetensors", "hf", "safetensors checkpoints")
+    need("safetensors", "safetensors", "safetensors checkpoints")
     check_one_of("family", family, FAMILIES)
     size = parse_bytes(max_shard_size, "max_shard_size")
     module = module_of(model, "save_experts")

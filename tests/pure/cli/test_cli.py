@@ -288,7 +288,7 @@ def test_no_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("rich", "cli", []),
         ("matplotlib", "plot", ["--json", "--plot", "plan.png"]),
-        ("transformers", "hf", ["--json"]),
+        ("transformers", "cli", ["--json"]),
     ],
 )
 def test_missing_package_names_the_extra(
