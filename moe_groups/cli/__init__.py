@@ -165,7 +165,7 @@ def _plan(args: argparse.Namespace) -> None:
     if not args.json:
         check_tables()
     if args.plot is not None:
-        check_plot(args.plot)
+        check_plot(args.plot, ".png", ".html")
     with quiet():
         report = make_report(_request(args))
     if args.plot is not None:

@@ -3,14 +3,20 @@
 import argparse
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_groups._common.text import show_bytes
 from moe_groups.checkpoints.inspect.report import CheckpointReport, SavedExpert, SavedGroup
-from moe_groups.cli.progress import quiet, show_progress, show_seconds
-from moe_groups.cli.render import MOST_ROWS, name_pattern, new_table, print_with, say_hidden
+from moe_groups.cli.progress import quiet, show_progress
+from moe_groups.cli.render import (
+    MOST_ROWS,
+    alike,
+    name_pattern,
+    new_table,
+    print_with,
+    say_hidden,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,13 +176,8 @@ def _groups(report: CheckpointReport, everything: bool) -> "Table":
 
 
 def fold(groups: Sequence[SavedGroup]) -> list[list[SavedGroup]]:
-    """Lists of groups whose names differ only in numbers, in the order of their first groups."""
-    alike: dict[Any, list[SavedGroup]] = {}
-    for group in groups:
-        words = tuple(re.split(r"\d+", group.name))
-        key = words, len(group.ranks), _option(group, "lr"), _option(group, "weight_decay")
-        alike.setdefault(key, []).append(group)
-    return list(alike.values())
+    """Lists of groups that share a row of the table."""
+    return alike(groups, lambda g: (len(g.ranks), _option(g, "lr"), _option(g, "weight_decay")))
 
 
 def _group_cells(rows: Sequence[SavedGroup]) -> list[str]:
@@ -315,6 +316,6 @@ def _regroup(args: argparse.Namespace) -> int:
         )
     print(
         f"wrote {done.destination}: {done.files:,} files, {show_bytes(done.bytes)} in "
-        f"{show_seconds(done.seconds)}"
+        f"{done.seconds:,.1f} s"
     )
     return 0

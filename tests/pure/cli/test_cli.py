@@ -13,7 +13,7 @@ import torch
 
 from moe_groups import StepConfig, cli, estimate_step_memory, plan_param_groups
 from moe_groups.cli import plan as plan_command
-from moe_groups.cli.plan_report import fold
+from moe_groups.cli.render import alike, name_pattern
 from moe_groups.memory.estimate import GroupMemory
 from moe_groups.meta_models.rank import shard_for_rank
 from moe_groups.meta_models.source import load_model
@@ -191,9 +191,9 @@ def test_text_fits_100_columns_and_has_all_parts(
 
 def test_groups_fold_where_names_differ_in_numbers() -> None:
     rows = [GroupMemory(f"moe.{i}.tile.{j}", 10 * i, 4, i, i, j) for i in (2, 5) for j in (0, 1)]
-    found = fold([GroupMemory("dense", 7, 8, 2, 3, 4), *rows])
-    assert [(row.count, row.name) for row in found] == [(1, "dense"), (4, "moe.{2..5}.tile.{0..1}")]
-    assert (found[1].elements, found[1].partition, found[1].peak) == (50, 5, 1)
+    dense = GroupMemory("dense", 7, 8, 2, 3, 4)
+    assert alike([dense, *rows], lambda row: row.ranks) == [[dense], rows]
+    assert name_pattern([row.name for row in rows]) == "moe.{2..5}.tile.{0..1}"
 
 
 def test_plots(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
