@@ -33,6 +33,7 @@ def inspect_checkpoint(
     *,
     data: bool = True,
     workers: int | None = None,
+    trust: bool = False,
     progress: Progress | None = None,
 ) -> CheckpointReport:
     """Groups, norms per expert, counters and damage of a checkpoint.
@@ -63,7 +64,7 @@ def inspect_checkpoint(
     """
     if workers is not None and workers < 1:
         raise InvalidArgumentError(f"workers={workers!r} must be at least 1.")
-    files = find_checkpoint(directory, tag)
+    files = find_checkpoint(directory, tag, trust)
     engines, problems = examine_engines(files)
     expected = expected_layout(files, engines)
     problems += [
