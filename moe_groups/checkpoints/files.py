@@ -1,7 +1,7 @@
 """The files of a DeepSpeed checkpoint, found by their names (``runtime/engine.py``)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, read_manifest
 from moe_groups.errors import CheckpointError
 
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _TARGETS = "moe_groups_*.json"
 LATEST = "latest"
@@ -213,3 +214,17 @@ def check_whole(files: CheckpointFiles) -> None:
                 f"{path} has {path.stat().st_size:,} bytes, but had {size:,} when it was saved: it "
                 f"is cut off, or of another save. Without {FILE_NAME}, sizes are not compared."
             )
+
+
+def missing_experts(
+    names: Iterable[str], model_rank: int, num_experts: Iterable[int]
+) -> Iterator[str]:
+    """Files of experts that DeepSpeed's naming asks for, where it names any file so."""
+    found = {match[0]: int(match[3]) for match in map(_EXPERT.fullmatch, names) if match}
+    if model_rank not in found.values():
+        return
+    for layer, count in enumerate(num_experts):
+        for expert in range(count):
+            name = f"layer_{layer}_expert_{expert}_mp_rank_{model_rank:02d}_model_states.pt"
+            if name not in found:
+                yield name

@@ -129,7 +129,7 @@ class Own(dict[str, int]):
     """A class that nobody but its author knows."""
 
 
-DATA = {
+DATA: dict[str, list[Any]] = {
     "options": [argparse.Namespace(lr=0.1, path=Path("/data"))],
     "numpy": [np.float32(0.5), np.arange(3), np.array(["a", "b"]), np.random.get_state()],
     "python": [random.getstate(), datetime.timedelta(1), frozenset({1}), {2}, slice(1), 1j, b"b"],
