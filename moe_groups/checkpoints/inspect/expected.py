@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from moe_groups._common.own_folder import is_plain
 from moe_groups.checkpoints.files import (
@@ -24,6 +24,7 @@ from moe_groups.checkpoints.shard import WRAPPERS, Shard, read_shard
 from moe_groups.checkpoints.torch_file import read_torch_file, reading
 from moe_groups.errors import CheckpointError
 
+_MOST = 1 << 16  # a larger number of ranks or experts is none that a run has
 _SHARD_NAME = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
 T = TypeVar("T")
@@ -159,14 +160,14 @@ def _read_shards(found: Expected) -> None:
             continue
         with contextlib.suppress(CheckpointError), reading(path):
             sizes[rank] = found.shards[rank].data_parallel_size
-    said = next(iter(sizes.values()), None) or found.counted("dp_world_size")
-    size = found.data_parallel_size = said or len({rank.data for rank in files.shards})
+    said = (n for n in (*sizes.values(), found.counted("dp_world_size")) if _is_number(n) and n)
+    size = found.data_parallel_size = next(said, None) or len({rank.data for rank in files.shards})
     models = {rank.model for rank in files.shards} | {*files.models}
     for content in found.engines.values():
         degrees = content.get("checkpoint_parallel_dimensions")
         if isinstance(degrees, Mapping):
             stages, tensor = degrees.get("pp_degree"), degrees.get("tp_degree")
-            if isinstance(stages, int) and isinstance(tensor, int):
+            if _is_number(stages) and _is_number(tensor):
                 models |= {*range(stages * tensor)}
     found.ranks = frozenset(Rank(model, data) for model in models for data in range(size))
     if {rank for rank, own in sizes.items() if own == size} >= found.ranks:
@@ -176,6 +177,10 @@ def _read_shards(found: Expected) -> None:
                 found.layout = layout_of_shards(used)
         except CheckpointError as error:  # files that contradict each other
             found.report("content", "", str(error))
+
+
+def _is_number(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= _MOST
 
 
 def _is_readable(path: Path, trust: bool) -> bool:
@@ -200,7 +205,7 @@ def _find_missing(found: Expected, listed: Mapping[str, int]) -> None:
         if model not in files.models:
             wanted[f"mp_rank_{model:02d}_model_states.pt"] = ": weights and counters"
         counts = found.engines.get(model, {}).get("num_experts") or ()
-        if isinstance(counts, list | tuple) and all(type(count) is int for count in counts):
+        if isinstance(counts, list | tuple) and all(map(_is_number, counts)):
             lost = missing_experts(others, model, counts)
             wanted |= dict.fromkeys(lost, ": the weights of an expert")
     for name, what in wanted.items():

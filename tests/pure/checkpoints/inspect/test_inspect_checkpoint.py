@@ -385,6 +385,23 @@ def test_what_is_lost_is_counted(sound: Path, tmp_path: Path) -> None:
     assert (report.groups, report.experts, report.data_parallel_size) == ((), (), 2)
 
 
+@pytest.mark.parametrize("value", [-1, 10**15, 1 << 70, True, 2.5, "2", [[]], None, {}])
+def test_numbers_that_no_run_has(value: Any, tmp_path: Path) -> None:
+    """What the files count is not believed blindly: nothing is raised, and nothing takes long."""
+    made_layout(tmp_path, 2, 1, {0: [[3, 5]]})
+
+    def change(content: dict[str, Any]) -> None:
+        content.update(num_experts=value, dp_world_size=value, global_steps=value)
+        content["checkpoint_parallel_dimensions"] = {"pp_degree": value, "tp_degree": value}
+
+    save_again(tmp_path / TAG / MODEL, change)
+    in_shard(lambda c: c.update(partition_count=value))(tmp_path / TAG)
+    report = inspect_checkpoint(tmp_path)
+    assert report.data_parallel_size == 2
+    assert len(report.problems) < 4
+    assert report.as_json()
+
+
 def test_shard_of_another_grouping(tmp_path: Path) -> None:
     made_layout(tmp_path / "a", 2, 1, {0: [[3, 5]]})
     made_layout(tmp_path / "b", 2, 1, {0: [[8, 5]]})
