@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def create_moe_param_groups(
     params: ParamsInput,
     *,
-    split_by: SplitBy = "module",
+    split_by: SplitBy | None = None,
     max_group_size: int | float | None = None,
     max_group_bytes: int | float | None = None,
     data_parallel_size: int | None = None,
@@ -50,7 +50,8 @@ def create_moe_param_groups(
             hyperparameters of their own. A module is tagged first (:func:`tag_experts`).
             Frozen and zero-element parameters are left out, as in DeepSpeed.
         split_by: "parallel_group" (one group for all experts of one expert-parallel size, as
-            in DeepSpeed), "module" (a group for each MoE layer) or "expert".
+            in DeepSpeed), "module" (a group for each MoE layer) or "expert". None: "module", or
+            with ``step_memory_budget`` "parallel_group", as in :func:`plan_param_groups`.
         max_group_size: most elements of a group, dense groups included. Larger groups are
             cut into the fewest tiles, which are as even as the order allows; a single
             parameter over the cap has a group to itself. None: no cap.
@@ -98,7 +99,7 @@ def create_moe_param_groups(
     """
     if plan is not None:
         beside = {
-            "split_by": split_by != "module",
+            "split_by": split_by,
             "max_group_size": max_group_size,
             "max_group_bytes": max_group_bytes,
             "data_parallel_size": data_parallel_size,
@@ -114,6 +115,8 @@ def create_moe_param_groups(
                 f"given here beside it ({', '.join(key for key, set_ in beside.items() if set_)})."
             )
         return _groups_of_plan(params, plan)
+    if split_by is None:
+        split_by = "module" if step_memory_budget is None else "parallel_group"
     check_one_of("split_by", split_by, LEVELS)
     caps = Caps(
         max_group_size, max_group_bytes, data_parallel_size, step.tensor_ranks if step else 1
