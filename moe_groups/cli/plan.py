@@ -21,6 +21,7 @@ from moe_groups.meta_models.rank import shard_for_rank, undivided_layers
 from moe_groups.meta_models.source import load_model, names_function
 from moe_groups.topology import ep_size_of
 
+
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
     """The arguments of ``moe-groups plan``; None if not given."""
@@ -127,9 +128,7 @@ def make_report(request: PlanRequest) -> PlanReport:
         Mark(
             "stock",
             f"DeepSpeed's split, cap {DEEPSPEED_MAX_GROUP_SIZE:,}",
-            estimate(
-                stock_groups(_table(rank.model)), request.step, request.data_parallel_size
-            ),
+            estimate(stock_groups(_table(rank.model)), request.step, request.data_parallel_size),
         ),
         Mark("no_cap", f"by {request.split_by}, no cap", _capped(rank, request, None)),
     ]
@@ -166,8 +165,8 @@ def _rank_model(request: PlanRequest) -> RankModel:
     assert best is not None
     if kept := undivided_layers(whole, request.ep or 1):
         best.notes.append(
-            f"the {kept[0].counts()[0]} experts of {kept[0].path!r}, and those of {len(kept) - 1} "
-            f"more layers, are whole on every rank: --ep {request.ep} does not divide them"
+            f"experts are whole on every rank where --ep {request.ep} does not divide their "
+            f"number beside the decoder: in {len(kept)} layers, the first is {kept[0].path!r}"
         )
     return best
 

@@ -231,6 +231,17 @@ def test_page_runs_the_command_that_it_shows() -> None:
     assert ran == shown != []
 
 
+def test_readme_shows_what_its_commands_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "README.md").read_text()
+    for row, command in zip(
+        re.findall(r"^\| planned.*\| ([\d.]+) GiB \| [\d.]+ GiB \|$", page, re.MULTILINE),
+        re.findall(r"^`moe-groups plan (.*?)`", page, re.MULTILINE),
+        strict=True,
+    ):
+        found = as_json(capsys, *command.split())
+        assert f"{found['memory']['step_peak'] / 2**30:.2f}" == row
+
+
 # ---- bad input ------------------------------------------------------------------------
 
 EIGHT = ("--world-size", "8")

@@ -182,7 +182,9 @@ def test_a_dense_model_has_no_experts(tmp_path: Path) -> None:
     model = load_model(write(tmp_path, {"model_type": "llama", **TINY}))
     (group,) = create_moe_param_groups(shard_for_rank(model))
     assert sum(param.numel() for param in group["params"]) == elements(model)
-    with pytest.raises(InvalidArgumentError, match="ep_size=4 needs experts, and there are none in"):
+    with pytest.raises(
+        InvalidArgumentError, match="ep_size=4 needs experts, and there are none in"
+    ):
         shard_for_rank(model, ep_size=4)
 
 
@@ -566,10 +568,14 @@ def test_a_tower_with_few_experts_stays_whole() -> None:
     """As in dots3_note: 4 experts in the vision tower. In the decoder it is refused."""
     tower = listed_model(experts=2, layers=1)
     rank = shard_for_rank(listed_model(experts=8, layers=4, tower=tower), ep_size=4)
-    assert {tag.layer for tag in tag_experts(rank).values()} == {f"layers.{n}.moe" for n in range(4)}
+    assert {tag.layer for tag in tag_experts(rank).values()} == {
+        f"layers.{n}.moe" for n in range(4)
+    }
     assert expert_elements(rank.get_submodule("tower")) == 0
     rank = shard_for_rank(listed_model(experts=8, layers=4, tower=tower), ep_size=2)
-    assert 2 * expert_elements(rank.get_submodule("tower")) == expert_elements(shard_for_rank(tower))
+    assert 2 * expert_elements(rank.get_submodule("tower")) == expert_elements(
+        shard_for_rank(tower)
+    )
     with pytest.raises(InvalidArgumentError, match=r"divide the 2 experts of 'layers\.0\.moe'"):
         shard_for_rank(tower, ep_size=4)
 
