@@ -23,7 +23,8 @@ NAMES = {
     "moe_groups.errors": """
         CheckpointError CheckpointMismatchError CheckpointWarning CostlyGroupsWarning
         InvalidArgumentError MeasurementError MissingPackageError MoEGroupsError OverrideError
-        ParameterInputError PlanError RecomputationError TagError UnsupportedDeepSpeedError
+        ParameterInputError PlanError RecomputationError TagError UnmarkedExpertsWarning
+        UnsupportedDeepSpeedError
         VerificationError
     """,
     "moe_groups.groups": "GroupRow GroupTable is_hidden_matrix",
