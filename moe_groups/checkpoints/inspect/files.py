@@ -10,13 +10,15 @@ from moe_groups.checkpoints.files import (
     STATES,
     CheckpointFiles,
     check_saved,
+    missing_experts,
     shard_name,
 )
 from moe_groups.checkpoints.inspect.expected import Expected, without_folder
 from moe_groups.checkpoints.inspect.report import Problem
-from moe_groups.checkpoints.inspect.weights import EngineState, missing_experts
+from moe_groups.checkpoints.inspect.weights import EngineState
 from moe_groups.checkpoints.layout import Rank
-from moe_groups.checkpoints.manifest import UNFINISHED
+from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, SavedFile
+from moe_groups.checkpoints.torch_file import digest_of
 from moe_groups.errors import CheckpointError
 
 _SHARD_NAME = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -65,9 +67,9 @@ def check_presence(
             yield Problem("extra", path.name, text)
     ours = {path.name for rank, path in files.shards.items() if rank in expected.ranks}
     strays = {path.name for path in files.shards.values()} - ours
-    for name, size in said.items():
+    for name, saved in said.items():
         if name not in strays:
-            yield from _check_file(files.folder / name, name, size)
+            yield from _check_file(files.folder / name, name, saved)
     if not listed:
         yield from _check_weights(files, expected, engines)
 
@@ -87,12 +89,15 @@ def _missing(name: str, what: str = "") -> Problem:
     return Problem("missing", name, f"{name} is missing" + (f": {what}." if what else "."))
 
 
-def _check_file(path: Path, name: str, size: int) -> Iterator[Problem]:
+def _check_file(path: Path, name: str, saved: SavedFile) -> Iterator[Problem]:
     if not path.is_file():
         yield _missing(name)
-    elif path.stat().st_size != size:
-        text = f"{name} has {path.stat().st_size:,} bytes; when it was saved it had {size:,}."
+    elif path.stat().st_size != saved.size:
+        text = f"{name} has {path.stat().st_size:,} bytes; when it was saved it had {saved.size:,}."
         yield Problem("size", name, text)
+    elif saved.digest and digest_of(path) not in (None, saved.digest):
+        text = f"{name} and {FILE_NAME} are of different saves: its records have other CRC-32."
+        yield Problem("content", name, text)
 
 
 def _check_weights(

@@ -1,7 +1,6 @@
 """Are the files sound that hold the model's weights and the engine's counters?"""
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from moe_groups.checkpoints.torch_file import (
     reading,
 )
 from moe_groups.errors import CheckpointError
-
-_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +84,6 @@ def parameters_in(path: Path) -> dict[str, torch.Tensor]:
         for name, tensor in module.items()
         if isinstance(tensor, torch.Tensor) and name not in buffers
     }
-
-
-def missing_experts(
-    names: Iterable[str], model_rank: int, num_experts: Iterable[int]
-) -> Iterator[str]:
-    """Files of experts that DeepSpeed's naming asks for, where it names any file so."""
-    found = {match[0]: int(match[3]) for match in map(_EXPERT.fullmatch, names) if match}
-    if model_rank not in found.values():
-        return
-    for layer, count in enumerate(num_experts):
-        for expert in range(count):
-            name = f"layer_{layer}_expert_{expert}_mp_rank_{model_rank:02d}_model_states.pt"
-            if name not in found:
-                yield name
 
 
 def examine_engines(

@@ -15,6 +15,7 @@ import torch
 
 from moe_groups import cli, protect_checkpoints
 from moe_groups.checkpoints.convert.convert import regroup_checkpoint
+from moe_groups.checkpoints.files import list_saved
 from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
 from moe_groups.checkpoints.inspect.report import CheckpointReport
 from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, read_manifest, write_manifest
@@ -338,15 +339,14 @@ DAMAGES = [
 
 
 def damaged(saved: Saved, case: Case, damage: Damage, tmp_path: Path) -> Path:
-    """A copy of the checkpoint with the damage; a file that was saved again has its size listed."""
+    """A copy of the checkpoint with the damage; a file that was saved again is listed so."""
     directory = tmp_path / "damaged"
     shutil.copytree(saved.directory / case.name, directory)
     damage.do(directory / TAG)
     manifest = directory / TAG / FILE_NAME
     if damage.kind in ("content", "not finite") and case.manifest:
         said = read_manifest(manifest)
-        sizes = {damage.file: (directory / TAG / damage.file).stat().st_size}
-        write_manifest(replace(said, files={**said.files, **sizes}), manifest)
+        write_manifest(replace(said, files=list_saved(manifest.parent)), manifest)
     return directory
 
 
