@@ -147,7 +147,8 @@ def stated_crcs(path: Path) -> set[int]:
 def digest_of(path: Path) -> str | None:
     """Of the names, sizes and CRC-32 of all records, as the file states them; reads no record.
 
-    So it tells files of two saves apart. None for a file in another format.
+    So it tells files of two saves apart. None for a file in another format,
+    or with a damaged list of records.
 
     Raises:
         OSError: the file cannot be read.
@@ -155,7 +156,9 @@ def digest_of(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             rows = [(_name(info), info.file_size, info.CRC) for info in archive.infolist()]
-    except zipfile.BadZipFile:
+    except OSError:
+        raise
+    except DAMAGE:
         return None
     return fingerprint(rows).hex()
 

@@ -1,5 +1,6 @@
 """``load_experts`` on real ranks, against transformers' own blocks, and back."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def compare_autoep(family: str, directory: Path, ep_size: int, back: Path) -> No
     x = tokens()
     with torch.no_grad():
         torch.testing.assert_close(model(x).logits, source(x).logits, rtol=1e-4, atol=1e-4)
-    save_experts(model, back, family=family)  # type: ignore[arg-type]
+    save_experts(model, back, family=family)
 
 
 @pytest.mark.numeric
@@ -244,6 +245,19 @@ def load_before_and_after(wrapper: str, directory: Path) -> None:
     for own, other in zip(trained(engine), wanted, strict=True):
         assert largest_difference(own, other) == 0
     assert largest_difference(wanted[0], wanted[1]) > 0
+    save_experts(engine, directory / "fp32", family="qwen3_moe", dtype="fp32")
+    back, layers = stored(directory / "fp32"), engine.module.model.blocks
+    for name, master in weights(engine).items():
+        layer, rest = re.fullmatch(r"model\.blocks\.(\d)\.moe\.deepspeed_moe\.(.+)", name).groups()  # type: ignore[union-attr]
+        rest = rest.replace("gate.wg.", "gate.")
+        number = re.match(r"experts\.deepspeed_experts\.(\d)", rest)
+        if number:
+            first = distributed.get_rank() * EXPERTS // 2
+            rest = rest.replace(number[0], f"experts.{first + int(number[1])}")
+        found = back.pop(f"model.layers.{layer}.mlp.{rest}")
+        assert found.dtype == torch.float32
+        assert torch.equal(found, master.float())
+    assert len(back) == len(layers) * 3 * EXPERTS // 2  # of the other rank
 
 
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2", "bf16", "fp32", "half"])
@@ -262,6 +276,11 @@ def load_into_autoep_engine(directory: Path) -> None:
     master = weights(engine)["model.layers.1.mlp.experts.w3"]
     rounded = torch.stack([expert["up_proj"] for expert in wanted]).bfloat16().float()
     assert torch.equal(master, rounded)
+    save_experts(engine, directory / "fp32", family="mixtral", dtype="fp32")
+    back = stored(directory / "fp32")
+    prefix = "model.layers.1.block_sparse_moe.experts"
+    experts = [back[f"{prefix}.{number}.w3.weight"] for number in (first, first + 1)]
+    assert torch.equal(torch.stack(experts), master)
 
 
 def test_an_engine_with_autoep_layers(tmp_path: Path) -> None:

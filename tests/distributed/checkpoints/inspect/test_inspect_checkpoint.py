@@ -344,7 +344,7 @@ def damaged(saved: Saved, case: Case, damage: Damage, tmp_path: Path) -> Path:
     shutil.copytree(saved.directory / case.name, directory)
     damage.do(directory / TAG)
     manifest = directory / TAG / FILE_NAME
-    if damage.kind in ("content", "not finite") and case.manifest:
+    if damage.kind in ("content", "not finite", "step", "") and case.manifest:
         said = read_manifest(manifest)
         write_manifest(replace(said, files=list_saved(manifest.parent)), manifest)
     return directory
