@@ -10,8 +10,9 @@ from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
+from transformers import MixtralForCausalLM
 
-from moe_groups import MoE, create_moe_param_groups
+from moe_groups import MoE, cli, create_moe_param_groups
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.topology import Topology
 from moe_groups.weights.load import load_experts
@@ -285,6 +286,42 @@ def load_into_autoep_engine(directory: Path) -> None:
 
 def test_an_engine_with_autoep_layers(tmp_path: Path) -> None:
     run_on_ranks(2, load_into_autoep_engine, save(hf_model("mixtral"), tmp_path, fused=True))
+
+
+def export(wrapper: str, directory: Path) -> None:
+    """Trained, saved and exported; rank 0 compares with what the engine itself writes."""
+    engine = engine_of(with_layers_of_ours("mixtral", 2), wrapper)
+    for _ in range(2):
+        engine.backward(engine(tokens()).logits.float().square().mean())
+        engine.step()
+    engine.save_checkpoint(str(directory / "saved"))
+    for dtype in ("fp32", None):
+        own, made = (directory / f"{name} {dtype}" for name in ("own", "made"))
+        save_experts(engine, own, family="mixtral", dtype=dtype)  # type: ignore[arg-type]
+        if distributed.get_rank() == 0:
+            options = ["--family", "mixtral", *(["--dtype", dtype] if dtype else [])]
+            assert (
+                cli.main(["export-checkpoint", str(directory / "saved"), str(made), *options]) == 0
+            )
+            wanted, found = stored(own), stored(made)
+            assert found.keys() == wanted.keys()
+            assert {t.dtype for t in found.values()} == {torch.float32 if dtype else torch.bfloat16}
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    distributed.barrier()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapper", ["zero1", "zero2", "bf16"])
+def test_transformers_loads_the_masters_of_a_checkpoint(wrapper: str, tmp_path: Path) -> None:
+    run_on_ranks(2, export, wrapper, tmp_path)
+    hf_model("mixtral").config.save_pretrained(tmp_path / "made fp32")  # type: ignore[operator,union-attr]
+    model, info = MixtralForCausalLM.from_pretrained(
+        tmp_path / "made fp32", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    back = stored(save(model, tmp_path / "back"))
+    assert all(torch.equal(back[k], v) for k, v in stored(tmp_path / "made fp32").items())
 
 
 def load_into_zero3(directory: Path) -> None:
