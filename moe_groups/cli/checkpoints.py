@@ -290,11 +290,8 @@ def _add_regroup(commands: Any, count: Callable[[str], int]) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    parser = commands.add_parser(
-        "export-checkpoint",
-        help="the weights of a checkpoint as Hugging Face safetensors",
-        description=_EXPORT,
-    )
+    about = "the weights of a checkpoint as Hugging Face safetensors"
+    parser = commands.add_parser("export-checkpoint", help=about, description=_EXPORT)
     parser.set_defaults(run=_export, names=EXPORT_OPTIONS)
     parser.add_argument("directory", metavar="DIR", help="the checkpoint")
     parser.add_argument("destination", metavar="OUT", help="a directory for the safetensors")

@@ -297,12 +297,11 @@ def export(wrapper: str, directory: Path) -> None:
     engine.save_checkpoint(str(directory / "saved"))
     for dtype in ("fp32", None):
         own, made = (directory / f"{name} {dtype}" for name in ("own", "made"))
-        save_experts(engine, own, family="mixtral", dtype=dtype)  # type: ignore[arg-type]
+        save_experts(engine, own, family="mixtral", dtype=dtype)
         if distributed.get_rank() == 0:
             options = ["--family", "mixtral", *(["--dtype", dtype] if dtype else [])]
-            assert (
-                cli.main(["export-checkpoint", str(directory / "saved"), str(made), *options]) == 0
-            )
+            paths = str(directory / "saved"), str(made)
+            assert cli.main(["export-checkpoint", *paths, *options]) == 0
             wanted, found = stored(own), stored(made)
             assert found.keys() == wanted.keys()
             assert {t.dtype for t in found.values()} == {torch.float32 if dtype else torch.bfloat16}
@@ -310,7 +309,6 @@ def export(wrapper: str, directory: Path) -> None:
     distributed.barrier()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2", "bf16"])
 def test_transformers_loads_the_masters_of_a_checkpoint(wrapper: str, tmp_path: Path) -> None:
     run_on_ranks(2, export, wrapper, tmp_path)
