@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_groups._common.own_folder import is_plain
@@ -29,12 +29,14 @@ class CheckpointFiles:
         tag: name of the folder in it.
         shards: optimizer states by rank.
         models: dense weights and counters by model-parallel rank.
+        trust: may code of the checkpoint's author run? See :func:`read_torch_file`.
     """
 
     directory: Path
     tag: str
     shards: Mapping[Rank, Path]
     models: Mapping[int, Path]
+    trust: bool = False
 
     @property
     def folder(self) -> Path:
@@ -65,18 +67,21 @@ class CheckpointFiles:
         return [p for p in found if p.is_file() and p != latest and not p.match(_TARGETS)]
 
 
-def find_checkpoint(directory: str | Path, tag: str | None = None) -> CheckpointFiles:
+def find_checkpoint(
+    directory: str | Path, tag: str | None = None, trust: bool = False
+) -> CheckpointFiles:
     """The checkpoint in ``directory``, or the one whose own folder that is.
 
     Args:
         directory: as for ``load_checkpoint``, or the folder of a tag.
         tag: None for what the file ``latest`` says.
+        trust: may code of the checkpoint's author run?
 
     Raises:
         CheckpointError: no checkpoint is there, or it cannot be read.
     """
     try:
-        return _find(Path(directory), tag)
+        return replace(_find(Path(directory), tag), trust=trust)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or directory} cannot be read: {error.strerror}."
@@ -266,7 +271,7 @@ def _check_weights(files: CheckpointFiles, model: int) -> None:
             f"{files.folder} has no weights of model-parallel rank {model} "
             f"(mp_rank_{model:02d}_model_states.pt)."
         )
-    content = read_torch_file(files.models[model])
+    content = read_torch_file(files.models[model], files.trust)
     counts = content.get("num_experts") if isinstance(content, Mapping) else None
     names = [path.name for path in files.others()]
     if isinstance(counts, list) and (lost := [*missing_experts(names, model, counts)]):

@@ -138,7 +138,7 @@ def _examine(
     check_tag(tag)
     if not (load_dir / tag).is_dir():
         return Finding("absent", tag=tag)
-    files = find_checkpoint(load_dir, tag)
+    files = find_checkpoint(load_dir, tag, trust=True)
     share = _share(engine)
     check_whole(files, share, optimizer)
     unstated = sum(map(check_crcs, files.states(optimizer)[share])) if data else 0
@@ -185,7 +185,7 @@ def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> F
                 f"(model-parallel rank {rank.model})."
             )
         return Finding("world")
-    shard = read_shard(files.shards[rank], elastic=True)
+    shard = read_shard(files.shards[rank], files.trust, elastic=True)
     if shard.holds(rank, running):
         return Finding("same", step=step_of_shard(shard))
     if files.manifest.is_file():
