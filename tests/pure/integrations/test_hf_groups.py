@@ -256,12 +256,27 @@ def test_what_is_refused_leaves_the_optimizer_alone(case: str) -> None:
     assert all(getattr(p, "expert_group_name", None) is None for p in model.parameters())
 
 
-def test_frozen_experts_are_named_though_an_optimizer_leaves_them_out() -> None:
+@pytest.mark.parametrize(
+    "make_groups",
+    [
+        create_moe_param_groups,
+        lambda model: create_moe_param_groups(model.named_parameters(), split_by="expert"),
+        lambda model: (
+            group_optimizer(
+                torch.optim.AdamW(p for p in model.parameters() if p.requires_grad), model
+            ).param_groups
+        ),
+    ],
+    ids=["module", "named", "optimizer"],
+)
+def test_frozen_experts_are_in_no_group(make_groups: Callable[[nn.Module], Groups]) -> None:
     model = TinyMoE(MoE, ep_size=2)
     model.blocks.requires_grad_(False)
-    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    with pytest.raises(ParameterInputError, match=r"all expert parameters are frozen .*blocks\.0"):
-        group_optimizer(optimizer, model)
+    (group,) = make_groups(model)
+    assert group["name"] == "dense"
+    assert "moe" not in group
+    trained = [*model.inp.parameters(), *model.out.parameters()]
+    assert list(map(id, group["params"])) == list(map(id, trained))
 
 
 @pytest.mark.parametrize(
