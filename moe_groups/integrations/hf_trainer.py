@@ -13,6 +13,7 @@ from moe_groups._deepspeed.engines import known_engines
 from moe_groups.checkpoints.guard.guard import Regroup, protect_checkpoints
 from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
+from moe_groups.weights.save import with_all_experts
 
 need("transformers", "hf", "groups for Trainer")
 need("accelerate", "hf", "groups for Trainer")
@@ -53,7 +54,8 @@ class MoETrainer(Trainer):
             :func:`moe_groups.protect_checkpoints`.
 
     Raises:
-        InvalidArgumentError: an option that Trainer sets, or one that does not exist.
+        InvalidArgumentError: an option that Trainer sets, or one that does not exist; an optimizer
+            or scheduler in ``optimizers``.
 
     Example:
         >>> trainer = MoETrainer(model=model, args=args, train_dataset=data,
@@ -75,6 +77,13 @@ class MoETrainer(Trainer):
                 "Weight decay is Trainer's: override its get_decay_parameter_names to change it."
             )
         super().__init__(*args, **kwargs)
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise InvalidArgumentError(
+                "MoETrainer cannot use optimizers=(optimizer, scheduler): it makes groups, and "
+                "then a scheduler. Give optimizer_cls_and_kwargs=(AdamW, {...}), or override "
+                "create_optimizer to return group_optimizer(your_optimizer, self.model, "
+                "**self.group_options), and create_scheduler."
+            )
 
     def create_optimizer(self, *args: Any) -> Any:
         """Trainer's optimizer, with MoE groups in place of its two."""
@@ -82,10 +91,21 @@ class MoETrainer(Trainer):
         before = self.optimizer
         optimizer = super().create_optimizer(*args)
         if isinstance(optimizer, DummyOptim):
+            if self.optimizer_cls_and_kwargs is not None:
+                raise InvalidArgumentError(
+                    "optimizer_cls_and_kwargs and the optimizer block of the DeepSpeed config name "
+                    "two optimizers, and DeepSpeed makes that of the block: remove one of them."
+                )
             optimizer.params = self._decay_groups(model)
         elif optimizer is before:  # Trainer asks twice
             return optimizer
         return group_optimizer(optimizer, model, **self.group_options)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trainer's, with the experts of all ranks in place of those of the first."""
+        if self.is_deepspeed_enabled and state_dict:
+            state_dict = with_all_experts(self.model, state_dict)
+        super()._save(output_dir, state_dict)
 
     def _decay_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """With Trainer's decay rules, where DeepSpeed makes the optimizer and Trainer none."""

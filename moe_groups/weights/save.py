@@ -92,6 +92,29 @@ def save_experts(
     return _write(_Job(Path(directory), rank), list(_cut(mine, size)))
 
 
+def with_all_experts(module: nn.Module, state: Named) -> Named:
+    """A rank's state dict, on rank 0 with the experts of all ranks. All ranks call it together.
+
+    The experts of DeepSpeed's layers have their global numbers, as in a model with ``ep_size=1``.
+    """
+    whole = dict(state)
+    for layer in find_local_experts(module, None):
+        prefix = f"{layer.path}.deepspeed_moe.experts.deepspeed_experts.".lstrip(".")
+        own = [name for name in whole if name.startswith(prefix)]
+        if len(layer.experts) == layer.total or not own:
+            continue
+        mine: Named = {}
+        for name in own:
+            number, _, inside = name.removeprefix(prefix).partition(".")
+            mine[f"{prefix}{layer.first + int(number)}.{inside}"] = whole.pop(name).cpu()
+        ranks: list[Any] = [None] * distributed.get_world_size()
+        first = distributed.get_rank() == 0
+        distributed.gather_object(mine if layer.writes else {}, ranks if first else None)
+        for part in filter(None, ranks):
+            whole |= part
+    return whole
+
+
 def _check_whole(module: nn.Module) -> None:
     if is_pipeline(module) or tensor_parallel_size() > 1:
         raise InvalidArgumentError(

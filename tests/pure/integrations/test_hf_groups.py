@@ -256,6 +256,40 @@ def test_what_is_refused_leaves_the_optimizer_alone(case: str) -> None:
     assert all(getattr(p, "expert_group_name", None) is None for p in model.parameters())
 
 
+def test_a_second_grouping_is_refused() -> None:
+    model = make_model()
+    optimizer = group_optimizer(torch.optim.AdamW(model.parameters()), model)
+    names = [group["name"] for group in optimizer.param_groups]
+    with pytest.raises(InvalidArgumentError, match="has groups of moe-groups already"):
+        group_optimizer(optimizer, model, split_by="expert")
+    assert [group["name"] for group in optimizer.param_groups] == names
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_an_optimizer_or_scheduler_of_ones_own_is_refused(both: bool, tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, float)
+    with pytest.raises(InvalidArgumentError, match="override create_optimizer"):
+        MoETrainer(
+            model=model,
+            args=arguments(tmp_path),
+            optimizers=(optimizer if both else None, scheduler),
+        )
+
+
+def test_a_class_of_optimizers_is_kept(tmp_path: Path) -> None:
+    model, kind = make_model(), (torch.optim.SGD, {"lr": 1e-5, "momentum": 0.5})
+    trainer = MoETrainer(model=model, args=arguments(tmp_path), optimizer_cls_and_kwargs=kind)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.SGD
+    assert {(group["lr"], group["momentum"]) for group in optimizer.param_groups} == {(1e-5, 0.5)}
+    assert any(group.get("moe") for group in optimizer.param_groups)
+    trainer.optimizer = DummyOptim(params=list(model.parameters()))  # as Trainer does for a block
+    with pytest.raises(InvalidArgumentError, match="name two optimizers"):
+        trainer.create_optimizer()
+
+
 @pytest.mark.parametrize(
     "make_groups",
     [
