@@ -90,8 +90,8 @@ def steps_parameters(engine: Any) -> bool:
 
 
 def needs_marks(engine: Any) -> bool:
-    """Does the wrapper (ZeRO-1/2, BF16_Optimizer) tell experts by the mark ``moe`` of a group?"""
-    return hasattr(engine.optimizer, "real_dp_process_group")
+    """Does the wrapper (ZeRO, BF16_Optimizer) tell experts by the mark ``moe`` of a group?"""
+    return engine.zero_optimization() or hasattr(engine.optimizer, "real_dp_process_group")
 
 
 def stepped_groups(engine: Any) -> list[tuple[dict[str, Any], list[torch.Tensor]]]:

@@ -16,7 +16,7 @@ from moe_groups._deepspeed.engines import (
     stepped_groups,
 )
 from moe_groups._deepspeed.process_groups import resolves
-from moe_groups._deepspeed.start import stale_problem
+from moe_groups._deepspeed.start import stale_problem, unmarked_problem
 from moe_groups.errors import InvalidArgumentError, VerificationError
 from moe_groups.experts.module_tree import named_parameters, walk
 from moe_groups.groups.grouping import fingerprint
@@ -62,7 +62,7 @@ def verify(engine: Engine) -> None:
         names = {id(param): name for name, param in model}
         layout += [_layout(group, params, names) for group, params in stepped]
         problems = [
-            *_check_made_late(stepped, model),
+            *_check_made_late(stepped, model, engine),
             *_check_coverage(stepped, model, names),
             *_check_names(stepped),
             *_check_marks(stepped, names, engine),
@@ -73,10 +73,14 @@ def verify(engine: Engine) -> None:
     _agree(engine, problems, layout)
 
 
-def _check_made_late(stepped: _Stepped, model: list[tuple[str, torch.Tensor]]) -> Iterator[str]:
+def _check_made_late(
+    stepped: _Stepped, model: list[tuple[str, torch.Tensor]], engine: Engine
+) -> Iterator[str]:
     groups = [{**group, "params": params} for group, params in stepped]
     if problem := stale_problem(model, groups):
         yield problem
+    elif needs_marks(engine) and not any(group.get("moe") for group in groups):
+        yield from filter(None, [unmarked_problem(model, groups)])
 
 
 def _check_coverage(
