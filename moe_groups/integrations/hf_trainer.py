@@ -1,5 +1,6 @@
 """Groups for Hugging Face's ``Trainer`` and its subclasses."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ need("transformers", "hf", "groups for Trainer")
 need("accelerate", "hf", "groups for Trainer")
 
 from accelerate.utils import DummyOptim  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import Trainer  # noqa: E402
 from transformers.trainer import SCHEDULER_NAME  # noqa: E402
 
@@ -33,6 +35,10 @@ _OPTIONS = (
     "step_memory_budget",
     "step",
 )
+
+
+_NUMBER = re.compile(r"(?<=\.deepspeed_experts\.)\d+")
+_ADAPTER = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")  # as PEFT names what it saves
 
 
 class MoETrainer(Trainer):
@@ -106,6 +112,9 @@ class MoETrainer(Trainer):
         if self.is_deepspeed_enabled and state_dict:
             state_dict = with_all_experts(self.model, state_dict)
         super()._save(output_dir, state_dict)
+        adapters = Path(output_dir or self.args.output_dir, "adapter_model.safetensors")
+        if self.is_deepspeed_enabled and state_dict and self.args.should_save and adapters.exists():
+            _add_experts(adapters, state_dict)
 
     def _decay_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """With Trainer's decay rules, where DeepSpeed makes the optimizer and Trainer none."""
@@ -135,6 +144,17 @@ class MoETrainer(Trainer):
             scheduler.load_state_dict(saved | _rates_of_groups(scheduler, saved))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def _add_experts(adapters: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Add the experts to PEFT's file that its model, one rank's, does not have."""
+    saved = {name: tensor.clone() for name, tensor in load_file(adapters).items()}
+    known = {_NUMBER.sub("", name) for name in saved}
+    named = {_ADAPTER.sub("", name): tensor for name, tensor in state.items()}
+    missing = named.keys() - saved.keys()
+    more = {name: named[name].clone() for name in missing if _NUMBER.sub("", name) in known}
+    if more:
+        save_file(saved | more, adapters, metadata={"format": "pt"})
 
 
 def _rates_of_groups(scheduler: LRScheduler, saved: Mapping[str, Any]) -> dict[str, Any]:

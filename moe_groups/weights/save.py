@@ -14,7 +14,8 @@ from moe_groups._common.own_folder import finished_file
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.text import parse_bytes
 from moe_groups._deepspeed.engines import is_pipeline
-from moe_groups._deepspeed.process_groups import tensor_parallel_size
+from moe_groups._deepspeed.layers import layer_experts, layer_parallel_group, moe_layer_types
+from moe_groups._deepspeed.process_groups import expert_place, tensor_parallel_size
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.topology import Topology
 from moe_groups.weights.local_experts import (
@@ -98,18 +99,21 @@ def with_all_experts(module: nn.Module, state: Named) -> Named:
     The experts of DeepSpeed's layers have their global numbers, as in a model with ``ep_size=1``.
     """
     whole = dict(state)
-    for layer in find_local_experts(module, None):
-        prefix = f"{layer.path}.deepspeed_moe.experts.deepspeed_experts.".lstrip(".")
-        own = [name for name in whole if name.startswith(prefix)]
-        if len(layer.experts) == layer.total or not own:
+    for path, layer in module.named_modules(remove_duplicate=False):
+        place = isinstance(layer, moe_layer_types()) and expert_place(layer_parallel_group(layer))
+        if not place:
             continue
+        ep_rank, writes = place
+        first = ep_rank * len(layer_experts(layer))
+        prefix = f"{path}.deepspeed_moe.experts.deepspeed_experts.".lstrip(".")
+        own = [name for name in whole if name.startswith(prefix)]
         mine: Named = {}
         for name in own:
             number, _, inside = name.removeprefix(prefix).partition(".")
-            mine[f"{prefix}{layer.first + int(number)}.{inside}"] = whole.pop(name).cpu()
+            mine[f"{prefix}{first + int(number)}.{inside}"] = whole.pop(name).cpu()
         ranks: list[Any] = [None] * distributed.get_world_size()
-        first = distributed.get_rank() == 0
-        distributed.gather_object(mine if layer.writes else {}, ranks if first else None)
+        gathers = distributed.get_rank() == 0
+        distributed.gather_object(mine if writes else {}, ranks if gathers else None)
         for part in filter(None, ranks):
             whole |= part
     return whole

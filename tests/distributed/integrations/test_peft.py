@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from safetensors import safe_open
 from torch import nn
 from transformers import get_scheduler
 
@@ -153,6 +154,10 @@ def resume_trainer(folder: Path) -> tuple[float, float, list[str]]:
     assert origin is not None
     assert origin.frozen_experts  # only adapters are trained
     assert all("lora_" in row.name for row in origin.rows)
+    file = folder / "checkpoint-4/adapter_model.safetensors"
+    with safe_open(file, "pt") as saved:
+        numbers = {name.split("deepspeed_experts.")[-1][0] for name in saved.keys()}  # noqa: SIM118
+    assert numbers >= set("0123")  # the adapters of all ranks
     forget_process_groups()
     run = start()
     run.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
