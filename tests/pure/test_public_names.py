@@ -23,7 +23,8 @@ NAMES = {
     "moe_groups.errors": """
         CheckpointError CheckpointMismatchError CheckpointWarning CostlyGroupsWarning
         InvalidArgumentError MeasurementError MoEGroupsError OverrideError ParameterInputError
-        PlanError RecomputationError TagError UnsupportedDeepSpeedError VerificationError
+        PlanError RecomputationError TagError UnmarkedExpertsWarning UnsupportedDeepSpeedError
+        VerificationError
     """,
     "moe_groups.groups": "GroupRow GroupTable is_hidden_matrix",
     "moe_groups.losses": "BalanceReport LayerBalance gradient_scale",
