@@ -9,7 +9,7 @@ from moe_groups._common.warn import warn
 from moe_groups._deepspeed.engines import remember
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import register_names
-from moe_groups.errors import InvalidArgumentError, ParameterInputError
+from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
 from moe_groups.tags import is_expert_parameter
 
 MANY_GROUPS = 8
@@ -82,7 +82,7 @@ def _check_experts(engine: Any, optimizer: Any, wrapper: Any) -> None:
         warn(
             f"{problem} DeepSpeed's fp16 optimizer trains them, but a rank takes the norm with its "
             "own experts only: ranks clip by different norms, and may skip different steps.",
-            UserWarning,
+            UnmarkedExpertsWarning,
         )
 
 
