@@ -91,7 +91,7 @@ class CostlyGroupsWarning(UserWarning):
 
 
 class UnmarkedExpertsWarning(UserWarning):
-    """No parameter is marked as an expert's, though the model or ``split_by`` speaks of experts."""
+    """No parameter is marked as an expert's where some are meant, or no group of experts is."""
 
 
 class VerificationError(MoEGroupsError):
