@@ -28,7 +28,7 @@ from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
 from moe_groups.checkpoints.inspect.report import CheckpointReport, Problem, SavedExpert, SavedGroup
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
 from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, Manifest, write_manifest
-from moe_groups.cli.checkpoints import common_ends, fold, print_report
+from moe_groups.cli.checkpoint_report import common_ends, fold, print_report
 from moe_groups.cli.progress import show_progress
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from tests.support.checkpoints.checkpoint_damage import (
