@@ -10,6 +10,7 @@ import torch
 
 from moe_groups._common.json_file import read_json
 from moe_groups._common.own_folder import finished_file, is_plain
+from moe_groups.checkpoints.kept_state import Kept
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank
 from moe_groups.errors import CheckpointError
 from moe_groups.groups.grouping import fingerprint
@@ -20,12 +21,12 @@ FILE_NAME = "moe_groups.json"
 UNFINISHED = FILE_NAME + ".unfinished"
 """Is beside it while a checkpoint is saved."""
 SCHEMA = 3
-"""1 does not say what the groups were made from, 2 has of the files only their sizes."""
+"""1 does not say what the groups were made from, 2 has no digests and not the optimizer."""
 _FORMAT = "moe-groups manifest"
 _END = "\n}\n"
 _KNOWN = (
     *("format", "schema", "fingerprint", "checksum", "wrapper"),
-    *("params", "ranks", "groups", "origin_params", "origins", "files"),
+    *("optimizer", "params", "ranks", "groups", "origin_params", "origins", "files"),
 )
 _COLUMNS = ("name", "shape", "dtype", "expert", "offset", "numel")
 _ORIGIN_COLUMNS = (
@@ -67,12 +68,14 @@ class Manifest:
         about: versions, world sizes and step, for the reader.
         files: each file of the checkpoint by name; empty for a manifest that describes a run and
             no checkpoint.
+        optimizer: who kept what of each parameter; None where it is not told.
     """
 
     layout: Layout
     wrapper: str
     about: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, SavedFile] = field(default_factory=dict)
+    optimizer: Kept | None = None
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
@@ -144,6 +147,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         "fingerprint": layout.fingerprint(),
         "wrapper": manifest.wrapper,
         **manifest.about,
+        "optimizer": manifest.optimizer and manifest.optimizer._asdict(),
         "params": _COLUMNS,
     }
     yield "{\n"
@@ -234,12 +238,20 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
     files = {name: _parse_file(row) for name, row in _as(dict, content["files"]).items()}
     if foreign := [name for name in files if not is_plain(name)]:
         raise ValueError(f"{foreign[0]!r} is no file of the checkpoint")
-    return Manifest(Layout(groups, order, made_from), _as(str, content["wrapper"]), about, files)
+    layout, wrapper = Layout(groups, order, made_from), _as(str, content["wrapper"])
+    return Manifest(layout, wrapper, about, files, _parse_kept(content.get("optimizer")))
 
 
 def _parse_file(row: Any) -> SavedFile:
     size, digest = row if isinstance(row, list) else (row, None)  # before schema 3 the size alone
     return SavedFile(_as(int, size), _maybe(str, digest))
+
+
+def _parse_kept(row: Any) -> Kept | None:
+    if row is None:
+        return None
+    keys = _maybe(list, _as(dict, row)["keys"])
+    return Kept(_maybe(str, row["by"]), None if keys is None else tuple(_as(str, k) for k in keys))
 
 
 def _parse_group(row: Mapping[str, Any]) -> FlatGroup:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moe_groups.checkpoints.kept_state import keys_of
 from moe_groups.checkpoints.layout import FlatGroup, Rank, fragments, lay_out, round_robin
 from moe_groups.checkpoints.torch_file import read_torch_file, reading
 from moe_groups.errors import CheckpointError
@@ -203,6 +204,12 @@ def step_of_shard(shard: Shard) -> float | None:
         return None
     steps = (step_of_group(shard, index) for index in range(len(shard.options)))
     return max((step for step in steps if step is not None), default=None)
+
+
+def state_keys(shard: Shard) -> tuple[str, ...] | None:
+    """Names in the optimizer's state of all groups; None where there is none, or not by group."""
+    state = shard.optimizer[STATE]
+    return keys_of(state["state"].values()) if isinstance(state, dict) else None
 
 
 class SameStep:

@@ -13,6 +13,7 @@ from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.convert.target import check_same_parameters, read_target, size_in_groups
 from moe_groups.checkpoints.convert.workdir import Unfinished, writing
 from moe_groups.checkpoints.files import LATEST, check_whole, find_checkpoint, list_saved
+from moe_groups.checkpoints.kept_state import Kept
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
@@ -109,13 +110,14 @@ def _finish(job: Job) -> None:
     """Write what makes the folder a checkpoint."""
     files, directory = job.files, job.directory
     about: dict[str, Any] = {}
+    kept: Kept | None = None
     wrapper = job.source.shard(min(job.source.layout.order)).wrapper
     if files.manifest.is_file():
         saved = read_manifest(files.manifest)
-        about, wrapper = dict(saved.about), saved.wrapper
+        about, wrapper, kept = dict(saved.about), saved.wrapper, saved.optimizer
     about["converted_from"] = str(files.folder.resolve())
     write_manifest(
-        Manifest(job.target, wrapper, about, list_saved(job.folder)),
+        Manifest(job.target, wrapper, about, list_saved(job.folder), kept),
         own(directory, job.folder / FILE_NAME),
     )
     for path in files.beside():

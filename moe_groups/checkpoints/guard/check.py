@@ -21,12 +21,13 @@ from moe_groups.checkpoints.files import (
 )
 from moe_groups.checkpoints.guard.engine_layout import own_groups
 from moe_groups.checkpoints.guard.refuse import refuse
+from moe_groups.checkpoints.kept_state import Kept, compare_kept, kept_by
 from moe_groups.checkpoints.layout import FlatGroup, Rank
 from moe_groups.checkpoints.layout_diff import compare_groups
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest
-from moe_groups.checkpoints.shard import WRAPPERS, read_shard, step_of_shard
+from moe_groups.checkpoints.shard import WRAPPERS, read_shard, state_keys, step_of_shard
 from moe_groups.checkpoints.torch_file import check_crcs
-from moe_groups.errors import CheckpointError, CheckpointWarning
+from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
 
 _SHOWN = 8
 
@@ -43,12 +44,14 @@ class Finding:
         tag: of the checkpoint that this rank would load.
         step: of this rank's optimizer state.
         unstated: records that could not be compared, as they state no CRC-32.
+        saved: the optimizer's state that this rank would load; None where nothing tells.
     """
 
     kind: Kind
     tag: str | None = None
     step: float | None = None
     unstated: int = 0
+    saved: Kept | None = None
 
 
 @contextlib.contextmanager
@@ -78,6 +81,8 @@ def checked(
     )
     if problem := _problem(load_dir, findings):
         raise CheckpointError(f"{problem} Nothing was loaded.")
+    where = f"{load_dir} ({findings[0].tag})"
+    _check_optimizer(where, kept_by(engine.basic_optimizer), findings)
     if unstated := sum(finding.unstated for finding in findings):
         warn(
             f"{unstated:,} records in {load_dir / str(findings[0].tag)} state no CRC-32 "
@@ -101,6 +106,27 @@ def checked(
             CheckpointWarning,
         )
     yield load_dir
+
+
+def _check_optimizer(where: str, running: Kept, findings: list[Finding]) -> None:
+    """Refuse state that the running optimizer keeps not, or keeps with another meaning."""
+    for saved in (finding.saved for finding in findings if finding.saved is not None):
+        verdict = compare_kept(saved, running)
+        line = f"it was saved with the state of {saved}, the run has {running}"
+        if verdict == "other":
+            message = (
+                f"{where} was saved with another optimizer.\n  {line}\nNothing was loaded. "
+                "Initialize with the optimizer of the checkpoint and its options, or load the "
+                "weights alone, into fresh optimizer state: load_module_only=True."
+            )
+            raise CheckpointMismatchError(message, [line])
+        if verdict == "unknown":
+            warn(
+                f"{where}: {line}. Whether one can go on from the state of the other cannot be "
+                "told; if not, load the weights alone: load_module_only=True.",
+                CheckpointWarning,
+            )
+            return
 
 
 def _problem(load_dir: Path, findings: list[Finding]) -> str | None:
@@ -157,8 +183,11 @@ def _compare(engine: Engine, files: CheckpointFiles) -> Finding:
     rank, running = own_groups(engine)
     maps = wrapper_name(engine) in WRAPPERS
     if files.manifest.is_file():
-        found = _by_manifest(read_manifest(files.manifest), rank, running)
-        return _by_shard(files, rank, running) if maps and found.kind == "same" else found
+        manifest = read_manifest(files.manifest)
+        found = _by_manifest(manifest, rank, running)
+        if maps and found.kind == "same":
+            found = _by_shard(files, rank, running)
+        return replace(found, saved=manifest.optimizer or found.saved)
     return _by_shard(files, rank, running) if maps else Finding("unknown")
 
 
@@ -186,11 +215,12 @@ def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> F
             )
         return Finding("world")
     shard = read_shard(files.shards[rank], files.trust, elastic=True)
+    saved = Kept(None, state_keys(shard))
     if shard.holds(rank, running):
-        return Finding("same", step=step_of_shard(shard))
+        return Finding("same", step=step_of_shard(shard), saved=saved)
     if files.manifest.is_file():
         raise CheckpointError(
             f"{files.manifest} says that the groups are those of this run, but {shard.path.name} "
             "holds others: the files are not of one checkpoint."
         )
-    return Finding("other")
+    return Finding("other", saved=saved)

@@ -12,6 +12,7 @@ from moe_groups._deepspeed.engines import Engine, stepped_groups, wrapper_name
 from moe_groups._deepspeed.patching import deepspeed_version
 from moe_groups._deepspeed.process_groups import expert_parallel_rank
 from moe_groups._version import __version__
+from moe_groups.checkpoints.kept_state import kept_by
 from moe_groups.checkpoints.layout import (
     FlatGroup,
     FlatParam,
@@ -141,4 +142,5 @@ def describe_run(engine: Engine, layout: Layout) -> Manifest:
             "torch": str(torch.__version__),
         },
     }
-    return Manifest(layout, wrapper_name(engine), about)
+    kept = kept_by(engine.basic_optimizer)
+    return Manifest(layout, wrapper_name(engine), about, optimizer=kept)

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from moe_groups._common.own_folder import is_plain
+from moe_groups.checkpoints.kept_state import Kept
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
 from moe_groups.checkpoints.manifest import (
     SCHEMA,
@@ -104,7 +105,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
     files = draw(st.dictionaries(NAMES.filter(is_plain), saved, max_size=3))
     about = {"step": draw(st.integers(0)), "versions": {"moe_groups": "9.9"}}
     layout = draw(layouts())
-    return Manifest(replace(layout, origins=draw(origins(layout))), draw(NAMES), about, files)
+    kept = draw(st.none() | st.builds(Kept, st.none() | NAMES, st.none() | st.just(("a", "b"))))
+    layout = replace(layout, origins=draw(origins(layout)))
+    return Manifest(layout, draw(NAMES), about, files, kept)
 
 
 def small() -> Manifest:

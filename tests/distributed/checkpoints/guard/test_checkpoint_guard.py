@@ -37,7 +37,15 @@ from tests.support.hash_seeds import two_hash_seeds
 from tests.support.models import TinyMoE
 from tests.support.pairwise import Row, label, pairwise
 from tests.support.ranks import run_in_fresh_processes, run_on_ranks, run_on_stock
-from tests.support.training import GroupsOf, groups_by, make_groups, train, weights
+from tests.support.training import (
+    GroupsOf,
+    config,
+    groups_by,
+    initialize,
+    make_groups,
+    train,
+    weights,
+)
 
 # ---- a load into other groups ---------------------------------------------------------
 
@@ -78,6 +86,61 @@ def test_load_into_other_groups_is_refused(wrapper: str, tmp_path: Path) -> None
     layout = read_manifest(Path(target)).layout
     assert len(layout.of(Rank(0, 0))) == 5
     assert layout.fingerprint() != read_manifest(tmp_path / TAG / FILE_NAME).layout.fingerprint()
+
+
+# ---- state of another optimizer ---------------------------------------------------------
+
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "RAdam": (torch.optim.RAdam, {}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "RMSprop": (torch.optim.RMSprop, {}),
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}),
+    "amsgrad": (torch.optim.AdamW, {"amsgrad": True}),
+}
+
+
+def stepping(wrapper: str, cls: Any, split: str = "module", **options: Any) -> Any:
+    model = TinyMoE(MoE, **EP2)
+    optimizer = cls(make_groups(model, split), lr=1e-2, **options)
+    return initialize(model, optimizer, config(wrapper))
+
+
+def loads_of_others(wrapper: str, folder: Path) -> list[str]:
+    """AdamW's state into others; what the refusal advises; and into Adam."""
+    reference = weights(saved(wrapper, groups_by("module"), folder))
+    problems = []
+    for name, (cls, options) in OTHERS.items():
+        engine = stepping(wrapper, cls, "expert" if name == "NAdam" else "module", **options)
+        protect_checkpoints(engine, regroup="auto")
+        before = snapshot(engine)
+        error = error_of(engine, folder)
+        if not isinstance(error, CheckpointMismatchError) or not equal(before, snapshot(engine)):
+            problems.append(f"{name}: {error}")
+            continue
+        assert "torch.optim.adamw.AdamW (exp_avg, exp_avg_sq, step)" in str(error)
+        assert f".{cls.__name__} (" in str(error)
+        if name in ("RAdam", "SGD"):
+            assert error_of(engine, folder, load_module_only=True) is None
+            problems += [
+                f"{name}: {key}"
+                for key, was in reference.items()
+                if not torch.allclose(was, weights(engine)[key], rtol=2**-8)
+            ]
+            train(engine, 1)
+    forget_manifest(folder)
+    error = error_of(stepping(wrapper, torch.optim.SGD, momentum=0.9), folder)
+    if "an optimizer (exp_avg, exp_avg_sq, step)" not in str(error):
+        problems.append(f"without a manifest: {error}")
+    engine = stepping(wrapper, torch.optim.Adam)
+    assert error_of(engine, folder) is None
+    problems += [key for key, was in reference.items() if not equal(was, weights(engine)[key])]
+    return problems
+
+
+@pytest.mark.parametrize("wrapper", ["zero2", pytest.param("bf16", marks=pytest.mark.long)])
+def test_state_of_another_optimizer_is_refused(wrapper: str, tmp_path: Path) -> None:
+    """Before anything is read, with "auto" too; the way out works."""
+    assert run_on_ranks(2, loads_of_others, wrapper, tmp_path) == [[], []]
 
 
 # ---- loads that DeepSpeed does without a word -------------------------------------------
