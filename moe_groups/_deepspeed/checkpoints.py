@@ -104,19 +104,19 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Load the frozen experts of this rank.
+    """Load what is frozen now, and the frozen experts of this rank.
 
-    Under ZeRO-2 DeepSpeed also saves the frozen parameters of rank 0, and loads them last, over
-    the frozen experts of all ranks.
+    Under ZeRO-2 DeepSpeed also saves the frozen parameters of rank 0, and loads them last: over
+    the frozen experts of all ranks, and with a KeyError for what was not frozen yet.
     """
 
     def load_module_state_dict(self: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
 
         fragments, own = checkpoint.get(FROZEN_PARAM_FRAGMENTS), checkpoint.get("module")
-        if fragments and own:
+        if fragments is not None and own:
             for name, param in self.module.named_parameters():
-                if is_expert_parameter(param) and name in fragments and name in own:
+                if name in own and (is_expert_parameter(param) or name not in fragments):
                     fragments[name] = own[name]
         return original(self, checkpoint, *args, **kwargs)
 

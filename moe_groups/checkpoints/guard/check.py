@@ -91,13 +91,13 @@ def checked(
         )
     kinds, tag = {finding.kind for finding in findings}, findings[0].tag
     if tag is not None and kinds & {"other", "world"}:
+        refuse(engine, load_dir, tag, convert)
         if convert:
             from moe_groups.checkpoints.guard.convert_on_load import regrouped
 
             with regrouped(engine, load_dir, tag, scratch_dir) as directory:
                 yield directory
             return
-        refuse(engine, load_dir, tag)
     if tag is not None and "unknown" in kinds:
         warn(
             f"{load_dir / tag} has no {FILE_NAME}, and {wrapper_name(engine)} does not "

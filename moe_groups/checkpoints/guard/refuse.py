@@ -4,7 +4,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from moe_groups._common.ranks import on_first_rank
 from moe_groups._deepspeed.engines import Engine
@@ -20,8 +20,11 @@ from moe_groups.errors import CheckpointMismatchError
 _SHOWN = 8
 
 
-def refuse(engine: Engine, load_dir: Path, tag: str) -> NoReturn:
+def refuse(engine: Engine, load_dir: Path, tag: str, convert: bool) -> None:
     """Raise what differs, the same on all ranks; the first one reads all files for it.
+
+    Args:
+        convert: return where converting repairs it.
 
     Raises:
         CheckpointMismatchError: the checkpoint was saved with other groups, parameters or ranks.
@@ -29,17 +32,23 @@ def refuse(engine: Engine, load_dir: Path, tag: str) -> NoReturn:
     """
     layout = gather_layout(engine)
 
-    def find() -> CheckpointMismatchError:
+    def find() -> CheckpointMismatchError | None:
         assert layout is not None  # on the first rank
-        return _refusal(describe_run(engine, layout), load_dir, tag)
+        return _refusal(describe_run(engine, layout), load_dir, tag, convert)
 
-    raise on_first_rank(find, "Nothing was loaded.")
+    refusal = on_first_rank(find, "Nothing was loaded.")
+    if refusal is not None:
+        raise refusal
 
 
-def _refusal(run: Manifest, load_dir: Path, tag: str) -> CheckpointMismatchError:
+def _refusal(
+    run: Manifest, load_dir: Path, tag: str, convert: bool
+) -> CheckpointMismatchError | None:
     files = find_checkpoint(load_dir, tag, trust=True)
     saved = read_layout(files)
     lines, convertible = differences(saved, run.layout)
+    if convertible and convert:
+        return None
     convertible &= not (saved.problem() or run.layout.problem())
     where = f"{load_dir} ({tag})"
     target = None

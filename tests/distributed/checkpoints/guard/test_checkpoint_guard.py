@@ -143,6 +143,63 @@ def test_state_of_another_optimizer_is_refused(wrapper: str, tmp_path: Path) -> 
     assert run_on_ranks(2, loads_of_others, wrapper, tmp_path) == [[], []]
 
 
+# ---- what converting cannot repair -------------------------------------------------------
+
+
+def partly_frozen(frozen: tuple[str, ...], split: str = "module") -> GroupsOf:
+    def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+        for name, param in model.named_parameters():
+            param.requires_grad_(not name.startswith(frozen))
+        return make_groups(model, split)
+
+    return groups_of
+
+
+FROZEN = ("inp", f"blocks.0.{EXPERTS}")
+
+
+def unconvertible(wrapper: str, folder: Path) -> list[str]:
+    """With "auto" a refusal says what differs and a way out, which works."""
+    problems = []
+    whole, part, other = groups_by("module"), partly_frozen(FROZEN), {"ep_size": 1, "layers": 2}
+    cases: list[tuple[str, GroupsOf, GroupsOf, dict[str, Any], str]] = [
+        ("frozen", whole, part, {}, "inp.weight is in the checkpoint, but no group"),
+        ("thawed", part, whole, {}, "inp.weight is stepped by the engine, but is not in"),
+        ("ep_size", whole, whole, {"model_options": other}, "the run has experts of ep_size_1"),
+    ]
+    for name, before, after, options, text in cases:
+        source = folder / name
+        reference = saved(wrapper, before, source)
+        engine = started(wrapper, after, **options)
+        protect_checkpoints(engine, regroup="auto")
+        error = error_of(engine, source)
+        assert isinstance(error, CheckpointMismatchError), error
+        if text not in " ".join(error.lines) or "load_module_only=True" not in str(error):
+            problems.append(f"{name}: {error}")
+        assert error_of(engine, source, load_module_only=True) is None
+        loaded = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+        problems += [
+            f"{name}: {key}"
+            for key, param in reference.module.named_parameters()
+            if (name != "ep_size" or EXPERTS not in key) and not equal(param, loaded[key])
+        ]
+        problems += [
+            f"{name}: master of {key}"
+            for key, master in weights(engine).items()
+            if not equal(master.bfloat16(), loaded[key])
+        ]
+        train(engine, 1)
+    return problems
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["zero2", *(pytest.param(w, marks=pytest.mark.long) for w in ("zero1", "bf16"))]
+)
+def test_way_out_where_converting_does_not_help(wrapper: str, tmp_path: Path) -> None:
+    """Something was frozen or thawed since, or experts have another ep_size."""
+    assert run_on_ranks(2, unconvertible, wrapper, tmp_path) == [[], []]
+
+
 # ---- loads that DeepSpeed does without a word -------------------------------------------
 
 
