@@ -5,18 +5,19 @@ from typing import Any
 
 import torch
 
+from moe_groups._common.arguments import checked
 from moe_groups._deepspeed.engines import (
     Engine,
     Given,
+    SteppingEngine,
     engine_data_parallel_group,
     given_options,
-    is_engine,
     scheduled_peaks,
     stepped_groups,
 )
 from moe_groups._deepspeed.process_groups import resolves
 from moe_groups._deepspeed.start import stale_problem
-from moe_groups.errors import InvalidArgumentError, VerificationError
+from moe_groups.errors import VerificationError
 from moe_groups.experts.module_tree import named_parameters, walk
 from moe_groups.groups.grouping import fingerprint
 from moe_groups.tags import is_expert_parameter, numel_of, parallel_group_of, shape_of
@@ -25,7 +26,8 @@ _Stepped = list[tuple[dict[str, Any], list[torch.Tensor]]]
 _Layout = tuple[Any, ...]
 
 
-def verify(engine: Engine) -> None:
+@checked
+def verify(engine: SteppingEngine) -> None:
     """Check the optimizer groups of an initialized engine; all ranks call it together.
 
     Checks that exactly one group steps every trainable parameter, with the learning rate and
@@ -49,11 +51,6 @@ def verify(engine: Engine) -> None:
         >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         >>> verify(engine)                                                # doctest: +SKIP
     """
-    if not is_engine(engine) or not hasattr(engine.optimizer, "param_groups"):
-        raise InvalidArgumentError(
-            f"verify takes an engine that deepspeed.initialize made with an optimizer, not "
-            f"{type(engine).__name__}."
-        )
     layout: list[_Layout] = []
     try:
         stepped = stepped_groups(engine)

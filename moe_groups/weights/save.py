@@ -4,16 +4,15 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed, nn
 
-from moe_groups._common.arguments import check_one_of, need
+from moe_groups._common.arguments import Bytes, FilePath, checked, need
 from moe_groups._common.own_folder import finished_file
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.text import parse_bytes
-from moe_groups._deepspeed.engines import is_pipeline
+from moe_groups._deepspeed.engines import InitializedEngine, is_pipeline
 from moe_groups._deepspeed.process_groups import tensor_parallel_size
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.topology import Topology
@@ -24,7 +23,6 @@ from moe_groups.weights.local_experts import (
     module_of,
 )
 from moe_groups.weights.names import (
-    FAMILIES,
     ROUTER,
     Family,
     expand,
@@ -37,15 +35,16 @@ from moe_groups.weights.safetensors_files import INDEX
 Named = dict[str, torch.Tensor]
 
 
+@checked
 def save_experts(
-    model: Any,
-    directory: str | Path,
+    model: nn.Module | InitializedEngine,
+    directory: FilePath,
     *,
     family: Family,
     layers: Mapping[str, str] | None = None,
     matrices: Mapping[str, str] | None = None,
     router: str = ROUTER,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: Bytes = "5GB",
     topology: Topology | None = None,
 ) -> list[Path]:
     """Write the model's weights as safetensors with the names of a Hugging Face family.
@@ -77,7 +76,6 @@ def save_experts(
             ``safetensors`` is missing.
     """
     need("safetensors", "hf", "safetensors checkpoints")
-    check_one_of("family", family, FAMILIES)
     size = parse_bytes(max_shard_size, "max_shard_size")
     module = module_of(model, "save_experts")
     _check_whole(module)

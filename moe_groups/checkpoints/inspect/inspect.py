@@ -3,9 +3,9 @@
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, get_args
 
+from moe_groups._common.arguments import FilePath, Positive, checked
 from moe_groups._common.progress import Progress, ProgressSum, in_order
 from moe_groups.checkpoints.files import STATES, CheckpointFiles, find_checkpoint
 from moe_groups.checkpoints.inspect.agreement import RankAgreement, ShardFacts
@@ -20,19 +20,19 @@ from moe_groups.checkpoints.inspect.files import (
 from moe_groups.checkpoints.inspect.report import CheckpointReport, Problem, ProblemKind, SavedGroup
 from moe_groups.checkpoints.inspect.shards import examine_shard
 from moe_groups.checkpoints.inspect.weights import EngineState, examine_engines, examine_file
-from moe_groups.errors import InvalidArgumentError
 from moe_groups.topology import ep_size_of
 
 _KINDS: tuple[ProblemKind, ...] = get_args(ProblemKind)
 _MOST_WORKERS = 8
 
 
+@checked
 def inspect_checkpoint(
-    directory: str | Path,
+    directory: FilePath,
     tag: str | None = None,
     *,
     data: bool = True,
-    workers: int | None = None,
+    workers: Positive | None = None,
     progress: Progress | None = None,
 ) -> CheckpointReport:
     """Groups, norms per expert, counters and damage of a checkpoint.
@@ -61,8 +61,6 @@ def inspect_checkpoint(
         >>> [problem.text for problem in report.problems]                 # doctest: +SKIP
         []
     """
-    if workers is not None and workers < 1:
-        raise InvalidArgumentError(f"workers={workers!r} must be at least 1.")
     files = find_checkpoint(directory, tag)
     engines, problems = examine_engines(files)
     expected = expected_layout(files, engines)

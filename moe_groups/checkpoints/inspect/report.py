@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from moe_groups._common.arguments import checked
 from moe_groups._common.text import show_bytes
 from moe_groups.errors import CheckpointError
 
@@ -187,6 +188,7 @@ class CheckpointReport:
             return f"{len(self.problems):,} problem{'s' * (len(self.problems) > 1)}:"
         return "no problems" + ("" if self.data else " (tensors were not read)")
 
+    @checked
     def lines(self, most: int | None = 20) -> list[str]:
         """The problems' sentences, not more than ``most``."""
         shown = [f"  {problem.text}" for problem in self.problems[:most]]

@@ -215,9 +215,9 @@ def test_override_wins_over_the_callers_group_and_that_over_defaults() -> None:
         (("*", {"params": []}), "params"),
         (("*", {"moe": True, "lr": 0.1}), "moe"),
         (("*", {"name": "x"}), "name"),
-        ("*", "override 0"),
-        (("*", 0.1), "override 0"),
-        ((3, {"lr": 0.1}), "override 0"),
+        ("*", r"overrides\[0\]='\*' must be a pair"),
+        (("*", 0.1), r"overrides\[0\]\[1\]=0.1 must be a dict"),
+        ((3, {"lr": 0.1}), r"overrides\[0\]\[0\]=3 must be a string"),
     ],
 )
 def test_overrides_that_cannot_be_used(override: Any, culprit: str) -> None:

@@ -141,7 +141,12 @@ def test_half_precision_is_computed_in_fp32() -> None:
         ((4, 3), torch.zeros(4, 1), {}, "indices of experts"),
         ((4, 3), torch.zeros(4, 2, dtype=torch.bool), {}, "mask of shape"),
         ((4, 3), torch.zeros(4, 1, dtype=torch.long), {"balance": "sequence"}, "batch, sequence"),
-        ((4, 3), torch.zeros(4, 1, dtype=torch.long), {"balance": "token"}, "'token' is unknown"),
+        (
+            (4, 3),
+            torch.zeros(4, 1, dtype=torch.long),
+            {"balance": "token"},
+            "'token' must be 'batch' or",
+        ),
         ((4, 3), torch.full((4, 1), 3), {}, "expert 3"),
         ((4, 3), torch.zeros(4, 1, dtype=torch.long), {"mask": torch.ones(3)}, "mask of shape"),
     ],
