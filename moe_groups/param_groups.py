@@ -72,7 +72,8 @@ def create_moe_param_groups(
         overrides: ``(pattern, options)`` pairs. A glob pattern selects parameters by
             qualified name, by a module above them, or as ``<layer>.expert.<number>`` with
             the layer's label or module path and the number on this rank. These options win
-            over all others.
+            over all others. They may set what an optimizer takes whose class is imported (torch's,
+            DeepSpeed's, your own), and keys that your group dicts have.
         plan: make the groups of this plan, with its rules; excludes all other arguments.
         step_memory_budget: cut and order the groups as :func:`plan_param_groups` does, in
             place of a cap: bytes, a string such as "2GiB", or "auto".

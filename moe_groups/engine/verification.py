@@ -1,5 +1,6 @@
 """Check the groups of an initialized engine, across ranks."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,8 @@ def verify(engine: SteppingEngine) -> None:
     24 bytes a rank; ranks exchange details only if something is wrong). With a learning-rate
     scheduler it checks ``initial_lr`` in place of ``lr`` (torch), or the final rate of a
     warm-up (DeepSpeed, whose ``WarmupLR`` sets one rate for all groups unless it has a list),
-    or no rate if the scheduler has neither.
+    or, if the scheduler has neither, that it does not give one rate to groups that were given
+    several. Rates and weight decays must be finite and not negative.
 
     Args:
         engine: what ``deepspeed.initialize`` returned first.
@@ -63,6 +65,8 @@ def verify(engine: SteppingEngine) -> None:
             *_check_names(stepped),
             *_check_marks(stepped, names),
             *_check_given(stepped, names, engine),
+            *_check_values(stepped),
+            *_check_schedule(stepped, engine),
         ]
     except Exception as error:  # the other ranks wait in the all-gather
         problems = [f"checking failed: {type(error).__name__}: {error}"]
@@ -150,6 +154,40 @@ def _check_given(stepped: _Stepped, names: dict[int, str], engine: Engine) -> It
                 f"group {_name(group)!r} steps {members[0]}"
                 + (f" and {len(members) - 1} more" if len(members) > 1 else "")
                 + f" with {key}={actual!r}; given (in group {home!r}) was {key}={expected!r}"
+            )
+
+
+def _check_values(stepped: _Stepped) -> Iterator[str]:
+    for group, _ in stepped:
+        for key in ("lr", "weight_decay"):
+            value = float(group.get(key, 0.0))
+            if not (math.isfinite(value) and value >= 0):
+                yield (
+                    f"group {_name(group)!r} steps with {key}={value!r}: set it to a finite number "
+                    "of at least 0"
+                )
+
+
+def _check_schedule(stepped: _Stepped, engine: Engine) -> Iterator[str]:
+    """A scheduler that gives one rate to groups that were given several.
+
+    A torch scheduler keeps ``initial_lr``, and the final rate of a warm-up is known: what they do
+    is seen in :func:`_actual_options`.
+    """
+    if engine.lr_scheduler is None or scheduled_peaks(engine) is not None:
+        return
+    given, scheduler = given_options(engine), type(engine.lr_scheduler).__name__
+    shared: dict[float, dict[float, str]] = {}
+    for group, params in stepped:
+        record = next((given[id(param)] for param in params if id(param) in given), None)
+        if record is not None and "lr" in record.options and "initial_lr" not in group:
+            shared.setdefault(float(group["lr"]), {})[record.options["lr"]] = record.name
+    for rate, homes in shared.items():
+        if rate and len(homes) > 1:
+            rates = ", ".join(f"lr={lr:g} of group {name!r}" for lr, name in homes.items())
+            yield (
+                f"{scheduler} replaced {rates} by one lr={rate:g}: give the scheduler a list with "
+                "a rate for each group, or use one of torch's, which scales each group's own rate"
             )
 
 

@@ -76,7 +76,7 @@ def _check_value(name: str, key: str, value: Any) -> None:
         if any(isinstance(v, torch.Tensor) and (v.numel() != 1 or v.is_meta) for v in values):
             raise InvalidArgumentError(f"{name}={shown(value)} must be one number.")
         numbers = list(map(float, values))
-        if not all(math.isfinite(one) and one >= 0 for one in numbers):
+        if not all(math.isfinite(number) and number >= 0 for number in numbers):
             raise InvalidArgumentError(f"{name}={shown(value)} must be finite and at least 0.")
         if key == "betas" and not all(number < 1 for number in numbers):
             raise InvalidArgumentError(f"{name}={shown(value)} must be below 1.")
@@ -88,14 +88,14 @@ def _known_keys() -> set[str]:
     return found.union(_DEEPSPEED) - {"params", "defaults", "args", "kwargs"}
 
 
-def _below(kind: type) -> Iterator[type]:
+def _below(kind: type[Any]) -> Iterator[type[Any]]:
     for one in kind.__subclasses__():
         yield one
         yield from _below(one)
 
 
 @functools.cache
-def _arguments(kind: type) -> tuple[str, ...]:
+def _arguments(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind).parameters)
 
 

@@ -118,7 +118,7 @@ def made_groups(groups: Any) -> list[tuple[Mapping[str, Any], list[torch.Tensor]
         params = group["params"]
         check(f"{where}: params", params, Sequence[torch.Tensor])
         check_hyperparameters(where, group)
-        if group.get("moe") and params and not is_expert_parameter(params[0]):
+        if group.get("moe") and params and not any(map(is_expert_parameter, params)):
             raise InvalidArgumentError(
                 f"{where} holds a partition that DeepSpeed made of its parameters: give the groups "
                 "before deepspeed.initialize, or describe the engine."

@@ -447,7 +447,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no optimizer": (start_without_optimizer, "it has no optimizer"),
     "no engine": (
         lambda: object(),
-        "engine=<object> must be an engine that deepspeed.initialize made",
+        "engine=<object> must be an engine",
     ),
 }
 

@@ -289,7 +289,7 @@ def test_a_plan_goes_without_other_arguments() -> None:
         ({"split_by": "layer"}, "split_by='layer' must be"),
         ({"data_parallel_size": 3}, "multiple of 2"),
         ({"data_parallel_size": None}, "pass data_parallel_size"),
-        ({"data_parallel_size": 0}, "at least 1"),
+        ({"data_parallel_size": 0}, "must be an integer from 1"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
