@@ -50,7 +50,7 @@ def check_hyperparameters(
     Raises:
         InvalidArgumentError: names the key and the nearest known one, or the value.
     """
-    known = _known_keys()
+    known = _arguments(tuple(_below(torch.optim.Optimizer)))
     for key, value in options.items():
         check(f"a key of {where}", key, str)
         if key in RESERVED:
@@ -82,21 +82,17 @@ def _check_value(name: str, key: str, value: Any) -> None:
             raise InvalidArgumentError(f"{name}={shown(value)} must be below 1.")
 
 
-def _known_keys() -> set[str]:
-    """What the optimizer classes of this process take as arguments."""
-    found = {key for kind in _below(torch.optim.Optimizer) for key in _arguments(kind)}
-    return found.union(_DEEPSPEED) - {"params", "defaults", "args", "kwargs"}
-
-
-def _below(kind: type[Any]) -> Iterator[type[Any]]:
+def _below(kind: Any) -> Iterator[Any]:
     for one in kind.__subclasses__():
         yield one
         yield from _below(one)
 
 
 @functools.cache
-def _arguments(kind: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind).parameters)
+def _arguments(kinds: tuple[Any, ...]) -> frozenset[str]:
+    """What these optimizer classes take."""
+    found = {key for kind in kinds for key in inspect.signature(kind).parameters}
+    return frozenset(found.union(_DEEPSPEED) - {"params", "defaults", "args", "kwargs"})
 
 
 @functools.cache

@@ -274,6 +274,5 @@ def test_keys_of_ones_own() -> None:
         def __init__(self, params: Any, lr: float, slow_steps: int = 5) -> None:
             super().__init__(params, lr)
 
-    slow = [("*", {"slow_steps": 6})]
-    assert create_moe_param_groups(model, overrides=slow)[0]["slow_steps"] == 6
-    assert Lookahead
+    slow = create_moe_param_groups(model, overrides=[("*", {"slow_steps": 6})])
+    assert Lookahead(slow, lr=0.1).param_groups[0]["slow_steps"] == 6
