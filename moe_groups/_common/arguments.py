@@ -243,7 +243,8 @@ def _wrong_item(name: str, value: Any, kind: Any, inner: tuple[Any, ...]) -> _Pr
             ]
     elif kind is tuple and inner[-1] is not Ellipsis:
         if not isinstance(value, list | tuple) or len(value) != len(inner):
-            return name, value, "a pair" if len(inner) == 2 else f"{len(inner)} values"
+            wanted = [_problem("", ..., hint) or ("", ..., "anything") for hint in inner]
+            return name, value, f"{len(inner)} values: {', '.join(one[2] for one in wanted)}"
         pairs = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(value, inner, strict=True))]
     elif isinstance(value, list | tuple) or (kind is Sequence and _is_sequence(value)):
         pairs = [(f"{name}[{index}]", item, inner[0]) for index, item in enumerate(value)]

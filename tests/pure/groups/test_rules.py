@@ -223,7 +223,7 @@ def test_override_wins_over_the_callers_group_and_that_over_defaults() -> None:
         (("*", {"params": []}), "params"),
         (("*", {"moe": True, "lr": 0.1}), "moe"),
         (("*", {"name": "x"}), "name"),
-        ("*", r"overrides\[0\]='\*' must be a pair"),
+        ("*", r"overrides\[0\]='\*' must be 2 values: a string, a dict"),
         (("*", 0.1), r"overrides\[0\]\[1\]=0.1 must be a dict"),
         ((3, {"lr": 0.1}), r"overrides\[0\]\[0\]=3 must be a string"),
     ],
