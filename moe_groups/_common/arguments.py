@@ -258,4 +258,5 @@ def _is_sequence(value: object) -> bool:
 
 
 def _either(names: list[str]) -> str:
-    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    *others, last = " or ".join(names).split(" or ")
+    return f"{', '.join(others)} or {last}" if others else last

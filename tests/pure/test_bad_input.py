@@ -39,7 +39,7 @@ def expert(parallel_group: Any = "ep_size_2", **marks: Any) -> nn.Parameter:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split_by": "layer"}, "split_by='layer' must be 'parallel_group', 'module' or 'expert'"),
+        ({"split_by": "layer"}, "split_by='layer' must be 'parallel_group', 'module', 'expert' or"),
         ({"max_group_size": 0}, "max_group_size=0 must"),
         ({"max_group_size": -5}, "max_group_size=-5 must"),
         ({"max_group_size": 0.5}, "max_group_size=0.5 must"),
