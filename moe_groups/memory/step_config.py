@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from moe_groups._common.arguments import OptimizerKind, check_one_of
+from moe_groups._common.arguments import OptimizerKind, check_one_of, checked
 from moe_groups._deepspeed.step_settings import read_step_settings
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory.step_cost import MASTER, TEMPORARIES, StepSettings
@@ -15,6 +15,7 @@ from moe_groups.memory.step_cost import MASTER, TEMPORARIES, StepSettings
 _KINDS = {**TEMPORARIES, "FusedAdam": 0, "CPUAdam": 0}
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class StepConfig:
     """What the memory of ``engine.step()`` depends on besides the model and its groups.

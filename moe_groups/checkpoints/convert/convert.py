@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_groups._common.arguments import FilePath, Positive, checked
 from moe_groups._common.own_folder import finished_file, own
 from moe_groups._common.progress import Progress
 from moe_groups.checkpoints.convert.job import Job
@@ -16,7 +17,6 @@ from moe_groups.checkpoints.files import LATEST, check_whole, find_checkpoint, l
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
-from moe_groups.errors import InvalidArgumentError
 
 _WORKERS = 4
 
@@ -38,14 +38,15 @@ class Regrouped:
     seconds: float
 
 
+@checked
 def regroup_checkpoint(
-    source: str | Path,
-    destination: str | Path,
-    to: str | Path | Layout,
+    source: FilePath,
+    destination: FilePath,
+    to: FilePath | Layout,
     *,
-    max_group_size: int | None = None,
+    max_group_size: Positive | None = None,
     tag: str | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
     trust: bool = False,
     progress: Progress | None = None,
 ) -> Regrouped:
@@ -85,8 +86,6 @@ def regroup_checkpoint(
     Example:
         >>> regroup_checkpoint("run/checkpoints", "run/regrouped", "expert")  # doctest: +SKIP
     """
-    if workers is not None and workers < 1:
-        raise InvalidArgumentError(f"workers={workers!r} must be at least 1.")
     start = time.monotonic()
     files = find_checkpoint(source, tag, trust)
     check_whole(files)

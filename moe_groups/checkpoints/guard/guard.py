@@ -9,19 +9,19 @@ from typing import Any, Literal, TypeAlias
 
 from torch import distributed
 
-from moe_groups._common.arguments import check_one_of
+from moe_groups._common.arguments import FilePath, checked
 from moe_groups._common.own_folder import is_plain
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_tag
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups._deepspeed.engines import Engine, is_engine
+from moe_groups._deepspeed.engines import Engine, SteppingEngine
 from moe_groups.checkpoints.files import check_tag, list_files, list_saved
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout, with_options_of
 from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, write_manifest
-from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
+from moe_groups.errors import CheckpointError, CheckpointWarning
 from moe_groups.tags import LABELS
 
 _GUARD = "_moe_groups_guard"
@@ -46,11 +46,12 @@ class Guard:
     gathered: bool = False
 
 
+@checked
 def protect_checkpoints(
-    engine: Engine,
+    engine: SteppingEngine,
     *,
     regroup: Regroup = "refuse",
-    scratch_dir: str | Path | None = None,
+    scratch_dir: FilePath | None = None,
     check_data: bool = False,
 ) -> None:
     """Choose what happens to the engine's checkpoints; all ranks call it alike.
@@ -81,12 +82,6 @@ def protect_checkpoints(
         >>> protect_checkpoints(engine, regroup="auto")                   # doctest: +SKIP
         >>> engine.load_checkpoint("checkpoints")                         # doctest: +SKIP
     """
-    check_one_of("regroup", regroup, ("refuse", "auto", "off"))
-    if not is_engine(engine) or not hasattr(engine.optimizer, "param_groups"):
-        raise InvalidArgumentError(
-            "protect_checkpoints takes an engine that deepspeed.initialize made with an optimizer, "
-            f"not {type(engine).__name__}."
-        )
     support_our_groups(moe=True)
     scratch = None if scratch_dir is None else Path(scratch_dir)
     guard = Guard(regroup, scratch, check_data)
