@@ -14,6 +14,8 @@ _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_st
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _TARGETS = "moe_groups_*.json"
 LATEST = "latest"
+SCHEDULER_FILES = "scheduler*.[pb][ti]*"
+"""Where Trainer (``scheduler.pt``) and Accelerate (``scheduler.bin``) keep a scheduler."""
 
 
 @dataclass(frozen=True, slots=True)
