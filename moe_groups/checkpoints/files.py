@@ -18,6 +18,8 @@ _TARGETS = "moe_groups_*.json"
 LATEST = "latest"
 STATES = "_states.pt"
 """How names of DeepSpeed's files end."""
+SCHEDULER_FILES = "scheduler*.[pb][ti]*"
+"""Where Trainer (``scheduler.pt``) and Accelerate (``scheduler.bin``) keep a scheduler."""
 
 
 @dataclass(frozen=True, slots=True)
