@@ -92,7 +92,7 @@ NotNegative: TypeAlias = Annotated[
 Cap: TypeAlias = Annotated[int | float, Is(_is_cap, "a number of at least 1")]
 Bytes: TypeAlias = int | float | str
 """A number of bytes, or text such as "2GiB" (:func:`moe_groups._common.text.parse_bytes`)."""
-FilePath: TypeAlias = Annotated[str | Path, Is(_is_path, "a path")]
+FilePath: TypeAlias = Annotated[str | Path, Is(_is_path, "a path that the system allows")]
 
 SplitBy: TypeAlias = Literal["parallel_group", "module", "expert"]
 LEVELS: tuple[SplitBy, ...] = get_args(SplitBy)
@@ -115,18 +115,18 @@ def checked(public: _Public) -> _Public:
     parameters = inspect.signature(public).parameters
     of_kind = {one.kind: name for name, one in parameters.items()}
     options = of_kind.get(inspect.Parameter.VAR_KEYWORD, "")
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    by_position = [name for name, one in parameters.items() if one.kind in kinds]
 
     @functools.cache
     def hints() -> dict[str, Any]:
-        found = typing.get_type_hints(public, include_extras=True)
-        found.pop(of_kind.get(inspect.Parameter.VAR_POSITIONAL, ""), None)
-        return found
+        return typing.get_type_hints(public, include_extras=True)
 
     @functools.wraps(public)
     def function(*args: Any, **kwargs: Any) -> Any:
         known = hints()
-        for name, value in zip(parameters, args, strict=False):
-            if name in known:
+        for name, value in zip(by_position, args, strict=False):
+            if name in known and type(value) is not known[name]:  # most are, and it is quick
                 check(name, value, known[name])
         for name, value in kwargs.items():
             check(name, value, known.get(name if name in parameters else options, Any))

@@ -232,11 +232,16 @@ def guarded_load(
     call = inspect.signature(load).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
-    if guard is None or guard.regroup == "off" or engine.load_universal_checkpoint():
+    if guard is None or guard.regroup == "off":
         return load(*args, **kwargs)
+    optimizer, scheduler = _loads_optimizer(engine, given), _loads_scheduler(engine, given)
+    if engine.load_universal_checkpoint() and engine.zero_optimization():
+        from moe_groups.checkpoints.guard.universal import checked_universal
+
+        with checked_universal(engine, Path(given["load_dir"]), given["tag"], scheduler):
+            return load(*args, **kwargs)
     from moe_groups.checkpoints.guard.check import checked
 
-    optimizer = _loads_state(engine, given)
     names = _names(engine) if optimizer else []
     load_dir, tag = given["load_dir"], given["tag"]
     convert, tag = guard.regroup == "auto", None if tag is None else str(tag)
@@ -246,6 +251,7 @@ def guarded_load(
         folder,
         tag,
         optimizer=optimizer,
+        by_position=optimizer or scheduler,
         data=guard.check_data,
         convert=convert,
         scratch_dir=guard.scratch_dir,
@@ -259,13 +265,25 @@ def guarded_load(
     return path, client_state
 
 
-def _loads_state(engine: Engine, given: Mapping[str, Any]) -> bool:
+def _loads_optimizer(engine: Engine, given: Mapping[str, Any]) -> bool:
     """Does this call put optimizer state into groups?"""
     return bool(
         given["load_optimizer_states"]
         and not given["load_module_only"]
         and hasattr(engine.optimizer, "param_groups")
     )
+
+
+def _loads_scheduler(engine: Engine, given: Mapping[str, Any]) -> bool:
+    """Does this call put values of groups into a scheduler, which has them by position?"""
+    if given["load_module_only"] or not given["load_lr_scheduler_states"]:
+        return False
+    if not hasattr(engine.lr_scheduler, "state_dict"):
+        return False
+    from moe_groups.checkpoints.convert.model import SCHEDULER, group_lists
+
+    groups = len(getattr(engine.optimizer, "param_groups", ()))
+    return bool(group_lists({SCHEDULER: engine.lr_scheduler.state_dict()}, groups))
 
 
 _NAMES = ("name", *LABELS)

@@ -182,7 +182,7 @@ def test_read_off_a_deepspeed_config(config: dict[str, Any], expected: StepConfi
         (ZERO | BF16 | {"data_types": {"grad_accum_dtype": "fp16"}}, "grad_accum_dtype='fp16'"),
         (ZERO | BF16 | {"data_types": {"grad_accum_dtype": "fp31"}}, "grad_accum_dtype cannot be"),
         (ZERO | BF16 | {"compile": 3}, "compile of the DeepSpeed config is 3"),
-        ([], "give a dict or a file"),
+        ([], "must be a dict or a path"),
         ("/nowhere/ds.json", "DeepSpeed config cannot be read.*No such file"),
     ],
 )
