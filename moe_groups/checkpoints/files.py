@@ -1,8 +1,8 @@
 """The files of a DeepSpeed checkpoint, found by their names (``runtime/engine.py``)."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_groups._common.own_folder import is_plain
@@ -11,6 +11,7 @@ from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, read_manifest
 from moe_groups.errors import CheckpointError
 
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _TARGETS = "moe_groups_*.json"
 LATEST = "latest"
@@ -25,12 +26,14 @@ class CheckpointFiles:
         tag: name of the folder in it.
         shards: optimizer states by rank.
         models: dense weights and counters by model-parallel rank.
+        trust: may code of the checkpoint's author run? See :func:`read_torch_file`.
     """
 
     directory: Path
     tag: str
     shards: Mapping[Rank, Path]
     models: Mapping[int, Path]
+    trust: bool = False
 
     @property
     def folder(self) -> Path:
@@ -55,18 +58,21 @@ class CheckpointFiles:
         return [p for p in found if p.is_file() and p != latest and not p.match(_TARGETS)]
 
 
-def find_checkpoint(directory: str | Path, tag: str | None = None) -> CheckpointFiles:
+def find_checkpoint(
+    directory: str | Path, tag: str | None = None, trust: bool = False
+) -> CheckpointFiles:
     """The checkpoint in ``directory``, or the one whose own folder that is.
 
     Args:
         directory: as for ``load_checkpoint``, or the folder of a tag.
         tag: None for what the file ``latest`` says.
+        trust: may code of the checkpoint's author run?
 
     Raises:
         CheckpointError: no checkpoint is there, or it cannot be read.
     """
     try:
-        return _find(Path(directory), tag)
+        return replace(_find(Path(directory), tag), trust=trust)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or directory} cannot be read: {error.strerror}."
@@ -208,3 +214,17 @@ def check_whole(files: CheckpointFiles) -> None:
                 f"{path} has {path.stat().st_size:,} bytes, but had {size:,} when it was saved: it "
                 f"is cut off, or of another save. Without {FILE_NAME}, sizes are not compared."
             )
+
+
+def missing_experts(
+    names: Iterable[str], model_rank: int, num_experts: Iterable[int]
+) -> Iterator[str]:
+    """Files of experts that DeepSpeed's naming asks for, where it names any file so."""
+    found = {match[0]: int(match[3]) for match in map(_EXPERT.fullmatch, names) if match}
+    if model_rank not in found.values():
+        return
+    for layer, count in enumerate(num_experts):
+        for expert in range(count):
+            name = f"layer_{layer}_expert_{expert}_mp_rank_{model_rank:02d}_model_states.pt"
+            if name not in found:
+                yield name

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from moe_groups._common.json_file import read_json
 from moe_groups._common.own_folder import finished_file, is_plain
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank
 from moe_groups.errors import CheckpointError
@@ -79,13 +80,8 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: no such file, damaged, or written by a later release.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged, it is not JSON: {error}. {_WITHOUT}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    content = read_json(path, CheckpointError, _WITHOUT)
+    if content.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no manifest of moe-groups.")
     _check_schema(path, content)
     try:
@@ -299,4 +295,6 @@ def _maybe(kind: type[T], value: Any) -> T | None:
 def _as(kind: type[T], value: Any) -> T:
     if type(value) is not kind:  # isinstance takes True for an int
         raise TypeError(f"{value!r} is no {kind.__name__}")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ValueError("a number has more than 64 bits")
     return value

@@ -143,11 +143,11 @@ def read_layout(files: CheckpointFiles) -> Layout:
     if files.manifest.is_file():
         return read_manifest(files.manifest).layout
     check_states(files)
-    shards = {rank: read_shard(path) for rank, path in files.shards.items()}
+    shards = {rank: read_shard(path, files.trust) for rank, path in files.shards.items()}
     steps = SameStep()
     for shard in shards.values():
         steps.check(shard)
-    shapes = {model: _shapes(path) for model, path in files.models.items()}
+    shapes = {model: _shapes(path, files.trust) for model, path in files.models.items()}
     return layout_of_shards(shards, shapes)
 
 
@@ -169,9 +169,9 @@ def check_states(files: CheckpointFiles) -> None:
         )
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _shapes(path: Path, trust: bool) -> dict[str, tuple[int, ...]]:
     """Shapes that DeepSpeed saved beside the dense weights, of its first rank's parameters."""
-    model = read_torch_file(path)
+    model = read_torch_file(path, trust)
     with reading(path):
         return {
             name: tuple(shape)

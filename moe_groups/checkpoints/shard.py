@@ -147,18 +147,19 @@ def stated_fragments(group: FlatGroup, rank: int, reorders: bool) -> list[Fragme
     return [Fragment(p.param.name, p.start, p.numel) for p in fragments(group, rank)]
 
 
-def read_shard(path: Path, elastic: bool = False) -> Shard:
+def read_shard(path: Path, trust: bool = False, elastic: bool = False) -> Shard:
     """Read what the file says about its groups, and where its tensors are.
 
     Args:
         path: the file.
+        trust: see :func:`read_torch_file`.
         elastic: may it be saved with ``elastic_checkpoint``? It has no :attr:`Shard.options`
             then, and no states of groups.
 
     Raises:
         CheckpointError: the file cannot be read, or does not say what lies where.
     """
-    content = read_torch_file(path)
+    content = read_torch_file(path, trust)
     with reading(path):
         problem = _problem(content, elastic)
     if problem:

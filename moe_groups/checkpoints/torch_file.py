@@ -8,16 +8,19 @@ A mapped file must not become shorter while it is read: the system ends the proc
 
 import contextlib
 import errno
+import importlib
 import io
 import lzma
 import pickle
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from moe_groups.errors import CheckpointError
@@ -34,6 +37,8 @@ DAMAGE = (
 code that looks for something that is not in it or is of another type."""
 
 _CHUNK = 1 << 20
+_LOSS_SCALERS = ("LossScaler", "DynamicLossScaler")
+_NUMPY, _REBUILD = ("core", "_core"), ("_reconstruct", "scalar")
 
 
 @contextlib.contextmanager
@@ -52,24 +57,92 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {line}).") from error
 
 
-def read_torch_file(path: Path) -> Any:
+_ALLOWED = frozenset(
+    (
+        *(f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in _LOSS_SCALERS),
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+        *("argparse.Namespace", "types.SimpleNamespace"),
+        *("pathlib.PosixPath", "pathlib._local.PosixPath"),
+        *("datetime.datetime", "datetime.timedelta", "builtins.frozenset", "builtins.slice"),
+        *("numpy.dtype", "numpy.ndarray"),
+        *(f"numpy.{core}.multiarray.{name}" for core in _NUMPY for name in _REBUILD),
+    )
+)
+"""What DeepSpeed and its users save beside tensors and plain containers: data, no code."""
+
+_READING = threading.Lock()  # torch's list of allowed classes is the process's
+
+
+def read_torch_file(path: Path, trust: bool = False) -> Any:
     """The content of a file, with tensors whose bytes are read when somebody looks at them.
 
-    Unpickles, as DeepSpeed does when it loads: only for files that you trust. The pickle is
-    compared with its CRC-32 first, as changed bytes could make anything of it; the tensors are
-    not: see :func:`check_crcs`.
+    The pickle is compared with its CRC-32 first, as changed bytes could make anything of it; the
+    tensors are not: see :func:`check_crcs`.
+
+    Args:
+        path: the file.
+        trust: unpickle objects of any class, as DeepSpeed does when it loads: that can run any
+            code. Without, a file with objects of unknown classes is refused, and nothing of it
+            is run.
 
     Raises:
-        CheckpointError: it is missing, cut off, damaged, or in torch's format from before 1.6.
+        CheckpointError: it is missing, cut off, damaged, in torch's format from before 1.6, or
+            not trusted and holds objects of unknown classes.
     """
-    with reading(path):
-        if path.is_file() and not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("no zip archive: cut off, or in an old format of torch")
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if _name(info) == PICKLE and info.CRC:
-                    archive.read(info)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    with reading(path), open_archive(path) as archive:
+        for info in archive.infolist():
+            if _name(info) == PICKLE and info.CRC:
+                archive.read(info)
+        if trust:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        try:
+            return _read_data(path)
+        except pickle.UnpicklingError as error:
+            said = str(error).rpartition("WeightsUnpickler error: ")[2]
+            what = (said.splitlines() or ["no pickle"])[0]
+            raise CheckpointError(
+                f"{path} was not read: it holds {what.rstrip('.')}, and to read that can run any "
+                "code. If you trust its author as you do when you load it, give trust=True "
+                "(--trust on the command line)."
+            ) from error
+
+
+def _read_data(path: Path) -> Any:
+    """The content, where it is tensors, containers and objects of allowed classes."""
+    with _READING:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if unknown := sorted({*found} - _ALLOWED):
+            raise pickle.UnpicklingError(f"objects of {', '.join(unknown[:5])}")
+        with torch.serialization.safe_globals(_resolve(found)):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _resolve(names: Collection[str]) -> list[Any]:
+    """The allowed classes of these names, and what numpy's need besides."""
+    found: list[Any] = []
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        found.append((getattr(importlib.import_module(module), attribute), name))
+        if name == "numpy.dtype":
+            found += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
+    return found
+
+
+@contextlib.contextmanager
+def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The records of a file.
+
+    Raises:
+        zipfile.BadZipFile: it is cut off, damaged, or no archive.
+        OSError: it cannot be opened.
+    """
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise zipfile.BadZipFile("no zip archive: cut off, or in an old format of torch")
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise zipfile.BadZipFile("a record is compressed, which torch never does")
+        yield archive
 
 
 class Checksums(NamedTuple):
@@ -103,7 +176,7 @@ def compare_crcs(
     unstated = 0
     with contextlib.ExitStack() as stack:
         with reading(path):
-            archive = stack.enter_context(zipfile.ZipFile(path))
+            archive = stack.enter_context(open_archive(path))
         for info in archive.infolist():
             if names is not None and _name(info) not in names:
                 continue
@@ -138,7 +211,7 @@ def stated_crcs(path: Path) -> set[int]:
     Raises:
         CheckpointError: the file is missing or cut off, or its directory is damaged.
     """
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with reading(path), open_archive(path) as archive:
         return {info.CRC for info in archive.infolist()}
 
 

@@ -222,14 +222,14 @@ _INSPECT = """\
 Show what is in a DeepSpeed checkpoint (ZeRO-1, ZeRO-2, BF16_Optimizer): its groups, the norms
 of each expert's weights and optimizer state, its counters; and check that it is sound: files
 that are missing, cut off or of another save, bits that changed, NaN. DIR is the directory that
-load_checkpoint is given, or the folder of a tag. Files are unpickled, as when DeepSpeed loads
-them: only for checkpoints that you trust. Exit status: 0 sound, 1 damaged, 2 no checkpoint."""
+load_checkpoint is given, or the folder of a tag. Exit status: 0 sound, 1 damaged, 2 no
+checkpoint."""
 
 _REGROUP = """\
 Write checkpoint SRC to DST with other groups, so that a run that groups its parameters
-otherwise can go on from it. No model and no process group is needed, and SRC is not changed.
-Files are unpickled, as when DeepSpeed loads them: only for checkpoints that you trust."""
+otherwise can go on from it. No model and no process group is needed, and SRC is not changed."""
 
+_TRUST = "read objects of any class, as DeepSpeed does: can run any code of their author"
 _PLAN = """\
 stock (DeepSpeed's own split), parallel_group, module or expert; or the groups of a run: a
 moe_groups*.json, or a checkpoint that has one"""
@@ -255,6 +255,7 @@ def _add_inspect(commands: Any) -> None:
     parser.set_defaults(run=_inspect, names=INSPECT_OPTIONS)
     parser.add_argument("directory", metavar="DIR", help="the checkpoint")
     parser.add_argument("--tag", help="of the checkpoint (what the file latest says)")
+    parser.add_argument("--trust", action="store_true", help=_TRUST)
     parser.add_argument("--quick", action="store_true", help="do not read the tensors")
     parser.add_argument("--all", action="store_true", help="a row for every group and expert")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
@@ -274,6 +275,7 @@ def _add_regroup(commands: Any, count: Callable[[str], int]) -> None:
         "--max-group-size", type=count, metavar="N", help="most elements of a group (no limit)"
     )
     parser.add_argument("--tag", help="of the checkpoint (what the file latest says)")
+    parser.add_argument("--trust", action="store_true", help=_TRUST)
     parser.add_argument(
         "--workers",
         type=count,
@@ -291,7 +293,7 @@ def _inspect(args: argparse.Namespace) -> int:
         check_tables()
     with quiet(), show_progress("reading") as progress:
         report = inspect_checkpoint(
-            args.directory, args.tag, data=not args.quick, progress=progress
+            args.directory, args.tag, data=not args.quick, trust=args.trust, progress=progress
         )
     if args.json:
         print(report.as_json())
@@ -311,6 +313,7 @@ def _regroup(args: argparse.Namespace) -> int:
             max_group_size=args.max_group_size,
             tag=args.tag,
             workers=args.workers,
+            trust=args.trust,
             progress=progress,
         )
     print(

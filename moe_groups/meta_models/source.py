@@ -7,17 +7,18 @@ Nothing is downloaded and no weight is allocated, so a model of any size is buil
 import contextlib
 import difflib
 import importlib
-import json
 import operator
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from moe_groups._common.json_file import read_json
 from moe_groups.errors import InvalidArgumentError
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -87,12 +88,8 @@ def _read(source: str) -> dict[str, Any]:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidArgumentError(f"{path!r} cannot be read as JSON: {_reason(error)}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+    values = read_json(Path(path), InvalidArgumentError)
+    if not isinstance(values.get("model_type"), str):
         raise InvalidArgumentError(
             f"{path!r} is not a Hugging Face config: it has no model_type, such as "
             '"model_type": "mixtral".'

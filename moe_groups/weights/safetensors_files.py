@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint of safetensors files: its contents, and slices of its tensors."""
 
 import contextlib
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_groups._common.arguments import need
+from moe_groups._common.json_file import read_json
 from moe_groups._common.own_folder import is_plain
 from moe_groups.errors import CheckpointError
 
@@ -143,12 +143,13 @@ def _read_index(directory: Path) -> dict[str, str] | None:
         raise CheckpointError(
             f"{directory} is no checkpoint of safetensors: it has neither {INDEX} nor {SINGLE}."
         )
-    try:
-        names: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
-        if not all(is_plain(file) and "/" not in file for file in set(names.values())):
-            raise ValueError("a file of another directory")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    names = read_json(path, CheckpointError, "Download or copy it again.").get("weight_map")
+    if not isinstance(names, dict) or not all(map(_is_file_name, names.values())):
         raise CheckpointError(
             f'{path} is damaged: it must hold "weight_map", the file of each tensor by its name.'
-        ) from error
+        )
     return names
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and is_plain(name) and "/" not in name

@@ -46,6 +46,7 @@ def regroup_checkpoint(
     max_group_size: int | None = None,
     tag: str | None = None,
     workers: int | None = None,
+    trust: bool = False,
     progress: Progress | None = None,
 ) -> Regrouped:
     """Write a checkpoint of ZeRO-1, ZeRO-2 or BF16_Optimizer anew, in other groups.
@@ -55,7 +56,7 @@ def regroup_checkpoint(
     number of data-parallel ranks may change too, where ``to`` says so. All files are compared with
     the CRC-32 that they state for their bytes before they are converted or copied. Each worker
     makes one file of optimizer states in memory: the conversion needs the largest of the new files
-    times the workers. Unpickles, as DeepSpeed does: only for checkpoints that you trust.
+    times the workers.
 
     Args:
         source: what ``load_checkpoint`` is given; it is only read.
@@ -69,6 +70,8 @@ def regroup_checkpoint(
         max_group_size: cap in elements, for a name.
         tag: of the checkpoint; None for the one in the file ``latest``.
         workers: threads; None for four. With fewer the conversion needs less memory.
+        trust: read objects of any class, as DeepSpeed does when it loads, which can run any code of
+            the checkpoint's author. Without, a checkpoint with such objects is refused.
         progress: called with bytes done and bytes in all, from any thread. Optimizer states count
             twice, when they are compared and when they are written.
 
@@ -85,7 +88,7 @@ def regroup_checkpoint(
     if workers is not None and workers < 1:
         raise InvalidArgumentError(f"workers={workers!r} must be at least 1.")
     start = time.monotonic()
-    files = find_checkpoint(source, tag)
+    files = find_checkpoint(source, tag, trust)
     check_whole(files)
     layout = read_layout(files)
     target = read_target(to, files, layout, max_group_size)

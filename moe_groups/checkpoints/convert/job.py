@@ -104,7 +104,7 @@ class Job:
     def _copies(self) -> Iterator[Task]:
         for path in self.files.others():
             place = self.folder / path.relative_to(self.files.folder)
-            yield Task(place, path.stat().st_size, partial(_copy, path))
+            yield Task(place, path.stat().st_size, partial(_copy, path, self.files.trust))
 
     def _do(self, task: Task, count: Callable[[int], None]) -> None:
         with writing(task.path):
@@ -133,9 +133,9 @@ def _is_kept(path: Path) -> bool:
     return True
 
 
-def _copy(source: Path, path: Path) -> None:
+def _copy(source: Path, trust: bool, path: Path) -> None:
     if source.name.endswith(STATES):  # DeepSpeed's, so torch has to be able to read it
-        read_torch_file(source)
+        read_torch_file(source, trust)
         check_crcs(source)
     shutil.copy(source, path)
 

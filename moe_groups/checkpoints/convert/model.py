@@ -29,7 +29,7 @@ def write_model(source: RegroupSource, target: Layout, model: int, path: Path) -
             would become one.
         OSError: the file cannot be written.
     """
-    content = read_torch_file(source.files.models[model])
+    content = read_torch_file(source.files.models[model], source.files.trust)
     rank = Rank(model, 0)
     if content.get(_SCHEDULER) is not None:
         content[_SCHEDULER] = _regroup_lists(source, target, rank, content[_SCHEDULER])

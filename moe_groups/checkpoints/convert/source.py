@@ -83,7 +83,7 @@ class RegroupSource:
                 f"{self.files.folder}: the optimizer state of data-parallel rank {rank.data} "
                 f"(model-parallel rank {rank.model}) is missing."
             )
-        shard = read_shard(self.files.shards[rank])
+        shard = read_shard(self.files.shards[rank], self.files.trust)
         with reading(shard.path):
             if not shard.holds(rank, self.layout.of(rank)):
                 raise CheckpointError(

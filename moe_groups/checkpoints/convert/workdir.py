@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_groups._common.json_file import read_json
 from moe_groups._common.own_folder import PART, finished_file, own
 from moe_groups._version import __version__
 from moe_groups.checkpoints.files import CheckpointFiles
@@ -175,8 +176,8 @@ class Unfinished:
 
     def _same_job(self, path: Path) -> bool:
         try:
-            return bool(json.loads(path.read_bytes()) == self.job)
-        except (ValueError, RecursionError):
+            return read_json(path, CheckpointError) == self.job
+        except CheckpointError:
             return False
 
     def _check_space(self) -> None:

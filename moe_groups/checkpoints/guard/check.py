@@ -116,7 +116,7 @@ def _examine(engine: Engine, load_dir: Path, tag: str | None) -> Finding:
     check_tag(tag)
     if not (load_dir / tag).is_dir():
         return Finding("absent", tag=tag)
-    files = find_checkpoint(load_dir, tag)
+    files = find_checkpoint(load_dir, tag, trust=True)
     (check_whole if distributed.get_rank() == 0 else check_saved)(files)
     return replace(_compare(engine, files), tag=tag)
 
@@ -153,7 +153,7 @@ def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> F
                 f"(model-parallel rank {rank.model})."
             )
         return Finding("world")
-    shard = read_shard(files.shards[rank], elastic=True)
+    shard = read_shard(files.shards[rank], files.trust, elastic=True)
     if shard.holds(rank, running):
         return Finding("same", step=step_of_shard(shard))
     if files.manifest.is_file():

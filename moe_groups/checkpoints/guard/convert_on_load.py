@@ -66,7 +66,7 @@ def _begin(
     load_dir: Path, tag: str, target: Layout | None, scratch_dir: Path | None
 ) -> tuple[Layout, Layout, Path]:
     assert target is not None
-    files = find_checkpoint(load_dir, tag)
+    files = find_checkpoint(load_dir, tag, trust=True)
     source = read_layout(files)
     check_same_parameters(source, target)
     parent = load_dir if scratch_dir is None else scratch_dir
@@ -103,11 +103,11 @@ def _convert(
             "ranks share."
         )
     rank = Rank(*checkpoint_rank(engine))
-    files = find_checkpoint(load_dir, tag)
+    files = find_checkpoint(load_dir, tag, trust=True)
     source = RegroupSource(files, layout)
     try:
         for path in _checked_here(files, target, rank):
-            read_torch_file(path)  # torch has to be able to read experts' weights too
+            read_torch_file(path, files.trust)  # torch has to be able to read experts' weights too
             check_crcs(path)
         like = next(iter(files.shards.values()))
         path = own(directory, folder / shard_name(like, rank))

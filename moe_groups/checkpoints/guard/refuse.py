@@ -37,7 +37,7 @@ def refuse(engine: Engine, load_dir: Path, tag: str) -> NoReturn:
 
 
 def _refusal(run: Manifest, load_dir: Path, tag: str) -> CheckpointMismatchError:
-    files = find_checkpoint(load_dir, tag)
+    files = find_checkpoint(load_dir, tag, trust=True)
     saved = read_layout(files)
     lines, convertible = differences(saved, run.layout)
     convertible &= not (saved.problem() or run.layout.problem())

@@ -1,109 +1,53 @@
-"""What the file of each rank says of its groups, and do the ranks agree?"""
+"""Do the files of all ranks say the same of the groups that they share?"""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
-from moe_groups.checkpoints.inspect.experts import ParamKey
+from moe_groups.checkpoints.inspect.examine import FileFacts
+from moe_groups.checkpoints.inspect.expected import Expected
 from moe_groups.checkpoints.inspect.report import Problem, ProblemKind
-from moe_groups.checkpoints.layout import Layout, Rank
+from moe_groups.checkpoints.layout import Rank
 
 _SHOWN = 3
-_STATES = "the optimizer state"
-
-
-@dataclass(frozen=True, slots=True)
-class GroupFacts:
-    """What one rank's file says of a group.
-
-    Attributes:
-        index: of the group in the layout.
-        options: hyperparameters.
-        states: names of the optimizer state.
-        step: see :func:`moe_groups.checkpoints.shard.step_of_group`; 0 before the first step.
-        size: bytes of state, master weights too.
-    """
-
-    index: int
-    options: dict[str, Any]
-    states: tuple[str, ...]
-    step: float | None
-    size: int
-
-
-@dataclass(slots=True)
-class ShardFacts:
-    """What was found in one rank's file.
-
-    Attributes:
-        rank: whose it is.
-        name: of the file.
-        wrapper: who saved it; None where it could not be read.
-        groups: in its order; empty where they are not those of the layout.
-        squares: sums of squares by group, parameter and state.
-        problems: what is wrong.
-        unstated: records without a CRC.
-    """
-
-    rank: Rank
-    name: str
-    wrapper: str | None = None
-    groups: list[GroupFacts] = field(default_factory=list)
-    squares: dict[ParamKey, dict[str, float]] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    unstated: int = 0
-
-    def report(self, kind: ProblemKind, text: str) -> None:
-        """Add a problem of this file."""
-        self.problems.append(Problem(kind, self.name, text))
 
 
 class RankAgreement:
-    """Takes the facts of one rank after the other and keeps little of them.
+    """Takes the facts of one rank after the other, and keeps what differs from the first.
 
     Args:
-        layout: the groups.
+        expected: the groups.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.several_models = len(layout.model_ranks) > 1
-        self.sizes: Counter[int] = Counter()
+    def __init__(self, expected: Expected) -> None:
+        self.expected = expected
         self.files: dict[Rank, str] = {}
-        self.ranks: dict[int, list[Rank]] = defaultdict(list)
-        self.first: dict[int, GroupFacts] = {}
+        self.sizes: Counter[int] = Counter()
         self.steps: dict[float, dict[Rank, list[int]]] = {}
-        self.other: dict[tuple[int, str], dict[str, list[Rank]]] = {}
+        self._ranks: dict[int, list[Rank]] = defaultdict(list)
+        self._first: dict[int, dict[str, str]] = {}
+        self._other: dict[tuple[int, str], dict[str, list[Rank]]] = {}
 
-    def take(self, facts: ShardFacts) -> None:
+    def take(self, rank: Rank, facts: FileFacts) -> None:
         """Add the groups of a rank."""
         if facts.groups:
-            self.files[facts.rank] = facts.name
+            self.files[rank] = facts.name
         for group in facts.groups:
-            self.sizes[group.index] += group.size
-            self.ranks[group.index].append(facts.rank)
-            first = self.first.setdefault(group.index, group)
-            self._compare(first, group, facts.rank)
-            if group.step is not None and group.states == first.states:
-                ranks = self.steps.setdefault(group.step, defaultdict(list))
-                ranks[facts.rank].append(group.index)
+            index, said = group.index, group.said
+            self.sizes[index] += group.size
+            self._ranks[index].append(rank)
+            first = self._first.setdefault(index, said)
+            for key in sorted(key for key in {*first, *said} if first.get(key) != said.get(key)):
+                values = self._other.setdefault((index, key), {})
+                values.setdefault(said.get(key, "missing"), []).append(rank)
+            if group.step is not None and (index, "the optimizer state") not in self._other:
+                self.steps.setdefault(group.step, defaultdict(list))[rank].append(index)
 
-    def _compare(self, first: GroupFacts, group: GroupFacts, rank: Rank) -> None:
-        """Note what differs from the first rank that has the group."""
-        for key in (first.options.keys() | group.options.keys()) - {"step"}:
-            if first.options.get(key) != group.options.get(key):
-                self._note(group.index, key, repr(group.options.get(key)), rank)
-        if first.states != group.states:
-            self._note(group.index, _STATES, _listed(group.states), rank)
-
-    def _note(self, index: int, key: str, value: str, rank: Rank) -> None:
-        self.other.setdefault((index, key), {}).setdefault(value, []).append(rank)
-
-    def step(self, engine_steps: int | None) -> float | None:
+    @property
+    def step(self) -> float | None:
         """What most counters say; where two values tie, the engine's, or the larger."""
         counts = {step: sum(map(len, ranks.values())) for step, ranks in self.steps.items()}
-        return max(counts, key=lambda s: (counts[s], s == engine_steps, s), default=None)
+        usual = self.expected.steps
+        return max(counts, key=lambda s: (counts[s], s == usual, s), default=None)
 
     def steps_of(self) -> dict[int, float | None]:
         """The counter of each group; None where its ranks differ."""
@@ -113,51 +57,34 @@ class RankAgreement:
                 found[index] = None if index in found else step
         return found
 
-    def problems(self, engine_steps: int | None) -> Iterator[Problem]:
-        """What differs between ranks or groups."""
-        usual = self.step(engine_steps)
+    def problems(self) -> Iterator[Problem]:
+        """What differs between ranks or groups: a sentence for each rank and value."""
+        usual = self.step
         for step, ranks in sorted(self.steps.items()):
             for rank, indices in ranks.items() if step != usual else ():
-                text = (
-                    f"{self._named(rank)}: the step counter of {self._groups(indices)} is "
-                    f"{step:g}, elsewhere it is {usual:g}."
-                )
-                yield Problem("step", self.files[rank], text)
-        for (rank, key, value, usually, where), indices in self._odd_ones().items():
-            text = (
-                f"{self._named(rank)}: {key} of {self._groups(indices)} is {value}, {where} it is "
-                f"{usually}."
-            )
-            yield Problem("content", self.files[rank], text)
+                what = f"the step counter of {self._groups(indices)} is {step:g}"
+                yield self._problem("step", rank, f"{what}, elsewhere it is {usual:g}.")
+        odd: dict[tuple[Rank, str, str], list[int]] = {}
+        for (index, key), values in sorted(self._other.items()):
+            differing = {rank for having in values.values() for rank in having}
+            same = [rank for rank in self._ranks[index] if rank not in differing]
+            sides = {self._first[index].get(key, "missing"): same, **values}
+            most = max(sides, key=lambda value: len(sides[value]))
+            one = len(sides[most]) == 1
+            where = f"for {self.expected.named(sides[most][0])}" if one else "for most ranks"
+            for value, having in sides.items():
+                for rank in having if value != most else ():
+                    rest = f"is {value}, {where} it is {most}."
+                    odd.setdefault((rank, key, rest), []).append(index)
+        for (rank, key, rest), indices in odd.items():
+            yield self._problem("content", rank, f"{key} of {self._groups(indices)} {rest}")
 
-    def _odd_ones(self) -> dict[tuple[Rank, str, str, str, str], list[int]]:
-        """Groups by rank, key, its value there, the value elsewhere, and where that is."""
-        odd: dict[tuple[Rank, str, str, str, str], list[int]] = {}
-        for (index, key), values in sorted(self.other.items()):
-            differing = {rank for ranks in values.values() for rank in ranks}
-            same = [rank for rank in self.ranks[index] if rank not in differing]
-            first = self.first[index]
-            own = _listed(first.states) if key == _STATES else repr(first.options.get(key))
-            sides = {own: same, **values}
-            usual = max(sides, key=lambda value: len(sides[value]))
-            one = len(sides[usual]) == 1
-            where = f"for {self._named(sides[usual][0])}" if one else "for most ranks"
-            for value, ranks in sides.items():
-                for rank in ranks if value != usual else ():
-                    odd.setdefault((rank, key, value, usual, where), []).append(index)
-        return odd
+    def _problem(self, kind: ProblemKind, rank: Rank, text: str) -> Problem:
+        return Problem(kind, self.files[rank], f"{self.expected.named(rank)}: {text}")
 
     def _groups(self, indices: list[int]) -> str:
-        names = list(dict.fromkeys(repr(self.layout.groups[index].name) for index in indices))
-        shown = ", ".join(names[:_SHOWN])
-        rest = len(indices) - min(len(names), _SHOWN)
+        groups = self.expected.layout.groups
+        names = list(dict.fromkeys(repr(groups[index].name) for index in indices))[:_SHOWN]
+        rest = len(indices) - len(names)
         more = f" and {rest:,} more" if rest else ""
-        return f"group{'s' * (len(indices) > 1)} {shown}{more}"
-
-    def _named(self, rank: Rank) -> str:
-        model = f" of model-parallel rank {rank.model}" if self.several_models else ""
-        return f"rank {rank.data}{model}"
-
-
-def _listed(states: tuple[str, ...]) -> str:
-    return ", ".join(states) or "nothing"
+        return f"group{'s' * (len(indices) > 1)} {', '.join(names)}{more}"

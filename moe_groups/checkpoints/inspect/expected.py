@@ -1,208 +1,251 @@
-"""What a checkpoint ought to hold, also where some of its files are missing or damaged."""
+"""What a checkpoint ought to hold, and which of its files are missing or of another size."""
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeGuard, TypeVar
 
-from moe_groups.checkpoints.files import CheckpointFiles
-from moe_groups.checkpoints.inspect.report import Problem
-from moe_groups.checkpoints.inspect.weights import EngineState
-from moe_groups.checkpoints.layout import (
-    FlatGroup,
-    FlatParam,
-    Layout,
-    Rank,
-    merge_ranks,
-    readable_options,
+from moe_groups._common.own_folder import is_plain
+from moe_groups.checkpoints.files import (
+    LATEST,
+    STATES,
+    CheckpointFiles,
+    check_saved,
+    missing_experts,
+    shard_name,
 )
-from moe_groups.checkpoints.manifest import Manifest, read_manifest
+from moe_groups.checkpoints.inspect.report import Problem, ProblemKind
+from moe_groups.checkpoints.layout import Layout, Rank
+from moe_groups.checkpoints.manifest import UNFINISHED, Manifest, read_manifest
 from moe_groups.checkpoints.read_layout import check_states, layout_of_shards
 from moe_groups.checkpoints.shard import WRAPPERS, Shard, read_shard
-from moe_groups.checkpoints.torch_file import DAMAGE, read_torch_file
+from moe_groups.checkpoints.torch_file import read_torch_file, reading
 from moe_groups.errors import CheckpointError
-from moe_groups.tags import LABELS
+
+_MOST = 1 << 16  # a larger number of ranks or experts is none that a run has
+_SHARD_NAME = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Expected:
-    """What the files ought to be.
+    """The manifest's view of the checkpoint, or that of the files that can be read without one.
 
     Attributes:
-        ranks: whose optimizer states belong to the checkpoint.
-        layout: of the groups; of those ranks alone that could be read, where not complete.
-        complete: does the layout hold every parameter of every rank?
+        files: the checkpoint.
         manifest: None where there is none that can be used.
+        layout: of the groups; empty where neither a manifest nor all ranks' files say it.
+        ranks: whose optimizer states belong to the checkpoint.
         data_parallel_size: ranks of the run.
+        engines: what the model's files say of the run, by model-parallel rank.
+        shards: files that were read for the layout.
+        unread: files whose size the manifest contradicts, or that another save left: not read.
         problems: what was found on the way.
     """
 
-    ranks: frozenset[Rank]
-    layout: Layout
-    complete: bool
-    data_parallel_size: int
+    files: CheckpointFiles
     manifest: Manifest | None = None
-    problems: tuple[Problem, ...] = ()
+    layout: Layout = field(default_factory=lambda: Layout((), {}))
+    ranks: frozenset[Rank] = frozenset()
+    data_parallel_size: int = 0
+    engines: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    shards: dict[Rank, Shard] = field(default_factory=dict)
+    unread: set[Path] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list)
+
+    def report(self, kind: ProblemKind, file: str, text: str) -> None:
+        """Add a problem; the text has names of files alone."""
+        folder = self.files.folder
+        text = text.replace(f"{folder}/", "").replace(str(folder), self.files.tag)
+        self.problems.append(Problem(kind, file, text))
 
     def said(self, key: str, kind: type[T]) -> T | None:
         """What the manifest says beside the layout; None where it says nothing usable."""
         value = None if self.manifest is None else self.manifest.about.get(key)
         return value if isinstance(value, kind) else None
 
+    def counted(self, key: str) -> int | None:
+        """A number of the engine, of the first model-parallel rank that says it."""
+        found = (content.get(key) for content in self.engines.values())
+        return next((value for value in found if type(value) is int), None)
 
-def expected_layout(files: CheckpointFiles, engines: Mapping[int, EngineState]) -> Expected:
-    """From the manifest, or from those of DeepSpeed's files that can be read.
+    @property
+    def steps(self) -> int | None:
+        """Steps of the engine."""
+        step = self.said("step", int)
+        return self.counted("global_steps") if step is None else step
 
-    Args:
-        files: the checkpoint.
-        engines: counters by model-parallel rank.
+    def named(self, rank: Rank) -> str:
+        """A rank, with its model-parallel rank where there are several."""
+        several = len({rank.model for rank in self.ranks}) > 1
+        return f"rank {rank.data}" + (f" of model-parallel rank {rank.model}" if several else "")
+
+
+def expect(files: CheckpointFiles) -> Expected:
+    """Compare the names and sizes of the files with what says how they ought to be.
+
+    Sizes come first: what the manifest contradicts is not opened.
 
     Raises:
         CheckpointError: no checkpoint of ZeRO-1, ZeRO-2 or BF16_Optimizer.
     """
-    manifest, problems = None, []
+    found = Expected(files)
+    try:
+        check_saved(files)
+    except CheckpointError as error:
+        found.report("unfinished", UNFINISHED, str(error))
     if files.manifest.is_file():
         try:
-            manifest = read_manifest(files.manifest)
+            found.manifest = read_manifest(files.manifest)
         except CheckpointError as error:
-            text = without_folder(files, str(error))
-            problems.append(Problem("manifest", files.manifest.name, text))
-    if manifest is None or files.shards:
+            found.report("manifest", files.manifest.name, str(error))
+    if found.manifest is None or files.shards:
         check_states(files)
-    if manifest is not None:
-        return _from_manifest(files, manifest)
-    return _from_shards(files, engines, problems)
+    listed = _compare_sizes(found)
+    _read_engines(found)
+    if found.manifest is None:
+        _read_shards(found)
+    _find_missing(found, listed)
+    _find_extra(found)
+    _compare_steps(found)
+    return found
 
 
-def _from_manifest(files: CheckpointFiles, manifest: Manifest) -> Expected:
-    if manifest.wrapper not in WRAPPERS:
+def _compare_sizes(found: Expected) -> dict[str, int]:
+    """The manifest's groups and list of files."""
+    if found.manifest is None:
+        return {}
+    layout, wrapper = found.manifest.layout, found.manifest.wrapper
+    if wrapper not in WRAPPERS:
         raise CheckpointError(
-            f"{files.folder} was saved by {manifest.wrapper}; checkpoints of ZeRO-1, ZeRO-2 and "
+            f"{found.files.folder} was saved by {wrapper}; checkpoints of ZeRO-1, ZeRO-2 and "
             "BF16_Optimizer can be inspected."
         )
-    layout = manifest.layout
     if problem := layout.problem():
         raise CheckpointError(problem)
-    ranks = frozenset(layout.order)
-    return Expected(ranks, layout, True, layout.data_parallel_size, manifest)
+    found.layout, found.ranks = layout, frozenset(layout.order)
+    found.data_parallel_size = layout.data_parallel_size
+    listed = {name: size for name, size in found.manifest.files.items() if name.endswith(STATES)}
+    for name, size in listed.items():
+        path = found.files.folder / name
+        if path.is_file() and path.stat().st_size != size:
+            text = f"{name} has {path.stat().st_size:,} bytes; when it was saved it had {size:,}."
+            found.report("size", name, text)
+            found.unread.add(path)
+    return listed
 
 
-def _from_shards(
-    files: CheckpointFiles, engines: Mapping[int, EngineState], problems: list[Problem]
-) -> Expected:
-    shards = _readable(files)
-    size = _data_parallel_size(shards, engines) or len({rank.data for rank in files.shards})
-    models = {rank.model for rank in files.shards} | set(files.models)
-    for engine in engines.values():
-        models |= set(range(engine.model_parallel_size or 1))
-    ranks = frozenset(Rank(model, data) for model in models for data in range(size))
-    used = {rank: shard for rank, shard in shards.items() if rank in ranks and _says(shard) == size}
-    layout, complete = Layout((), {}), used.keys() == ranks
-    try:
-        if complete:
-            layout = layout_of_shards(used)
-    except (CheckpointError, *DAMAGE) as error:  # files that contradict each other
-        complete = False
-        problems.append(Problem("content", "", _no_fit(files, error)))
-    if not complete:
-        with contextlib.suppress(CheckpointError, *DAMAGE):
-            layout = _partial_layout(used)
-    return Expected(ranks, layout, complete, size, None, tuple(problems))
+def _read_engines(found: Expected) -> None:
+    for model, path in found.files.models.items():
+        if path not in found.unread:
+            try:
+                content = read_torch_file(path, found.files.trust)
+            except CheckpointError:  # reported when its content is examined
+                continue
+            found.engines[model] = content if isinstance(content, Mapping) else {}
 
 
-def _no_fit(files: CheckpointFiles, error: Exception) -> str:
-    if isinstance(error, CheckpointError):
-        return without_folder(files, str(error))
-    return f"the optimizer states do not fit together ({type(error).__name__}: {error})."
-
-
-def _readable(files: CheckpointFiles) -> dict[Rank, Shard]:
-    shards: dict[Rank, Shard] = {}
-    for rank, path in sorted(files.shards.items()):
+def _read_shards(found: Expected) -> None:
+    """Without a manifest: the groups, if the files of all ranks are there and fit together."""
+    files, sizes = found.files, {}
+    for rank, path in sorted(files.shards.items(), key=lambda item: (item[0].data, item[0].model)):
         try:
-            shards[rank] = read_shard(path)
+            found.shards[rank] = read_shard(path, files.trust)
         except CheckpointError:
-            if not shards:
-                _check_supported(path)
-    return shards
+            if not found.shards and _is_readable(path, files.trust):  # of another wrapper
+                raise
+            continue
+        with contextlib.suppress(CheckpointError), reading(path):
+            sizes[rank] = found.shards[rank].data_parallel_size
+    said = (n for n in (*sizes.values(), found.counted("dp_world_size")) if _is_number(n) and n)
+    size = found.data_parallel_size = next(said, None) or len({rank.data for rank in files.shards})
+    models = {rank.model for rank in files.shards} | {*files.models}
+    for content in found.engines.values():
+        degrees = content.get("checkpoint_parallel_dimensions")
+        if isinstance(degrees, Mapping):
+            stages, tensor = degrees.get("pp_degree"), degrees.get("tp_degree")
+            if _is_number(stages) and _is_number(tensor):
+                models |= {*range(stages * tensor)}
+    found.ranks = frozenset(Rank(model, data) for model in models for data in range(size))
+    if {rank for rank, own in sizes.items() if own == size} >= found.ranks:
+        try:
+            with reading(files.folder):
+                used = {rank: found.shards[rank] for rank in sorted(found.ranks)}
+                found.layout = layout_of_shards(used)
+        except CheckpointError as error:  # files that contradict each other
+            found.report("content", "", str(error))
 
 
-def _check_supported(path: Path) -> None:
-    """Raise where a shard is sound, but of another wrapper."""
+def _is_number(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= _MOST
+
+
+def _is_readable(path: Path, trust: bool) -> bool:
     try:
-        read_torch_file(path)
+        read_torch_file(path, trust)
     except CheckpointError:
+        return False
+    return True
+
+
+def _find_missing(found: Expected, listed: Mapping[str, int]) -> None:
+    """Those that the manifest lists, or that DeepSpeed's naming asks for."""
+    files = found.files
+    names = [*files.shards.values(), *(Path(name) for name in sorted(listed))]
+    likes = (path for path in names if "zero_pp_rank" in path.name)
+    like = next(likes, Path(_SHARD_NAME))
+    wanted = dict.fromkeys(listed, "")
+    for rank in sorted(found.ranks - files.shards.keys()):
+        wanted[shard_name(like, rank)] = f": the optimizer state of {found.named(rank)}"
+    others = [path.name for path in files.others()]
+    for model in sorted({rank.model for rank in found.ranks}) if not listed else ():
+        if model not in files.models:
+            wanted[f"mp_rank_{model:02d}_model_states.pt"] = ": weights and counters"
+        counts = found.engines.get(model, {}).get("num_experts") or ()
+        if isinstance(counts, list | tuple) and all(map(_is_number, counts)):
+            lost = missing_experts(others, model, counts)
+            wanted |= dict.fromkeys(lost, ": the weights of an expert")
+    for name, what in wanted.items():
+        if not (files.folder / name).is_file():
+            found.report("missing", name, f"{name} is missing{what}.")
+
+
+def _find_extra(found: Expected) -> None:
+    for rank, path in found.files.shards.items():
+        if rank not in found.ranks:
+            found.unread.add(path)
+            text = (
+                f"{path.name} is left over from another save: this checkpoint was saved by "
+                f"{found.data_parallel_size} data-parallel ranks."
+            )
+            found.problems = [p for p in found.problems if p.file != path.name]
+            found.report("extra", path.name, text)
+
+
+def _compare_steps(found: Expected) -> None:
+    """The engine's step in the files of weights and in the manifest."""
+    said, source = found.said("step", int), "the manifest"
+    for model, content in sorted(found.engines.items()):
+        name, step = found.files.models[model].name, content.get("global_steps")
+        if said is None:
+            said, source = step if type(step) is int else None, name
+        elif type(step) is int and step != said:
+            text = f"{name} was saved at step {step}, {source} says {said}."
+            found.report("step", name, text)
+
+
+def check_latest(files: CheckpointFiles) -> Iterator[Problem | str]:
+    """Problems and notes about the file that says which tag is loaded."""
+    path = files.directory / LATEST
+    if not path.is_file():
+        yield f"there is no file {LATEST!r}: load_checkpoint needs the tag {files.tag!r}"
         return
-    read_shard(path)
-
-
-def _says(shard: Shard) -> int | None:
-    try:
-        return shard.data_parallel_size
-    except DAMAGE:
-        return None
-
-
-def _data_parallel_size(
-    shards: Mapping[Rank, Shard], engines: Mapping[int, EngineState]
-) -> int | None:
-    """As the first rank's file says, which the last save wrote for sure."""
-    first = sorted(shards, key=lambda rank: (rank.data, rank.model))
-    said = [_says(shards[rank]) for rank in first]
-    said += [engine.data_parallel_size for engine in engines.values()]
-    return next((size for size in said if size), None)
-
-
-def _partial_layout(shards: Mapping[Rank, Shard]) -> Layout:
-    """The groups with what of their parameters is in these ranks' partitions.
-
-    The expert-parallel rank of a group is left open, and with it the numbers of its experts.
-
-    Args:
-        shards: of some ranks of a run.
-    """
-    built: dict[tuple[int, tuple[int, ...], int], FlatGroup] = {}
-    columns = []
-    for rank, shard in shards.items():
-        keys = [
-            (rank.model, shard.sharing(index, rank.data), index)
-            for index in range(len(shard.options))
-        ]
-        for key in keys:
-            built.setdefault(key, _partial_group(shards, *key))
-        columns.append((rank, [built[key] for key in keys]))
-    return merge_ranks(columns)
-
-
-def _partial_group(
-    shards: Mapping[Rank, Shard], model: int, ranks: tuple[int, ...], index: int
-) -> FlatGroup:
-    found: dict[str, FlatParam] = {}
-    present = [(place, Rank(model, data)) for place, data in enumerate(ranks)]
-    present = [(p, rank) for p, rank in present if rank in shards]
-    present = [(p, rank) for p, rank in present if index < len(shards[rank].options)]
-    for place, rank in present:
-        shard = shards[rank]
-        for name, start, numel in shard.fragments(index):
-            offset = place * shard.partition(index) + start
-            param = found.get(name, FlatParam(name, 0, offset))
-            found[name] = param._replace(numel=param.numel + numel)
-    first = shards[present[0][1]]
-    options = first.options[index]
-    return FlatGroup(
-        name=str(options.get("name", "")),
-        ranks=ranks,
-        params=tuple(sorted(found.values(), key=lambda param: param.offset)),
-        model_rank=model,
-        parallel_group=first.parallel_group(index),
-        labels={key: options[key] for key in LABELS if options.get(key) is not None},
-        options=readable_options(options),
-    )
-
-
-def without_folder(files: CheckpointFiles, message: str) -> str:
-    """An error's message with file names alone."""
-    return message.replace(f"{files.folder}/", "").replace(str(files.folder), files.tag)
+    named = path.read_bytes().decode(errors="replace").strip()
+    if not is_plain(named) or not os.path.isdir(files.directory / named):
+        text = f"{LATEST} names the checkpoint {named!r}, which is not in its directory."
+        yield Problem("latest", LATEST, text)
+    elif named != files.tag:
+        yield f"{LATEST} names {named!r}: that is loaded where no tag is given"

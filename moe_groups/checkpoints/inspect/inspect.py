@@ -1,25 +1,27 @@
 """What is in a checkpoint, and is it sound?"""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from moe_groups._common.progress import Progress, ProgressSum, in_order
-from moe_groups.checkpoints.files import STATES, CheckpointFiles, find_checkpoint
-from moe_groups.checkpoints.inspect.agreement import RankAgreement, ShardFacts
-from moe_groups.checkpoints.inspect.expected import Expected, expected_layout
-from moe_groups.checkpoints.inspect.experts import ParamKey, Place, expert_rows, find_places
-from moe_groups.checkpoints.inspect.files import (
-    check_finished,
-    check_latest,
-    check_presence,
-    check_steps,
+from moe_groups.checkpoints.expert_names import ExpertPlaces
+from moe_groups.checkpoints.files import STATES, find_checkpoint
+from moe_groups.checkpoints.inspect.agreement import RankAgreement
+from moe_groups.checkpoints.inspect.examine import FileFacts, ParamKey, examine_file
+from moe_groups.checkpoints.inspect.expected import Expected, check_latest, expect
+from moe_groups.checkpoints.inspect.report import (
+    MASTER_NAME,
+    CheckpointReport,
+    Problem,
+    ProblemKind,
+    SavedExpert,
+    SavedGroup,
 )
-from moe_groups.checkpoints.inspect.report import CheckpointReport, Problem, ProblemKind, SavedGroup
-from moe_groups.checkpoints.inspect.shards import examine_shard
-from moe_groups.checkpoints.inspect.weights import EngineState, examine_engines, examine_file
+from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.topology import ep_size_of
 
@@ -33,6 +35,7 @@ def inspect_checkpoint(
     *,
     data: bool = True,
     workers: int | None = None,
+    trust: bool = False,
     progress: Progress | None = None,
 ) -> CheckpointReport:
     """Groups, norms per expert, counters and damage of a checkpoint.
@@ -40,8 +43,8 @@ def inspect_checkpoint(
     For checkpoints of ZeRO-1, ZeRO-2 and BF16_Optimizer, with a manifest of this library
     (``moe_groups.json``) or without. Tensors stay in the files and are read in small chunks; each
     worker has the list of tensors of one file in memory (and all shards', where there is no
-    manifest, until the groups are known). Files are unpickled, as when DeepSpeed loads them: only
-    for checkpoints that you trust.
+    manifest). No code of the checkpoint is run, and a file whose size is not that of the manifest
+    is not read.
 
     Args:
         directory: as for ``load_checkpoint``, or the folder of a tag.
@@ -49,6 +52,8 @@ def inspect_checkpoint(
         data: read the tensors too, for norms, NaN and bits that changed. Without, only what the
             files say of themselves is read: seconds, whatever their size.
         workers: threads that read; None for one for each processor, at most 8.
+        trust: read objects of any class, as DeepSpeed does when it loads, which can run any code of
+            the checkpoint's author. Without, a file with such objects is "unreadable".
         progress: called with the bytes that were read and their total, from these threads.
 
     Raises:
@@ -63,168 +68,197 @@ def inspect_checkpoint(
     """
     if workers is not None and workers < 1:
         raise InvalidArgumentError(f"workers={workers!r} must be at least 1.")
-    files = find_checkpoint(directory, tag)
-    engines, problems = examine_engines(files)
-    expected = expected_layout(files, engines)
-    problems += [
-        *check_finished(files),
-        *expected.problems,
-        *check_presence(files, expected, engines),
-        *check_steps(files, expected, engines),
-    ]
-    inspection = _Inspection(files, expected, data, progress)
-    inspection.run(workers or min(_MOST_WORKERS, os.cpu_count() or 1))
-    return inspection.report(engines, problems)
+    expected = expect(find_checkpoint(directory, tag, trust))
+    places = find_places(expected.layout)
+    shards = {path: rank for rank, path in expected.files.shards.items()}
+    weights = [*expected.files.models.values(), *expected.files.others()]
+    paths = [path for path in [*shards, *weights] if path.name.endswith(STATES)]
+    paths = [path for path in paths if path not in expected.unread]
+    total = ProgressSum(progress, paths)
+    experts = {k: f" (expert {p.expert})" for k, p in places.items() if p.expert is not None}
+    agreement = RankAgreement(expected)
+    squares: dict[Place, Counter[str]] = {place: Counter() for place in places.values()}
+    found: list[FileFacts] = []
+    workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        calls = ((examine_file, p, shards.get(p), expected, experts, data, total) for p in paths)
+        for facts in in_order(pool, calls, 2 * workers):
+            if facts.rank is not None:
+                agreement.take(facts.rank, facts)
+            for key, sums in facts.squares.items() if facts.groups else ():
+                squares[places[key]].update(sums)
+            found.append(facts)
+            facts.groups, facts.squares = [], {}
+    total.finish()
+    return _report(expected, data, found, agreement, places, squares)
 
 
-class _Inspection:
-    """Examines the files one after the other and adds up what is in them."""
+def _report(
+    expected: Expected,
+    data: bool,
+    found: list[FileFacts],
+    agreement: RankAgreement,
+    places: Mapping[ParamKey, "Place"],
+    squares: Mapping["Place", Counter[str]],
+) -> CheckpointReport:
+    files, layout = expected.files, expected.layout
+    latest = list(check_latest(files))
+    problems = [problem for problem in latest if isinstance(problem, Problem)]
+    problems += [*expected.problems, *(p for facts in found for p in facts.problems)]
+    problems += agreement.problems()
+    wrappers = [facts.wrapper for facts in found if facts.wrapper]
+    if expected.manifest is not None:
+        wrappers.insert(0, expected.manifest.wrapper)
+    version = next((content.get("ds_version") for content in expected.engines.values()), None)
+    versions = expected.said("versions", dict) or ({"deepspeed": version} if version else {})
+    sizes = [path.stat().st_size for path in files.folder.rglob("*") if path.is_file()]
+    steps = agreement.steps_of()
+    return CheckpointReport(
+        directory=str(files.directory),
+        tag=files.tag,
+        wrapper=next(iter(wrappers), "unknown"),
+        manifest=expected.manifest is not None,
+        data=data,
+        data_parallel_size=expected.data_parallel_size,
+        model_parallel_size=len({rank.model for rank in expected.ranks}),
+        expert_parallel_sizes=tuple(
+            sorted({ep_size_of(g.parallel_group) for g in layout.groups if g.parallel_group})
+        ),
+        optimizer_step=agreement.step,
+        global_steps=expected.steps,
+        versions={str(name): str(value) for name, value in versions.items()},
+        files=len(sizes),
+        bytes=sum(sizes),
+        groups=tuple(
+            _saved_group(
+                group,
+                [places[index, param.name] for param in group.params],
+                agreement.sizes[index],
+                steps.get(index),
+            )
+            for index, group in enumerate(layout.groups)
+        ),
+        experts=_expert_rows(layout, places, squares),
+        notes=(
+            *(note for note in latest if isinstance(note, str)),
+            *_notes(expected, agreement, sum(facts.unstated for facts in found)),
+        ),
+        problems=tuple(sorted(dict.fromkeys(problems), key=lambda p: _KINDS.index(p.kind))),
+    )
 
-    def __init__(
-        self, files: CheckpointFiles, expected: Expected, data: bool, progress: Progress | None
-    ) -> None:
-        self.files, self.expected, self.data = files, expected, data
-        self.shards = {r: path for r, path in files.shards.items() if r in expected.ranks}
-        weights = [*files.models.values(), *files.others()]
-        self.weights = [path for path in weights if path.name.endswith(STATES)]
-        self.places: dict[ParamKey, Place] = find_places(expected.layout)
-        self.agreement = RankAgreement(expected.layout)
-        self.squares: dict[ParamKey, dict[str, float]] = {}
-        self.problems: list[Problem] = []
-        self.wrappers: dict[str, None] = {}
-        self.unstated = 0
-        self.progress = ProgressSum(progress, [*self.shards.values(), *self.weights])
 
-    def run(self, workers: int) -> None:
-        """Examine all files."""
-        with ThreadPoolExecutor(workers) as pool:
-            for result in in_order(pool, self._calls(), 2 * workers):
-                if isinstance(result, ShardFacts):
-                    self._take(result)
-                else:
-                    self.problems += result[0]
-                    self.unstated += result[1]
-        self.progress.finish()
-
-    def _calls(self) -> Iterator[tuple[Any, ...]]:
-        for rank, path in self.shards.items():
-            yield examine_shard, path, rank, self.expected, self.places, self.data, self.progress
-        for path in self.weights:
-            name = str(path.relative_to(self.files.folder))
-            yield examine_file, path, name, self.data, self.progress
-
-    def _take(self, facts: ShardFacts) -> None:
-        self.agreement.take(facts)
-        self.problems += facts.problems
-        self.unstated += facts.unstated
-        if facts.wrapper is not None:
-            self.wrappers[facts.wrapper] = None
-        for key, states in facts.squares.items():
-            sums = self.squares.setdefault(key, {})
-            for state, square in states.items():
-                sums[state] = sums.get(state, 0.0) + square
-
-    def report(self, engines: Mapping[int, EngineState], found: list[Problem]) -> CheckpointReport:
-        """Put everything together."""
-        layout, manifest = self.expected.layout, self.expected.manifest
-        steps = _engine_steps(self.expected, engines)
-        latest, notes = check_latest(self.files)
-        notes += self._notes(engines, steps)
-        problems = [*latest, *found, *self.problems, *self.agreement.problems(steps)]
-        sizes = [path.stat().st_size for path in self.files.folder.rglob("*") if path.is_file()]
-        return CheckpointReport(
-            directory=str(self.files.directory),
-            tag=self.files.tag,
-            wrapper=manifest.wrapper if manifest else next(iter(self.wrappers), "unknown"),
-            manifest=manifest is not None,
-            data=self.data,
-            data_parallel_size=self.expected.data_parallel_size,
-            model_parallel_size=len({rank.model for rank in self.expected.ranks}),
-            expert_parallel_sizes=tuple(
-                sorted({ep_size_of(g.parallel_group) for g in layout.groups if g.parallel_group})
-            ),
-            optimizer_step=self.agreement.step(steps),
-            global_steps=steps,
-            versions=_versions(self.expected, engines),
-            files=len(sizes),
-            bytes=sum(sizes),
-            groups=self._groups(),
-            experts=expert_rows(layout, self.places, self.squares),
-            notes=tuple(notes),
-            problems=_tidy(problems),
+def _notes(expected: Expected, agreement: RankAgreement, unstated: int) -> Iterator[str]:
+    if unstated:
+        yield f"{unstated:,} records state no CRC-32: whether they changed cannot be told"
+    lost = expected.ranks - agreement.files.keys()
+    if lost and expected.layout.groups:
+        yield (
+            f"figures are without the optimizer states of {len(lost)} of {len(expected.ranks)} "
+            "ranks, which are missing or damaged"
         )
-
-    def _groups(self) -> tuple[SavedGroup, ...]:
-        steps = self.agreement.steps_of()
-        found = []
-        for index, group in enumerate(self.expected.layout.groups):
-            places = [self.places[index, param.name] for param in group.params]
-            layers = {place.layer for place in places}
-            found.append(
-                SavedGroup(
-                    name=group.name,
-                    key=group.parallel_group,
-                    layer=layers.pop() if len(layers) == 1 else None,
-                    experts=tuple(sorted({p.expert for p in places if p.expert is not None})),
-                    ep_rank=group.ep_rank,
-                    model_rank=group.model_rank,
-                    ranks=group.ranks,
-                    parameters=len(group.params),
-                    elements=sum(param.numel for param in group.params),
-                    options=group.options,
-                    state_bytes=self.agreement.sizes[index],
-                    step=steps.get(index),
-                )
-            )
-        return tuple(found)
-
-    def _notes(self, engines: Mapping[int, EngineState], steps: int | None) -> list[str]:
-        notes = []
-        if self.unstated:
-            notes.append(
-                f"{self.unstated:,} records state no CRC-32: whether they changed cannot be told"
-            )
-        lost = sorted(self.expected.ranks - self.agreement.files.keys())
-        if lost:
-            notes.append(
-                f"figures are without the optimizer states of {len(lost)} of "
-                f"{len(self.expected.ranks)} ranks, which are missing or damaged"
-            )
-        counted = self.agreement.step(steps)
-        skipped = next((engine.skipped_steps or 0 for engine in engines.values()), 0)
-        if steps is not None and counted is not None and counted + skipped != steps:
-            notes.append(
-                f"the optimizer counts {counted:g} steps, the engine {steps}"
-                + (f", {skipped} of them skipped" if skipped else "")
-            )
-        return notes
+    elif lost:
+        yield "no groups are shown: without a manifest, they are read from the files of all ranks"
+    steps, counted = expected.steps, agreement.step
+    skipped = expected.counted("skipped_steps") or 0
+    if steps is not None and counted is not None and counted + skipped != steps:
+        more = f", {skipped} of them skipped" if skipped else ""
+        yield f"the optimizer counts {counted:g} steps, the engine {steps}{more}"
 
 
-def _engine_steps(expected: Expected, engines: Mapping[int, EngineState]) -> int | None:
-    known = [expected.said("step", int), *(engine.global_steps for engine in engines.values())]
-    return next((step for step in known if step is not None), None)
+# ---- layers and experts ---------------------------------------------------------------
 
 
-def _versions(expected: Expected, engines: Mapping[int, EngineState]) -> dict[str, str]:
-    said = expected.said("versions", dict)
-    if said is not None:
-        return {str(name): str(version) for name, version in said.items()}
-    version = next((engine.version for engine in engines.values() if engine.version), None)
-    return {} if version is None else {"deepspeed": version}
+class Place(NamedTuple):
+    """Where parameters belong that are reported in one line; see :class:`SavedExpert`."""
+
+    model_rank: int
+    layer: str | None = None
+    expert: int | None = None
+    ep_rank: int | None = None
 
 
-def _tidy(problems: list[Problem]) -> tuple[Problem, ...]:
-    """Each once, by kind and file; a file that cannot be read with its size in one sentence."""
-    lost = {problem.file for problem in problems if problem.kind == "unreadable"}
-    sizes = {p.file: p.text for p in problems if p.kind == "size" and p.file in lost}
-    found: dict[tuple[str, str, str], Problem] = {}
-    for problem in problems:
-        text = problem.text
-        if problem.kind == "size" and problem.file in lost:
-            continue
-        if problem.kind == "unreadable" and problem.file in sizes:
-            text = f"{text} It {sizes[problem.file].removeprefix(problem.file).lstrip()}"
-        once = "" if problem.kind == "unreadable" else text
-        key = problem.kind, problem.file, once
-        found.setdefault(key, Problem(problem.kind, problem.file, text))
-    return tuple(sorted(found.values(), key=lambda p: _KINDS.index(p.kind)))
+def find_places(layout: Layout) -> dict[ParamKey, Place]:
+    """The place of each parameter, by group and name.
+
+    Where the layout has no number of an expert, as without a manifest, it follows from the
+    number on the rank: all ranks hold equally many experts of a layer.
+    """
+    found: dict[ParamKey, Place] = {}
+    for model in layout.model_ranks:
+        own = [(i, group) for i, group in enumerate(layout.groups) if group.model_rank == model]
+        dense = [param for _, group in own if not group.parallel_group for param in group.params]
+        moe = [(i, g, param) for i, g in own if g.parallel_group for param in g.params]
+        found |= {(i, param.name): Place(model) for i, group in own for param in group.params}
+        names = ExpertPlaces(dense, [param for _, _, param in moe])
+        local = [_on_the_rank(names, group, param) for _, group, param in moe]
+        most: Counter[tuple[str | None, str]] = Counter()
+        for (layer, number), (_, group, _) in zip(local, moe, strict=True):
+            key = group.parallel_group, layer
+            most[key] = max(most[key], 0 if number is None else number + 1)
+        for (layer, number), (index, group, param) in zip(local, moe, strict=True):
+            ep_rank = 0 if ep_size_of(group.parallel_group) == 1 else group.ep_rank
+            expert = param.expert
+            if expert is None and number is not None and ep_rank is not None:
+                expert = ep_rank * most[group.parallel_group, layer] + number
+            found[index, param.name] = Place(model, layer, expert, ep_rank)
+    return found
+
+
+def _on_the_rank(names: ExpertPlaces, group: FlatGroup, param: FlatParam) -> tuple[str, int | None]:
+    """Layer of an expert parameter, and number among the rank's experts of the layer."""
+    told = names.of(param.name)
+    layer = group.labels.get("expert_group_name") or (told and told.layer)
+    number = group.labels.get("expert_number")
+    number = told.number if number is None and told else number
+    return str(layer or group.parallel_group), number
+
+
+def _saved_group(
+    group: FlatGroup, places: list[Place], numbytes: int, step: float | None
+) -> SavedGroup:
+    layers = {place.layer for place in places}
+    return SavedGroup(
+        name=group.name,
+        key=group.parallel_group,
+        layer=layers.pop() if len(layers) == 1 else None,
+        experts=tuple(sorted({p.expert for p in places if p.expert is not None})),
+        ep_rank=group.ep_rank,
+        model_rank=group.model_rank,
+        ranks=group.ranks,
+        parameters=len(group.params),
+        elements=sum(param.numel for param in group.params),
+        options=group.options,
+        state_bytes=numbytes,
+        step=step,
+    )
+
+
+def _expert_rows(
+    layout: Layout, places: Mapping[ParamKey, Place], squares: Mapping[Place, Counter[str]]
+) -> tuple[SavedExpert, ...]:
+    """A row for each place: dense parameters first, then layer by layer."""
+    sizes: dict[Place, list[int]] = {}
+    for index, group in enumerate(layout.groups):
+        for param in group.params:
+            sizes.setdefault(places[index, param.name], []).append(param.numel)
+    layers = {layer: order for order, layer in enumerate({place.layer: 0 for place in sizes})}
+
+    def order(place: Place) -> tuple[Any, ...]:
+        numbers = (-1 if number is None else number for number in (place.expert, place.ep_rank))
+        return place.layer is not None, place.model_rank, layers[place.layer], *numbers
+
+    return tuple(
+        SavedExpert(
+            layer=place.layer,
+            expert=place.expert,
+            ep_rank=place.ep_rank,
+            model_rank=place.model_rank,
+            parameters=len(sizes[place]),
+            elements=sum(sizes[place]),
+            norms={
+                state: squares[place][state] ** 0.5
+                for state in sorted(squares[place], key=lambda s: (s != MASTER_NAME, s))
+            },
+        )
+        for place in sorted(sizes, key=order)
+    )

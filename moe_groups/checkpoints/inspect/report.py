@@ -2,14 +2,11 @@
 
 import json
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from moe_groups._common.text import show_bytes
-from moe_groups.errors import CheckpointError
 
 ProblemKind: TypeAlias = Literal[
     "unfinished",
@@ -36,9 +33,10 @@ class Problem:
 
     Attributes:
         kind: "unfinished" (the save was stopped), "latest" (names no checkpoint), "manifest"
-            (damaged), "missing" and "extra" files, "size" (not that at the save), "unreadable",
-            "checksum" (bytes changed since the save), "content" (files contradict each other),
-            "step" (counters do), "not finite" (NaN or infinite values).
+            (damaged), "missing" and "extra" files, "size" (not that at the save: the file was not
+            read), "unreadable" (cut off, damaged, or with objects of unknown classes), "checksum"
+            (bytes changed since the save), "content" (files contradict each other), "step"
+            (counters do), "not finite" (NaN or infinite values).
         file: the file, relative to the folder of the tag.
         text: a sentence that names file, rank, group and parameter.
     """
@@ -46,17 +44,6 @@ class Problem:
     kind: ProblemKind
     file: str
     text: str
-
-
-def unreadable(path: Path, name: str, error: Exception) -> Problem:
-    """The problem of a file that raises this; a damaged one may raise anything."""
-    if path.is_file() and not zipfile.is_zipfile(path):
-        text = f"{name} cannot be read: it is cut off, or no file that torch saved since 1.6."
-        return Problem("unreadable", name, text)
-    if isinstance(error, CheckpointError):
-        return Problem("unreadable", name, str(error).replace(str(path), name))
-    line = (str(error).strip().splitlines() or [""])[0]
-    return Problem("unreadable", name, f"{name} cannot be read ({type(error).__name__}: {line}).")
 
 
 @dataclass(frozen=True, slots=True)

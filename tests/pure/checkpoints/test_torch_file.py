@@ -1,15 +1,21 @@
 """Files of ``torch.save``: read as they are, compared with their CRC-32, refused when damaged."""
 
+import argparse
 import contextlib
+import datetime
 import random
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.utils.tensor_fragment import fragment_address
 from hypothesis import given, settings, strategies as st
 
 from moe_groups.checkpoints.torch_file import check_crcs, compare_crcs, read_torch_file, save
@@ -107,6 +113,69 @@ def test_there_and_back(folder: Path, content: Any) -> None:
         assert archive.testzip() is None
 
 
+# ---- classes ---------------------------------------------------------------------------
+
+RAN: list[str] = []
+
+
+class Spy:
+    """Runs code of its author when it is unpickled; ``torch.load`` would."""
+
+    def __reduce__(self) -> Any:
+        return _spy, ()
+
+
+class Own(dict[str, int]):
+    """A class that nobody but its author knows."""
+
+
+DATA: dict[str, list[Any]] = {
+    "options": [argparse.Namespace(lr=0.1, path=Path("/data"))],
+    "numpy": [np.float32(0.5), np.arange(3), np.array(["a", "b"]), np.random.get_state()],
+    "python": [random.getstate(), datetime.timedelta(1), frozenset({1}), {2}, slice(1), 1j, b"b"],
+    "torch": [torch.get_rng_state(), torch.Size([2]), torch.bfloat16, torch.device("cpu")],
+    "deepspeed": [fragment_address(3, 4), DynamicLossScaler(1.0, 2.0, 3, 4.0, 5, True, False)],
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_data_that_runs_save_is_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.pt"
+    torch.save(DATA[kind], path)
+    found = read_torch_file(path)
+    assert repr(found) == repr(DATA[kind]) or kind == "deepspeed"
+    assert [type(value) for value in found] == [type(value) for value in DATA[kind]]
+
+
+@pytest.mark.parametrize("value", [Spy(), Own(a=1), print, defaultdict(int, a=1)])
+def test_objects_of_unknown_classes_are_refused(value: Any, tmp_path: Path) -> None:
+    """By name, and nothing is run; with ``trust`` they are read."""
+    path = tmp_path / "foreign.pt"
+    torch.save({"value": [value]}, path)
+    RAN.clear()
+    name = "_spy" if isinstance(value, Spy) else getattr(value, "__name__", type(value).__name__)
+    with pytest.raises(CheckpointError, match=rf"foreign\.pt was not read.*{name}.*trust=True"):
+        read_torch_file(path)
+    assert not RAN
+    read_torch_file(path, trust=True)
+    assert ["code"] * isinstance(value, Spy) == RAN
+
+
+def _spy() -> str:
+    RAN.append("code")
+    return "spy"
+
+
+def test_threads_read_at_once(tmp_path: Path) -> None:
+    """torch's list of classes belongs to the process; none of them takes it from another."""
+    path = tmp_path / "data.pt"
+    torch.save([fragment_address(n, n) for n in range(500)], path)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: read_torch_file(path), range(40)))
+    assert all(content == found[0] for content in found)
+    assert fragment_address not in torch.serialization.get_safe_globals()
+
+
 # ---- damage ---------------------------------------------------------------------------
 
 
@@ -200,7 +269,13 @@ def test_broken_pickle_in_a_sound_archive(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", b"no pickle")
         archive.writestr("a/version", b"3")
+    with pytest.raises(CheckpointError, match="was not read"):
+        read_torch_file(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
+        read_torch_file(path, trust=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(1000))
+    with pytest.raises(CheckpointError, match="a record is compressed"):
         read_torch_file(path)
 
 

@@ -326,11 +326,11 @@ def test_bad_sources(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot be read as JSON"),
-        (b"{", "cannot be read as JSON: JSONDecodeError"),
-        (b"\xff\xfe\x00", "cannot be read as JSON: UnicodeDecodeError"),
-        (b"[" * 100_000, "cannot be read as JSON: RecursionError"),
-        (b"[1]", "has no model_type"),
+        (b"", "is damaged, it is not JSON"),
+        (b"{", "is damaged, it is not JSON: Expecting"),
+        (b"\xff\xfe\x00", "is damaged, it is not JSON: 'utf-8' codec"),
+        (b"[" * 200_000, "nested more than 64 levels"),
+        (b"[1]", "holds no JSON object"),
         (b"{}", "has no model_type"),
         (b'{"model_type": 3}', "has no model_type"),
         (b'{"model_type": "mixtrall"}', "did you mean 'mixtral'"),

@@ -1,6 +1,7 @@
 """Loads into other groups are refused, those into equal ones train on."""
 
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -371,7 +372,8 @@ def converted_from_a_deep_tag(folder: Path) -> tuple[bool, Any]:
     """Load it into other groups; the folder before and after."""
     engine = started("zero1", groups_by("module"))
     train(engine, 2)
-    engine.save_checkpoint(str(folder), tag="a/b")
+    own = {"own": Fraction(1, 3)}  # of a class that files are not read with unless they are trusted
+    engine.save_checkpoint(str(folder), tag="a/b", client_state=own)
     wanted, here = weights(engine), folder / "a/b"
     # the files that are read are called otherwise than those that are written
     on_first_rank(lambda: copy_as("rank_0_", *here.glob("*optim*")))
@@ -380,9 +382,10 @@ def converted_from_a_deep_tag(folder: Path) -> tuple[bool, Any]:
     distributed.barrier()
     engine = started("zero1", groups_by("expert"))
     protect_checkpoints(engine, regroup="auto")
-    path, _ = engine.load_checkpoint(str(folder))
+    path, client_state = engine.load_checkpoint(str(folder))
     assert path is not None
     assert path.startswith(str(here))
+    assert client_state["own"] == Fraction(1, 3)
     distributed.barrier()
     return equal(weights(engine), wanted), (before, tree(folder))
 

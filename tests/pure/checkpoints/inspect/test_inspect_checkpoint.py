@@ -5,15 +5,17 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,15 +23,23 @@ from hypothesis import given, settings, strategies as st
 
 from moe_groups import cli
 from moe_groups._common.progress import in_order
-from moe_groups.checkpoints.inspect import figures
+from moe_groups.checkpoints.inspect import examine
 from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
 from moe_groups.checkpoints.inspect.report import CheckpointReport, Problem, SavedExpert, SavedGroup
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
-from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, write_manifest
+from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, Manifest, write_manifest
 from moe_groups.cli.checkpoints import common_ends, fold, print_report
 from moe_groups.cli.progress import show_progress, show_seconds
 from moe_groups.errors import CheckpointError, InvalidArgumentError
-from tests.support.checkpoints.checkpoint_damage import flip_bit, records_of, save_again, shard_path
+from tests.support.checkpoints.checkpoint_damage import (
+    cut,
+    flip_bit,
+    overwrite,
+    place_of,
+    records_of,
+    save_again,
+    shard_path,
+)
 from tests.support.checkpoints.made_checkpoints import key_of, make_checkpoint, random_state
 
 TAG = "global_step7"
@@ -48,15 +58,15 @@ def test_sums_are_those_of_the_whole_tensors(data: st.DataObject) -> None:
     for bad in (math.nan, math.inf, -math.inf)[: data.draw(st.integers(0, 3)) if numel else 0]:
         tensor[data.draw(st.integers(0, numel - 1))] = bad
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_CHUNK", data.draw(st.integers(1, 70)))
-        square, broken = figures.examine_values(tensor)
+        patch.setattr(examine, "_CHUNK", data.draw(st.integers(1, 70)))
+        square, broken = examine.examine_values(tensor)
     wide = tensor.double()
     assert square == pytest.approx(float(wide.square().sum()), rel=1e-12, nan_ok=True)
     assert broken == int((~wide.isfinite()).sum())
 
 
 def test_large_numbers_are_no_infinite_values() -> None:
-    assert figures.examine_values(torch.full((3,), 1e200, dtype=torch.float64)) == (math.inf, 0)
+    assert examine.examine_values(torch.full((3,), 1e200, dtype=torch.float64)) == (math.inf, 0)
 
 
 def test_records_without_a_crc_are_counted(tmp_path: Path) -> None:
@@ -113,7 +123,7 @@ def made_layout(
 
 def add_manifest(directory: Path, layout: Layout, wrapper: str = "ZeRO-2") -> None:
     folder = directory / TAG
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != FILE_NAME}
     write_manifest(Manifest(layout, wrapper, {"step": 7}, sizes), folder / FILE_NAME)
 
 
@@ -211,8 +221,223 @@ def test_other_wrappers_are_refused(tmp_path: Path) -> None:
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("sound")
     layout = made_layout(directory, 2, 2, {0: [[3, 5], [3, 5]]})
+    save_again(directory / TAG / MODEL, lambda content: content.update(num_experts=[1]))
     add_manifest(directory, layout)
     return directory
+
+
+# ---- damage ---------------------------------------------------------------------------
+
+
+class Damage(NamedTuple):
+    """Something done to a checkpoint's folder, and what must be reported, and nothing else."""
+
+    do: Callable[[Path], Any]
+    kind: str
+    file: str
+    said: str
+    quick: bool = True  # is it seen without reading tensors?
+
+
+SHARD = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+MODEL = "mp_rank_00_model_states.pt"
+EXPERT = "layer_0_expert_0_mp_rank_00_model_states.pt"
+EXTRA = SHARD.replace("rank_1", "rank_9")
+
+
+def flip_in(state: str, group: int) -> Callable[[Path], None]:
+    def do(folder: Path) -> None:
+        flip_bit(folder / SHARD, place_of(folder / SHARD, group, state) + 5)
+
+    return do
+
+
+def flip_record(file: str, name: str) -> Callable[[Path], None]:
+    def do(folder: Path) -> None:
+        (record,) = (record for record in records_of(folder / file) if record.name == name)
+        flip_bit(folder / file, (record.start + record.stop) // 2)
+
+    return do
+
+
+def put(value: float, state: str, group: int) -> Callable[[Path], None]:
+    return lambda folder: overwrite(folder / SHARD, group, state, int(state != "step"), value)
+
+
+def in_shard(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def do(folder: Path) -> None:
+        save_again(folder / SHARD, lambda content: change(content["optimizer_state_dict"]))  # type: ignore[arg-type]
+
+    return do
+
+
+def nan_weights(folder: Path) -> None:
+    save_again(folder / MODEL, lambda c: c["module"]["dense"][3:5].fill_(math.inf))  # type: ignore[index]
+
+
+STATE = "base_optimizer_state"
+DAMAGES = {
+    "flip": Damage(flip_in("exp_avg", 1), "checksum", SHARD, "exp_avg of group 1 .*CRC-32", False),
+    "flip model": Damage(flip_record(EXPERT, "data/0"), "checksum", EXPERT, "data/0", False),
+    "flip pickle": Damage(flip_record(SHARD, "data.pkl"), "checksum", SHARD, "data.pkl"),
+    "flip model's pickle": Damage(flip_record(MODEL, "data.pkl"), "checksum", MODEL, "data.pkl"),
+    "cut": Damage(lambda f: cut(f / SHARD), "unreadable", SHARD, "cut off"),
+    "cut model": Damage(lambda f: cut(f / MODEL), "unreadable", MODEL, "cut off"),
+    "cut expert": Damage(lambda f: cut(f / EXPERT), "unreadable", EXPERT, "cut off"),
+    "lost": Damage(lambda f: (f / SHARD).unlink(), "missing", SHARD, "state of rank 1"),
+    "lost model": Damage(lambda f: (f / MODEL).unlink(), "missing", MODEL, ""),
+    "lost expert": Damage(
+        lambda f: save_again(f / MODEL, lambda content: content.update(num_experts=[2])),
+        *("missing", EXPERT.replace("expert_0", "expert_1"), "the weights of an expert"),
+    ),
+    "extra": Damage(lambda f: shutil.copy(f / SHARD, f / EXTRA), "extra", EXTRA, "left over"),
+    "nan": Damage(
+        *(put(math.nan, "exp_avg", 1), "not finite", SHARD),
+        *(r"exp_avg of layers.*\(expert 2\): 1 of 3 values", False),
+    ),
+    "weights": Damage(nan_weights, "not finite", MODEL, "2 values of dense", False),
+    "step": Damage(put(9.0, "step", 1), "step", SHARD, "rank 1: .*is 9, elsewhere it is 7"),
+    "engine's step": Damage(
+        lambda f: save_again(f / MODEL, lambda content: content.update(global_steps=8)),
+        *("step", MODEL, "was saved at step 8, the manifest says 7"),
+    ),
+    "lr": Damage(
+        in_shard(lambda c: c[STATE]["param_groups"][0].update(lr=0.5)),
+        *("content", SHARD, "rank 1: lr of group 'dense' is 0.5, for rank 0 it is 0.1"),
+    ),
+    "params": Damage(
+        in_shard(lambda c: c["param_slice_mappings"][1].popitem()),
+        *("content", SHARD, "not what the manifest says: group 1 .* holds 3 parameters"),
+    ),
+    "world": Damage(
+        in_shard(lambda c: c.update(partition_count=[2 * n for n in c["partition_count"]])),
+        *("content", SHARD, "left over from another save"),
+    ),
+    "states": Damage(
+        in_shard(lambda c: c[STATE]["state"][0].pop("exp_avg_sq")),
+        *("content", SHARD, "rank 1: the optimizer state of group 'dense' is exp_avg, step, for"),
+    ),
+    "latest": Damage(
+        lambda f: (f.parent / "latest").write_text("step99"), "latest", "latest", "'step99'"
+    ),
+}
+WITH_MANIFEST = ("params", "engine's step")
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found_and_nothing_else(
+    sound: Path, name: str, manifest: bool, tmp_path: Path
+) -> None:
+    damage = DAMAGES[name]
+    if not manifest and name in WITH_MANIFEST:
+        pytest.skip("only a manifest tells")
+    directory = tmp_path / "damaged"
+    shutil.copytree(sound, directory)
+    if not manifest or name == "lost expert":
+        (directory / TAG / FILE_NAME).unlink()
+    damage.do(directory / TAG)
+    if manifest and damage.kind in ("content", "not finite", "step"):  # as that save has listed it
+        add_manifest(directory, layout_of(2, 2, {0: [[3, 5], [3, 5]]}))
+    kind, said = damage.kind, damage.said
+    if manifest and kind == "unreadable":  # sizes are compared first
+        kind, said = "size", r"has \S+ bytes; when it was saved"
+    for data in (True, False):
+        problems = inspect_checkpoint(directory, TAG, data=data).problems
+        if not data and not damage.quick:
+            assert not problems
+            continue
+        assert [(problem.kind, problem.file) for problem in problems] == [(kind, damage.file)]
+        assert re.search(said, problems[0].text), problems[0].text
+        assert str(directory) not in problems[0].text
+
+
+def test_a_damaged_manifest_is_done_without(sound: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "damaged"
+    shutil.copytree(sound, directory)
+    whole = inspect_checkpoint(directory)
+    manifest = directory / TAG / FILE_NAME
+    for content in (manifest.read_text()[:-40], "[" * 200_000):
+        manifest.write_text(content)
+        report = inspect_checkpoint(directory)
+        assert [(p.kind, p.file) for p in report.problems] == [("manifest", FILE_NAME)]
+        assert not report.manifest
+        assert report.experts == whole.experts
+        assert [group.name for group in report.groups] == [group.name for group in whole.groups]
+    manifest.rename(directory / TAG / UNFINISHED)
+    (problem,) = inspect_checkpoint(directory).problems
+    assert (problem.kind, problem.file) == ("unfinished", UNFINISHED)
+
+
+def test_what_is_lost_is_counted(sound: Path, tmp_path: Path) -> None:
+    """With a manifest the groups are known all the same; without, they need all ranks' files."""
+    directory = tmp_path / "half"
+    shutil.copytree(sound, directory)
+    whole = inspect_checkpoint(directory)
+    (directory / TAG / SHARD).unlink()
+    report = inspect_checkpoint(directory)
+    assert "without the optimizer states of 1 of 2 ranks" in report.notes[0]
+    assert [g.elements for g in report.groups] == [g.elements for g in whole.groups]
+    (directory / TAG / FILE_NAME).unlink()
+    report = inspect_checkpoint(directory)
+    assert [problem.kind for problem in report.problems] == ["missing"]
+    assert "without a manifest" in report.notes[0]
+    assert (report.groups, report.experts, report.data_parallel_size) == ((), (), 2)
+
+
+@pytest.mark.parametrize("value", [-1, 10**15, 1 << 70, True, 2.5, "2", [[]], None, {}])
+def test_numbers_that_no_run_has(value: Any, tmp_path: Path) -> None:
+    """What the files count is not believed blindly: nothing is raised, and nothing takes long."""
+    made_layout(tmp_path, 2, 1, {0: [[3, 5]]})
+
+    def change(content: dict[str, Any]) -> None:
+        content.update(num_experts=value, dp_world_size=value, global_steps=value)
+        content["checkpoint_parallel_dimensions"] = {"pp_degree": value, "tp_degree": value}
+
+    save_again(tmp_path / TAG / MODEL, change)
+    in_shard(lambda c: c.update(partition_count=value))(tmp_path / TAG)
+    report = inspect_checkpoint(tmp_path)
+    assert report.data_parallel_size == 2
+    assert len(report.problems) < 4
+    assert report.as_json()
+
+
+def test_shard_of_another_grouping(tmp_path: Path) -> None:
+    made_layout(tmp_path / "a", 2, 1, {0: [[3, 5]]})
+    made_layout(tmp_path / "b", 2, 1, {0: [[8, 5]]})
+    shutil.copy(tmp_path / "b" / TAG / SHARD, tmp_path / "a" / TAG)
+    (problem,) = inspect_checkpoint(tmp_path / "a").problems
+    assert problem.kind == "content"
+    assert SHARD in problem.text
+
+
+def test_what_is_no_checkpoint(sound: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "other"
+    shutil.copytree(sound, directory)
+    (directory / TAG / FILE_NAME).unlink()
+    for path in (directory / TAG).glob("*optim_states.pt"):  # as ZeRO-3 would have it
+        save_again(path, lambda c: c.update(optimizer_state_dict={"fp32_flat_groups": []}))
+    with pytest.raises(CheckpointError, match="no optimizer state of ZeRO-1, ZeRO-2 or BF16"):
+        inspect_checkpoint(directory)
+    for path in (directory / TAG).glob("*optim_states.pt"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="has no optimizer states"):
+        inspect_checkpoint(directory)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        inspect_checkpoint(tmp_path)
+
+
+def test_tags(sound: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "tags"
+    shutil.copytree(sound, directory)
+    shutil.copytree(directory / TAG, directory / "older")
+    for found in (inspect_checkpoint(directory, "older"), inspect_checkpoint(directory / "older")):
+        assert (found.tag, found.problems) == ("older", ())
+        assert found.notes == (f"latest names {TAG!r}: that is loaded where no tag is given",)
+    (directory / "latest").unlink()
+    assert "no file 'latest'" in inspect_checkpoint(directory, TAG).notes[0]
+    with pytest.raises(CheckpointError, match="latest"):
+        inspect_checkpoint(directory)
 
 
 @pytest.mark.parametrize("manifest", [True, False])
