@@ -10,6 +10,7 @@ from moe_groups._wiring import connect
 if TYPE_CHECKING:
     __all__: list[str]
     from moe_groups.checkpoints.convert.convert import regroup_checkpoint as regroup_checkpoint
+    from moe_groups.checkpoints.convert.export import export_checkpoint as export_checkpoint
     from moe_groups.checkpoints.guard.guard import protect_checkpoints as protect_checkpoints
     from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint as inspect_checkpoint
     from moe_groups.engine.activation_checkpointing import (
@@ -57,6 +58,7 @@ else:
         __name__,
         {
             "checkpoints.convert.convert": ("regroup_checkpoint",),
+            "checkpoints.convert.export": ("export_checkpoint",),
             "checkpoints.guard.guard": ("protect_checkpoints",),
             "checkpoints.inspect.inspect": ("inspect_checkpoint",),
             "engine.activation_checkpointing": ("checkpoint_activations",),

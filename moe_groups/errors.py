@@ -18,6 +18,7 @@ __all__ = [
     "PlanError",
     "RecomputationError",
     "TagError",
+    "UnmarkedExpertsWarning",
     "UnsupportedDeepSpeedError",
     "VerificationError",
 ]
@@ -82,6 +83,10 @@ class CheckpointWarning(UserWarning):
 
 class CostlyGroupsWarning(UserWarning):
     """Groups need much more memory in the optimizer step than others of the same ``split_by``."""
+
+
+class UnmarkedExpertsWarning(UserWarning):
+    """No parameter is marked as an expert's, though the model or ``split_by`` speaks of experts."""
 
 
 class VerificationError(MoEGroupsError):

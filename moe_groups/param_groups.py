@@ -1,13 +1,15 @@
 """Optimizer param groups that know their layer and their expert."""
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_groups._common.arguments import LEVELS, SplitBy, check_one_of
 from moe_groups._common.garbage import no_garbage_collection
+from moe_groups._common.warn import warn
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups.errors import InvalidArgumentError, ParameterInputError
+from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
 from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE, Caps
 from moe_groups.groups.families import read_table
 from moe_groups.groups.grouping import make_plan
@@ -16,6 +18,10 @@ from moe_groups.groups.keys import Key, PlannedGroup
 from moe_groups.groups.origin import remember_groups
 from moe_groups.groups.rules import NoDecay, Overrides, Rules
 from moe_groups.memory.cost_warning import warn_if_costly
+from moe_groups.tags import is_expert_parameter
+
+_ROUTED = re.compile(r"(^|\.)experts\.")
+"""In names of routed experts; those of shared experts have another word there."""
 
 if TYPE_CHECKING:
     from moe_groups.memory.plan import ParamGroupPlan
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
 def create_moe_param_groups(
     params: ParamsInput,
     *,
-    split_by: SplitBy = "module",
+    split_by: SplitBy | None = None,
     max_group_size: int | float | None = None,
     max_group_bytes: int | float | None = None,
     data_parallel_size: int | None = None,
@@ -50,7 +56,8 @@ def create_moe_param_groups(
             hyperparameters of their own. A module is tagged first (:func:`tag_experts`).
             Frozen and zero-element parameters are left out, as in DeepSpeed.
         split_by: "parallel_group" (one group for all experts of one expert-parallel size, as
-            in DeepSpeed), "module" (a group for each MoE layer) or "expert".
+            in DeepSpeed), "module" (a group for each MoE layer) or "expert". None: "module", or
+            with ``step_memory_budget`` "parallel_group", as in :func:`plan_param_groups`.
         max_group_size: most elements of a group, dense groups included. Larger groups are
             cut into the fewest tiles, which are as even as the order allows; a single
             parameter over the cap has a group to itself. None: no cap.
@@ -87,6 +94,8 @@ def create_moe_param_groups(
         PlanError: no groups fit the budget, or the plan was made for other parameters.
 
     Warns:
+        UnmarkedExpertsWarning: all parameters are grouped as dense, with ``split_by="expert"`` or
+            though names of parameters speak of experts.
         CostlyGroupsWarning: the step over the groups peaks at more than 1.5 times what other
             groups with the same ``split_by`` need, if the number of ranks is known. It compares
             with simple groups only; :func:`plan_param_groups` searches.
@@ -98,7 +107,7 @@ def create_moe_param_groups(
     """
     if plan is not None:
         beside = {
-            "split_by": split_by != "module",
+            "split_by": split_by,
             "max_group_size": max_group_size,
             "max_group_bytes": max_group_bytes,
             "data_parallel_size": data_parallel_size,
@@ -114,6 +123,8 @@ def create_moe_param_groups(
                 f"given here beside it ({', '.join(key for key, set_ in beside.items() if set_)})."
             )
         return _groups_of_plan(params, plan)
+    if split_by is None:
+        split_by = "module" if step_memory_budget is None else "parallel_group"
     check_one_of("split_by", split_by, LEVELS)
     caps = Caps(
         max_group_size, max_group_bytes, data_parallel_size, step.tensor_ranks if step else 1
@@ -144,7 +155,7 @@ def create_moe_param_groups(
         )
         return made.groups
 
-    return _make_groups(params, Rules(*rules), make)
+    return _make_groups(params, Rules(*rules), make, split_by)
 
 
 def _groups_of_plan(params: ParamsInput, plan: "ParamGroupPlan") -> list[ParamGroup]:
@@ -152,12 +163,15 @@ def _groups_of_plan(params: ParamsInput, plan: "ParamGroupPlan") -> list[ParamGr
         plan.check_made_for(read_table(given, Rules(*plan.rules), plan.split_by))
         return plan.groups
 
-    return _make_groups(params, Rules(*plan.rules), make)
+    return _make_groups(params, Rules(*plan.rules), make, plan.split_by)
 
 
 @no_garbage_collection()  # temporary objects are freed before the collector would run
 def _make_groups(
-    params: ParamsInput, rules: Rules, make: Callable[[GroupInput], list[PlannedGroup]]
+    params: ParamsInput,
+    rules: Rules,
+    make: Callable[[GroupInput], list[PlannedGroup]],
+    split_by: SplitBy,
 ) -> list[ParamGroup]:
     """Tag, plan with ``make``, and prepare DeepSpeed; all of it or nothing."""
     given = read_input(params)
@@ -169,7 +183,26 @@ def _make_groups(
             remember_groups(groups, given.params, given.groups)
     if model and not rules.no_decay:  # nothing has looked at the tags
         model.write()
+    if not any(key.parallel_group for _, key, _, _ in groups):
+        _warn_if_unmarked(given, split_by)
     return _group_dicts(groups, given, rules)
+
+
+def _warn_if_unmarked(given: GroupInput, split_by: SplitBy) -> None:
+    """Warn where experts are meant and none is marked: their groups would be dense in silence."""
+    if any(map(is_expert_parameter, given.params)):
+        return  # they are frozen
+    named = next((name for name in given.names if _ROUTED.search(name)), None)
+    if named is None and split_by != "expert":
+        return
+    meant = f"{named!r} looks like one" if named else "split_by='expert' asks for their groups"
+    warn(
+        f"no parameter is marked as an expert's, and all are grouped as dense; {meant}. Mark the "
+        "experts of a model before it is grouped: with AutoEP (autoep_optimizer), with "
+        "tag_experts(model, pattern='*.experts', ep_size=N), or by building it with "
+        "moe_groups.MoE.",
+        UnmarkedExpertsWarning,
+    )
 
 
 def split_params_into_different_moe_groups_for_optimizer(

@@ -21,9 +21,9 @@ def read_json(path: Path, error: type[MoEGroupsError], way_out: str = "") -> dic
         MoEGroupsError: ``error``, where there is no such file, or it holds no object of JSON in
             UTF-8, or one that is nested so deeply that no file of this kind is.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would block
+        raise error(f"{path} is no file. {way_out}".rstrip())
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would block
-            raise error(f"{path} is no file. {way_out}".rstrip())
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
         _check_depth(content)
     except OSError as problem:

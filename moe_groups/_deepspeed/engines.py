@@ -1,8 +1,9 @@
 """The groups that an engine steps, its wrapper, and the options that its groups were given."""
 
+import bisect
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -179,6 +180,42 @@ def refresh_master_weights(engine: Any) -> None:
     refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
     if refresh is not None:
         refresh()
+
+
+def master_weights(engine: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that gives the fp32 values of a model's tensor, or of a view of a parameter.
+
+    All ranks that share the tensor call it together, in the same order: ZeRO and BF16_Optimizer
+    have a part of the master weights on each. What nobody steps in fp32 is cast.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    whole: dict[
+        int, torch.Tensor
+    ] = {}  # FP16_Optimizer and its unfused kind have them in one piece
+    for index, (_, params) in enumerate(stepped_groups(engine)):
+        if hasattr(engine.optimizer, "fp32_groups_flat"):
+            flat = engine.optimizer.fp32_groups_flat[index].detach()
+            parts = flat.split([param.numel() for param in params])
+        else:
+            parts = getattr(engine.optimizer, "fp32_groups", {index: ()})[index]
+        whole |= {id(param): part for param, part in zip(params, parts, strict=False)}
+    stepped = {param.data_ptr(): param for _, own in stepped_groups(engine) for param in own}
+    starts = sorted(stepped)
+
+    def master(tensor: torch.Tensor) -> torch.Tensor:
+        at = bisect.bisect_right(starts, tensor.data_ptr()) - 1
+        param = stepped[starts[at]] if at >= 0 else tensor
+        first = (tensor.data_ptr() - param.data_ptr()) // tensor.element_size()
+        if not 0 <= first <= param.numel() - tensor.numel() or not tensor.numel():
+            return tensor.detach().float() if tensor.is_floating_point() else tensor
+        full = whole.get(id(param))
+        if full is None:
+            full = safe_get_full_fp32_param(param)
+        full = (param if full is None else full).detach().flatten()
+        return full[first : first + tensor.numel()].view(tensor.shape).float()
+
+    return master
 
 
 class TrackerReport(Protocol):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from moe_groups._common.own_folder import is_plain
 from moe_groups.checkpoints.layout import Rank
-from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, read_manifest
+from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, SavedFile, read_manifest
+from moe_groups.checkpoints.torch_file import check_archive, digest_of, read_torch_file
 from moe_groups.errors import CheckpointError
 
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
@@ -15,6 +16,8 @@ _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _TARGETS = "moe_groups_*.json"
 LATEST = "latest"
+STATES = "_states.pt"
+"""How names of DeepSpeed's files end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,12 @@ class CheckpointFiles:
         known = {*self.shards.values(), *self.models.values(), self.manifest}
         found = (path for path in self.folder.rglob("*") if path.is_file())
         return sorted(path for path in found if path not in known)
+
+    def states(self, optimizer: bool = True) -> list[Path]:
+        """Files of weights, and of optimizer states."""
+        weights = [*self.models.values(), *self.others()]
+        found = [path for path in weights if _is_state(path.name, optimizer=False)]
+        return sorted(found + [*self.shards.values()] * optimizer)
 
     def beside(self) -> list[Path]:
         """Files of a trainer in the directory, of which the tag is the newest checkpoint."""
@@ -176,10 +185,6 @@ def shard_name(like: Path, rank: Rank) -> str:
     return f"{prefix}{rank.data}{middle}{rank.model:02d}{like.name[match.end(2) :]}"
 
 
-STATES = "_states.pt"
-"""How names of DeepSpeed's files end."""
-
-
 def check_saved(files: CheckpointFiles) -> None:
     """Was the save that began last finished? Files of an earlier one may be among the rest.
 
@@ -194,26 +199,87 @@ def check_saved(files: CheckpointFiles) -> None:
         )
 
 
-def check_whole(files: CheckpointFiles) -> None:
-    """Are all files there that the manifest lists, with their sizes?
+def check_whole(files: CheckpointFiles, share: slice = slice(None), optimizer: bool = True) -> None:
+    """Are all files there, whole, and of one save?
+
+    What the manifest says of each file is compared with it. Without a list of the files each has
+    to be an archive with all its records, and those that DeepSpeed's naming asks for are there.
+
+    Args:
+        files: of the checkpoint.
+        share: of the files, where several ranks check them together.
+        optimizer: check the optimizer states too.
 
     Raises:
         CheckpointError: names a file that is not, or the save was not finished.
     """
     check_saved(files)
-    if not files.manifest.is_file():
-        return
-    for name, size in read_manifest(files.manifest).files.items():
-        path = files.folder / name
-        if not name.endswith(STATES):
-            continue
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: {files.manifest.name} lists it.")
-        if path.stat().st_size != size:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size:,} bytes, but had {size:,} when it was saved: it "
-                f"is cut off, or of another save. Without {FILE_NAME}, sizes are not compared."
-            )
+    saved = read_manifest(files.manifest).files if files.manifest.is_file() else {}
+    try:
+        for name in sorted(name for name in saved if _is_state(name, optimizer))[share]:
+            _check_file(files.folder / name, saved[name])
+        states = [] if saved else files.states(optimizer)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or files.folder} cannot be read: {error.strerror}."
+        ) from error
+    for path in states[share]:
+        check_archive(path)
+    models = sorted({rank.model for rank in files.shards} | {*files.models})
+    for model in [] if saved else models[share]:
+        _check_weights(files, model)
+
+
+def _is_state(name: str, optimizer: bool) -> bool:
+    return name.endswith(STATES) and (optimizer or not _SHARD.fullmatch(name))
+
+
+def _check_file(path: Path, saved: SavedFile) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {FILE_NAME} lists it.")
+    size = path.stat().st_size
+    if size != saved.size:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes, but had {saved.size:,} when it was saved: it is cut off, "
+            f"or of another save. Without {FILE_NAME}, sizes are not compared."
+        )
+    if saved.digest is not None and digest_of(path) != saved.digest:
+        raise CheckpointError(
+            f"{path} and {FILE_NAME} are of different saves: the records of the file have other "
+            f"CRC-32 than when {FILE_NAME} was written. Copy all files of the checkpoint again, or "
+            "load another tag."
+        )
+
+
+def list_saved(folder: Path) -> dict[str, SavedFile]:
+    """The files of a checkpoint that is written to its end, for its manifest.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    return {
+        str(path.relative_to(folder)): SavedFile(path.stat().st_size, digest_of(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (FILE_NAME, UNFINISHED)
+    }
+
+
+def _check_weights(files: CheckpointFiles, model: int) -> None:
+    """Without a list of the files: are a model-parallel rank's weights there?"""
+    if model not in files.models:
+        raise CheckpointError(
+            f"{files.folder} has no weights of model-parallel rank {model} "
+            f"(mp_rank_{model:02d}_model_states.pt)."
+        )
+    content = read_torch_file(files.models[model], files.trust)
+    counts = content.get("num_experts") if isinstance(content, Mapping) else None
+    names = [path.name for path in files.others()]
+    if isinstance(counts, list) and (lost := [*missing_experts(names, model, counts)]):
+        more = f", and so are {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise CheckpointError(
+            f"{files.folder / lost[0]}, the weights of an expert, is missing{more}. Copy all files "
+            "of the checkpoint again, or load another tag."
+        )
 
 
 def missing_experts(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -19,8 +19,8 @@ from moe_groups.groups.rules import Variant
 FILE_NAME = "moe_groups.json"
 UNFINISHED = FILE_NAME + ".unfinished"
 """Is beside it while a checkpoint is saved."""
-SCHEMA = 2
-"""1 does not say what the groups were made from."""
+SCHEMA = 3
+"""1 does not say what the groups were made from, 2 has of the files only their sizes."""
 _FORMAT = "moe-groups manifest"
 _END = "\n}\n"
 _KNOWN = (
@@ -45,6 +45,18 @@ _DTYPES = {
 T = TypeVar("T")
 
 
+class SavedFile(NamedTuple):
+    """A file as it was when the save ended.
+
+    Attributes:
+        size: bytes.
+        digest: see :func:`moe_groups.checkpoints.torch_file.digest_of`.
+    """
+
+    size: int
+    digest: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """The groups of a run, and what else a reader of its checkpoint wants to know.
@@ -53,14 +65,14 @@ class Manifest:
         layout: of all ranks.
         wrapper: who steps: "ZeRO-1", "ZeRO-2", "BF16_Optimizer" or the name of a class.
         about: versions, world sizes and step, for the reader.
-        files: name and bytes of each file of the checkpoint; empty for a manifest that
-            describes a run and no checkpoint.
+        files: each file of the checkpoint by name; empty for a manifest that describes a run and
+            no checkpoint.
     """
 
     layout: Layout
     wrapper: str
     about: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, SavedFile] = field(default_factory=dict)
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
@@ -148,7 +160,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         yield "}" + (",\n" if index + 1 < len(layout.groups) else "\n")
     yield f' ],\n "origin_params": {json.dumps(_ORIGIN_COLUMNS)},\n "origins": '
     yield _list(map(_origin_text, origins.values())) + ',\n "files": {'
-    files = (f"\n  {json.dumps(name)}: {size}" for name, size in sorted(manifest.files.items()))
+    files = (f"\n  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(manifest.files.items()))
     yield ",".join(files) + "}" + _END
 
 
@@ -219,10 +231,15 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         for data in (row["data_parallel_ranks"] if "origin" in row else ())
     }
     about = {key: value for key, value in content.items() if key not in _KNOWN}
-    files = {name: _as(int, size) for name, size in _as(dict, content["files"]).items()}
+    files = {name: _parse_file(row) for name, row in _as(dict, content["files"]).items()}
     if foreign := [name for name in files if not is_plain(name)]:
         raise ValueError(f"{foreign[0]!r} is no file of the checkpoint")
     return Manifest(Layout(groups, order, made_from), _as(str, content["wrapper"]), about, files)
+
+
+def _parse_file(row: Any) -> SavedFile:
+    size, digest = row if isinstance(row, list) else (row, None)  # before schema 3 the size alone
+    return SavedFile(_as(int, size), _maybe(str, digest))
 
 
 def _parse_group(row: Mapping[str, Any]) -> FlatGroup:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from moe_groups.errors import CheckpointError
+from moe_groups.groups.grouping import fingerprint
 
 PICKLE = "data.pkl"
 """The record that says what the others are."""
@@ -37,6 +38,7 @@ DAMAGE = (
 code that looks for something that is not in it or is of another type."""
 
 _CHUNK = 1 << 20
+_OLD_FORMAT = b"\x80\x02"  # a pickle, of which nobody can tell whether it is whole
 _LOSS_SCALERS = ("LossScaler", "DynamicLossScaler")
 _NUMPY, _REBUILD = ("core", "_core"), ("_reconstruct", "scalar")
 
@@ -215,17 +217,52 @@ def stated_crcs(path: Path) -> set[int]:
         return {info.CRC for info in archive.infolist()}
 
 
-def check_crcs(path: Path, progress: Callable[[int], object] = lambda numbytes: None) -> None:
+def digest_of(path: Path) -> str | None:
+    """Of the names, sizes and CRC-32 of all records, as the file states them; reads no record.
+
+    So it tells files of two saves apart. None for a file in another format,
+    or with a damaged list of records.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            rows = [(_name(info), info.file_size, info.CRC) for info in archive.infolist()]
+    except OSError:
+        raise
+    except DAMAGE:
+        return None
+    return fingerprint(rows).hex()
+
+
+def check_archive(path: Path) -> None:
+    """Is a file an archive with its directory, which is at the end, or in torch's older format?
+
+    Raises:
+        CheckpointError: it is missing or cut off.
+    """
+    with reading(path), open(path, "rb") as file:
+        if file.read(2) != _OLD_FORMAT:
+            zipfile.ZipFile(path).close()
+
+
+def check_crcs(path: Path, progress: Callable[[int], object] = lambda numbytes: None) -> int:
     """Compare all records of a file with the CRC-32 that it states for them.
+
+    Returns:
+        The number of records that state none.
 
     Raises:
         CheckpointError: the file cannot be read, or bytes have changed since it was saved.
     """
-    if changed := compare_crcs(path, progress).changed:
+    changed, unstated = compare_crcs(path, progress)
+    if changed:
         raise CheckpointError(
             f"{path} is damaged: the bytes of its record {changed[0]} do not have the CRC-32 that "
             "was stated when it was saved."
         )
+    return unstated
 
 
 def save(content: Any, path: Path) -> None:

@@ -131,7 +131,9 @@ def _add_step(plan: argparse.ArgumentParser) -> None:
 
 def _add_groups(plan: argparse.ArgumentParser) -> None:
     group = plan.add_argument_group("groups")
-    group.add_argument("--split-by", choices=LEVELS, default="module", help="(module)")
+    group.add_argument(
+        "--split-by", choices=LEVELS, default="parallel_group", help="(parallel_group)"
+    )
     limit = group.add_mutually_exclusive_group()
     limit.add_argument(
         "--budget",

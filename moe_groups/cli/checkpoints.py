@@ -216,6 +216,7 @@ REGROUP_OPTIONS = {
     "tag": "--tag",
     "workers": "--workers",
 }
+EXPORT_OPTIONS = {"family": "--family", "dtype": "--dtype", "tag": "--tag"}
 """Arguments of the library in messages, and their options on the command line."""
 
 _INSPECT = """\
@@ -229,6 +230,11 @@ _REGROUP = """\
 Write checkpoint SRC to DST with other groups, so that a run that groups its parameters
 otherwise can go on from it. No model and no process group is needed, and SRC is not changed."""
 
+_EXPORT = """\
+Write the weights in a checkpoint as safetensors that transformers loads, with no model; or
+(--dtype fp32) the master weights of ZeRO-1, ZeRO-2 or BF16_Optimizer. Files are unpickled, as
+when DeepSpeed loads them: only for checkpoints that you trust."""
+
 _TRUST = "read objects of any class, as DeepSpeed does: can run any code of their author"
 _PLAN = """\
 stock (DeepSpeed's own split), parallel_group, module or expert; or the groups of a run: a
@@ -236,7 +242,7 @@ moe_groups*.json, or a checkpoint that has one"""
 
 
 def add_commands(commands: Any, count: Callable[[str], int]) -> None:
-    """Add both commands to the parser of ``moe-groups``.
+    """Add these commands to the parser of ``moe-groups``.
 
     Args:
         commands: what ``add_subparsers`` returned.
@@ -244,6 +250,7 @@ def add_commands(commands: Any, count: Callable[[str], int]) -> None:
     """
     _add_inspect(commands)
     _add_regroup(commands, count)
+    _add_export(commands)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -284,6 +291,17 @@ def _add_regroup(commands: Any, count: Callable[[str], int]) -> None:
     )
 
 
+def _add_export(commands: Any) -> None:
+    about = "the weights of a checkpoint as Hugging Face safetensors"
+    parser = commands.add_parser("export-checkpoint", help=about, description=_EXPORT)
+    parser.set_defaults(run=_export, names=EXPORT_OPTIONS)
+    parser.add_argument("directory", metavar="DIR", help="the checkpoint")
+    parser.add_argument("destination", metavar="OUT", help="a directory for the safetensors")
+    parser.add_argument("--family", required=True, help="mixtral, qwen3_moe, ..., or a checkpoint")
+    parser.add_argument("--dtype", choices=("fp32",), help="the master weights (the model's)")
+    parser.add_argument("--tag", help="of the checkpoint (what the file latest says)")
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
 
@@ -300,6 +318,16 @@ def _inspect(args: argparse.Namespace) -> int:
     else:
         print_report(report, args.all)
     return 1 if report.problems else 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    from moe_groups.checkpoints.convert.export import export_checkpoint
+
+    with quiet():
+        files = export_checkpoint(
+            args.directory, args.destination, family=args.family, dtype=args.dtype, tag=args.tag
+        )
+    print(f"wrote {args.destination}: {len(files):,} files and their index")
 
 
 def _regroup(args: argparse.Namespace) -> int:

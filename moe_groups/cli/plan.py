@@ -1,7 +1,7 @@
 """Compute the plan of ``moe-groups plan``, and the splits to compare with it."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -10,18 +10,16 @@ from moe_groups._common.arguments import SplitBy
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
 from moe_groups.groups.families import read_table
-from moe_groups.groups.grouping import lines, make_plan, split_like_deepspeed
+from moe_groups.groups.grouping import lines, make_plan
 from moe_groups.groups.inputs import read_input
+from moe_groups.groups.keys import Table
 from moe_groups.groups.rules import Rules
 from moe_groups.memory.estimate import StepMemory, estimate
-from moe_groups.memory.plan import TradeOff, plan_param_groups
+from moe_groups.memory.plan import TradeOff, plan_param_groups, stock_groups
 from moe_groups.memory.step_config import StepConfig
-from moe_groups.meta_models.rank import shard_for_rank
+from moe_groups.meta_models.rank import shard_for_rank, undivided_layers
 from moe_groups.meta_models.source import load_model, names_function
 from moe_groups.topology import ep_size_of
-
-_Sized = tuple[str, tuple[int, ...], str | None]
-"""Name, sizes of the parameters and parallel group of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class PlanRequest:
     pp: int = 1
     pp_rank: int | None = None
     experts: Literal["list", "fused"] | None = None
-    split_by: SplitBy = "module"
+    split_by: SplitBy = "parallel_group"
     budget: int | str = "auto"
     max_groups: int | None = None
     cap: int | None = None
@@ -57,6 +55,7 @@ class RankModel:
         held: number of elements on the rank.
         in_experts: number of elements of experts on the rank.
         ep_sizes: EP sizes, ascending.
+        notes: what is other than asked.
     """
 
     model: nn.Module
@@ -65,6 +64,7 @@ class RankModel:
     held: int
     in_experts: int
     ep_sizes: list[int]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +128,11 @@ def make_report(request: PlanRequest) -> PlanReport:
         Mark(
             "stock",
             f"DeepSpeed's split, cap {DEEPSPEED_MAX_GROUP_SIZE:,}",
-            estimate(_stock(rank.model), request.step, request.data_parallel_size),
+            estimate(stock_groups(_table(rank.model)), request.step, request.data_parallel_size),
         ),
         Mark("no_cap", f"by {request.split_by}, no cap", _capped(rank, request, None)),
     ]
-    return PlanReport(request, rank, [*others, chosen], curve, hints)
+    return PlanReport(request, rank, [*others, chosen], curve, [*rank.notes, *hints])
 
 
 # ---- the rank's model -----------------------------------------------------------------
@@ -163,12 +163,17 @@ def _rank_model(request: PlanRequest) -> RankModel:
         if best is None or found.held > best.held:
             best = found
     assert best is not None
+    if kept := undivided_layers(whole, request.ep or 1):
+        best.notes.append(
+            f"experts are whole on every rank where --ep {request.ep} does not divide their "
+            f"number beside the decoder: in {len(kept)} layers, the first is {kept[0].path!r}"
+        )
     return best
 
 
 def _measured(model: nn.Module, pp_rank: int | None, total: int | None) -> RankModel:
     held = sum(param.numel() for param in model.parameters())
-    table = read_table(read_input(model), Rules(None, None, ()), "parallel_group")
+    table = _table(model)
     in_experts: Counter[str] = Counter()
     for key, _, rows in lines(table.families):
         if key.parallel_group:
@@ -201,10 +206,6 @@ def _capped(rank: RankModel, request: PlanRequest, cap: int | None) -> StepMemor
     return estimate(named, request.step, request.data_parallel_size)
 
 
-def _stock(model: nn.Module) -> list[_Sized]:
-    """DeepSpeed's groups with its default cap."""
-    table = read_table(read_input(model), Rules(None, None, ()), "parallel_group")
-    return [
-        (group or "dense", table.sizes_of(rows), group)
-        for group, _, rows in split_like_deepspeed(table, DEEPSPEED_MAX_GROUP_SIZE)
-    ]
+def _table(model: nn.Module) -> Table:
+    """The parameters, with all experts of one parallel group together."""
+    return read_table(read_input(model), Rules(None, None, ()), "parallel_group")

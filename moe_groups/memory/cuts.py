@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
 from moe_groups.groups.grouping import padded_partition
 from moe_groups.groups.packing import fill, pack
 from moe_groups.memory.step_cost import GroupOnRanks, Ints, StepSettings, layout
@@ -168,13 +169,12 @@ def proposed_cuts(lines: Sequence[Line], settings: StepSettings) -> Iterator[tup
 
 
 def _simple(lines: Sequence[Line]) -> Iterator[tuple[Cut, ...]]:
-    """No cap; then for experts alone and for all: tiles of so many, and so many even tiles.
-
-    These hold what DeepSpeed's split makes at any cap where parameters have one size.
-    """
+    """No cap; DeepSpeed's split; for experts alone and for all: tiles of so many, so many tiles."""
     whole = tuple(((0, len(line.sizes)),) for line in lines)
     yield whole
     dense = [line.dense for line in lines]
+    stock = (tuple(fill(line.sizes, DEEPSPEED_MAX_GROUP_SIZE)) for line in lines)
+    yield tuple(w if d else t for d, w, t in zip(dense, whole, stock, strict=True))
     for cut in (_so_many, _even, _greedy):
         for number in _numbers(lines, cut is _so_many):
             tiles = tuple(cut(line, number) for line in lines)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from moe_groups._common.arguments import LEVELS, SplitBy, check_one_of
 from moe_groups._common.text import parse_bytes, show_bytes
 from moe_groups.errors import InvalidArgumentError, PlanError
+from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
 from moe_groups.groups.families import read_table
-from moe_groups.groups.grouping import fingerprint, lines, name_groups
+from moe_groups.groups.grouping import fingerprint, lines, name_groups, split_like_deepspeed
 from moe_groups.groups.inputs import GroupInput, ParamsInput, read_input
 from moe_groups.groups.keys import Line, PlannedGroup, Table
 from moe_groups.groups.rules import NoDecay, Overrides, Rules
@@ -16,6 +17,7 @@ from moe_groups.memory.estimate import (
     SizedGroup,
     StepMemory,
     data_parallel_world,
+    estimate,
     estimate_step_memory,
     on_ranks,
 )
@@ -27,15 +29,18 @@ if TYPE_CHECKING:
 
 
 def hints(
-    given: GroupInput,
-    rules: tuple[float | None, NoDecay | None, Overrides],
     split_by: SplitBy,
     step: StepConfig,
-    world: int,
     chosen: "Candidate",
     costed: list["CostLine"],
+    coarse: list["CostLine"],
 ) -> list[str]:
-    """What else would lower the peak, with no more groups than were chosen."""
+    """What else would lower the peak, with no more groups than were chosen.
+
+    Args:
+        costed: the lines of ``split_by``.
+        coarse: those of whole parallel groups.
+    """
     from moe_groups.memory.search import price, trade_off
 
     def best(config: StepConfig, lines_: list["CostLine"]) -> int:
@@ -44,8 +49,6 @@ def hints(
 
     others: list[tuple[str, int]] = []
     if split_by != "parallel_group":
-        table = read_table(given, Rules(*rules), "parallel_group")
-        coarse = cost_lines(list(lines(table.families)), table, world, step.tensor_ranks)
         others.append(("split_by='parallel_group' (mixes layers)", best(step, coarse)))
     if step.optimizer in ("for-loop", "foreach"):
         fused = replace(step, optimizer="fused")
@@ -58,6 +61,14 @@ def hints(
         f"{what} would peak at {show_bytes(peak)}, {show_bytes(chosen.peak - peak)} less"
         for what, peak in others
         if peak < 0.95 * chosen.peak
+    ]
+
+
+def stock_groups(table: Table) -> list[SizedGroup]:
+    """DeepSpeed's own groups with its default cap, for a table of whole parallel groups."""
+    return [
+        (group or "dense", table.sizes_of(rows), group)
+        for group, _, rows in split_like_deepspeed(table, DEEPSPEED_MAX_GROUP_SIZE)
     ]
 
 
@@ -162,7 +173,7 @@ def plan_param_groups(
     *,
     step_memory_budget: int | str = "auto",
     max_groups: int | None = None,
-    split_by: SplitBy = "module",
+    split_by: SplitBy = "parallel_group",
     step: StepConfig | None = None,
     data_parallel_size: int | None = None,
     weight_decay: float | None = None,
@@ -175,9 +186,11 @@ def plan_param_groups(
         params: as for :func:`create_moe_param_groups`; meta parameters suffice.
         step_memory_budget: bytes, or a string like "2GiB": the fewest groups whose step
             peak T + R fits on every rank. "auto": the lowest peak that is worth its groups
-            (each further group must save ``GROUP_PRICE``).
+            (each further group must save ``GROUP_PRICE``), and not above that of DeepSpeed's
+            own split where ``split_by`` allows it, as its default always does.
         max_groups: the lowest peak with at most this number of groups.
-        split_by: groups never mix more than this level, at any cost.
+        split_by: groups never mix more than this level, at any cost. The default mixes layers,
+            which is what lowers the peak most.
         step: wrapper, optimizer and dtypes; None: ZeRO-2, foreach AdamW, bf16 gradients.
         data_parallel_size: ranks that share dense parameters; None: the world size of
             ``torch.distributed``.
@@ -229,7 +242,12 @@ def make_group_plan(
     found = list(lines(table.families))
     costed = cost_lines(found, table, world, step.tensor_ranks)
     curve = trade_off(costed, step.settings)
-    chosen = _choose(curve, budget, max_groups, split_by)
+    coarse, coarse_lines = table, costed
+    if split_by != "parallel_group":
+        coarse = read_table(given, Rules(*rules), "parallel_group")
+        coarse_lines = cost_lines(list(lines(coarse.families)), coarse, world, step.tensor_ranks)
+    stock = estimate(stock_groups(coarse), step, world).step_peak
+    chosen = _choose(curve, budget, max_groups, split_by, stock)
     named = name_groups(zip(found, map(_tiles, chosen.cuts), strict=True), table, given.groups)
     tiles = [
         line.tile(*ends) for line, cut in zip(costed, chosen.cuts, strict=True) for ends in cut
@@ -241,7 +259,7 @@ def make_group_plan(
         step=step,
         data_parallel_size=world,
         curve=[TradeOff(candidate.groups, candidate.peak) for candidate in curve],
-        hints=hints(given, rules, split_by, step, world, chosen, costed),
+        hints=hints(split_by, step, chosen, costed, coarse_lines),
         rules=rules,
         made_for=made_for(table),
     )
@@ -252,7 +270,7 @@ def _tiles(cut: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]] | None:
 
 
 def _choose(
-    curve: list["Candidate"], budget: int | str, max_groups: int | None, split_by: str
+    curve: list["Candidate"], budget: int | str, max_groups: int | None, split_by: str, stock: int
 ) -> "Candidate":
     if max_groups is not None:
         within = [candidate for candidate in curve if candidate.groups <= max_groups]
@@ -263,7 +281,8 @@ def _choose(
             )
         return within[-1]
     if budget == "auto":
-        return min(curve, key=lambda c: (c.peak + GROUP_PRICE * c.groups, c.groups))
+        no_worse = [candidate for candidate in curve if candidate.peak <= stock]
+        return min(no_worse or curve, key=lambda c: (c.peak + GROUP_PRICE * c.groups, c.groups))
     most = parse_bytes(budget, "step_memory_budget")
     for candidate in curve:
         if candidate.peak <= most:

@@ -4,19 +4,14 @@ Only the sizes matter: the result is grouped and its memory predicted, but it ne
 """
 
 import copy
-import re
-from typing import Literal
 
 from torch import nn
 
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.experts.module_tree import ModuleNode, walk
-from moe_groups.meta_models.experts import ExpertForm, find_expert_layers, keep_local_experts
-from moe_groups.meta_models.slices import is_replicated, shrink, slice_projection
-from moe_groups.tags import is_expert_parameter
-
-_POSITIONS = re.compile(r"pos|wpe|type")
-_FORMS = ("list", "fused")
+from moe_groups.meta_models.expert_layers import ExpertLayer, find_expert_layers
+from moe_groups.meta_models.local_experts import ExpertForm, keep_local_experts
+from moe_groups.meta_models.tensor_parallel import slice_dense
 
 
 def shard_for_rank(
@@ -26,8 +21,7 @@ def shard_for_rank(
     tp_size: int = 1,
     pp_size: int = 1,
     pp_rank: int = 0,
-    experts: Literal["list", "fused"] = "list",
-    expert_tensor_parallel: bool = False,
+    experts: ExpertForm = "list",
 ) -> nn.Module:
     """A copy of one rank's part of ``model``, with tagged experts.
 
@@ -39,86 +33,68 @@ def shard_for_rank(
       them in the model are on the first stage, modules after them on the last; so are a vision
       tower and a second stack. Tied embeddings are one parameter on a stage, and the first and
       the last stage have one each.
-    * Tensor parallel: every linear layer and the vocabulary of the embedding and the head are
-      cut. Norms, routers, position embeddings, convolutions, DeepSeek's projections to a latent
-      (``*_a_proj``) and vectors other than the biases of cut outputs are uncut on every rank. If
-      a size is not divisible, the larger slice counts; key and value heads are cut even if a
-      rank gets less than one head.
-    * Experts: those of EP rank 0; all EP ranks have the same sizes.
+    * Tensor parallel: see :func:`slice_dense`; experts are whole.
+    * Experts: those of EP rank 0; all EP ranks have the same sizes. Beside the decoder layers,
+      experts that ``ep_size`` does not divide are whole on every rank, as dense parameters
+      (:func:`undivided_layers`).
 
     Args:
-        model: a whole model, preferably on meta, as from ``load_model``. It is not changed.
+        model: a whole model, as from ``load_model``. It is not changed.
         ep_size: ranks over which every layer's experts are distributed.
         tp_size: tensor-parallel ranks.
         pp_size: pipeline stages.
         pp_rank: the stage to keep.
         experts: "list": each expert is a module with matrices of its own, as in DeepSpeed's
             MoE layer, with ``gate_up_proj`` cut in two. "fused": one tensor for all experts.
-        expert_tensor_parallel: cut experts over the tensor-parallel ranks too.
 
     Raises:
-        InvalidArgumentError: a size is no positive integer, ``pp_rank`` is no stage, there are
-            more stages than layers, or ``ep_size`` does not divide a layer's experts.
-        ParameterInputError: the model already has tagged experts, or has experts in an
-            unknown form.
+        InvalidArgumentError: ``pp_rank`` is no stage, there are more stages than layers, or
+            ``ep_size`` does not divide a decoder layer's experts, or there are none to divide.
+        ParameterInputError: the model has experts in an unknown form.
     """
-    for name, value in (("ep_size", ep_size), ("tp_size", tp_size), ("pp_size", pp_size)):
-        _check_size(name, value)
-    if type(pp_rank) is not int or not 0 <= pp_rank < pp_size:
+    if not 0 <= pp_rank < pp_size:
         raise InvalidArgumentError(f"pp_rank={pp_rank!r} is no stage of {pp_size}: use 0 to pp - 1")
-    if experts not in _FORMS:
-        raise InvalidArgumentError(f"experts={experts!r} is unknown: use 'list' or 'fused'.")
-    _check_untagged(model)
+    whole = {layer.path for layer in undivided_layers(model, ep_size)}
     copied = copy.deepcopy(model)
     if pp_size > 1:
         _keep_stage(copied, pp_size, pp_rank)
-    form = ExpertForm(ep_size, experts, tp_size if expert_tensor_parallel else 1)
-    _split(copied, form, tp_size)
+    nodes = walk(copied)
+    layers = [layer for layer in find_expert_layers(nodes) if layer.path not in whole]
+    inside = {id(param) for layer in layers for param in layer.params()}
+    for node in nodes if tp_size > 1 else ():
+        if not any(id(param) in inside for _, param in node.params):
+            slice_dense(node, tp_size)
+    for layer in layers:
+        keep_local_experts(layer, ep_size, experts)
     return copied
 
 
-def _split(model: nn.Module, form: ExpertForm, tp_size: int) -> None:
+def undivided_layers(model: nn.Module, ep_size: int) -> list[ExpertLayer]:
+    """The layers whose experts stay whole, as in a vision tower with fewer experts than ranks.
+
+    Raises:
+        InvalidArgumentError: ``ep_size`` does not divide a decoder layer's experts, or there
+            are no experts.
+    """
     nodes = walk(model)
     layers = find_expert_layers(nodes)
-    inside = {id(param) for layer in layers for param in layer.params()}
-    if tp_size > 1:
-        for node in nodes:
-            if not any(id(param) in inside for _, param in node.params):
-                _slice_dense(node, tp_size)
-    for layer in layers:
-        keep_local_experts(layer, form)
-
-
-def _check_size(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise InvalidArgumentError(f"{name}={value!r} must be an integer of at least 1.")
-
-
-def _check_untagged(model: nn.Module) -> None:
-    for name, param in model.named_parameters():
-        if is_expert_parameter(param):
-            raise ParameterInputError(
-                f"{name} is tagged as an expert's already: this is one rank's model, group it "
-                "as it is."
+    if ep_size > 1 and not layers:
+        raise InvalidArgumentError(
+            f"ep_size={ep_size} needs experts, and there are none in {type(model).__name__} that "
+            "are known by their form: tensors of shape (experts, ..., ...) or a list of modules, "
+            "called experts. For a dense model leave it out; for experts in another form write a "
+            "'module:function' that builds one rank's model with tagged experts."
+        )
+    undivided = [layer for layer in layers if layer.indivisible(ep_size)]
+    stack = _decoder_stack(nodes)
+    decoder = "" if stack is None else f"{nodes[stack].path}."
+    for layer in undivided:
+        if layer.path.startswith(decoder) or len(undivided) == len(layers):
+            raise InvalidArgumentError(
+                f"ep_size={ep_size} does not divide the {layer.indivisible(ep_size)} experts of "
+                f"{layer.path!r}."
             )
-
-
-# ---- tensor parallel ------------------------------------------------------------------
-
-
-def _slice_dense(node: ModuleNode, tp_size: int) -> None:
-    """Cut the module's own parameters, if tensor parallelism cuts such a module."""
-    own = [param for _, param in node.params]
-    if isinstance(node.module, nn.Embedding):
-        for param in () if _POSITIONS.search(node.slot) else own:
-            shrink(param, 0, tp_size)
-    elif _is_linear(node.module) and not is_replicated(node.path):
-        slice_projection(node.slot, own, tp_size)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Is it a linear layer? ``Conv1D`` is transformers' name for that of GPT-2."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return undivided
 
 
 # ---- pipeline -------------------------------------------------------------------------
@@ -128,6 +104,10 @@ def _keep_stage(model: nn.Module, pp_size: int, pp_rank: int) -> None:
     """Remove the modules of other stages from ``model``."""
     nodes = walk(model)
     stack = _decoder_stack(nodes)
+    if stack is None:
+        raise ParameterInputError(
+            "the model has no nn.ModuleList of layers to share out to stages: use pp_size=1."
+        )
     layers = [node for node in nodes[: nodes[stack].stop] if node.parent == stack]
     if pp_size > len(layers):
         raise InvalidArgumentError(
@@ -159,9 +139,9 @@ def _keep_ends(nodes: list[ModuleNode], stack: int, first_stage: bool, last_stag
                 delattr(module, name)
 
 
-def _decoder_stack(nodes: list[ModuleNode]) -> int:
+def _decoder_stack(nodes: list[ModuleNode]) -> int | None:
     """Index of the ``ModuleList`` with the most elements that is not inside another one."""
-    best, most, index = -1, 0, 0
+    best, most, index = None, 0, 0
     while index < len(nodes):
         if not isinstance(nodes[index].module, nn.ModuleList):
             index += 1
@@ -171,8 +151,4 @@ def _decoder_stack(nodes: list[ModuleNode]) -> int:
         if size > most:
             best, most = index, size
         index = nodes[index].stop
-    if best < 0:
-        raise ParameterInputError(
-            "the model has no nn.ModuleList of layers to share out to stages: use pp_size=1."
-        )
     return best

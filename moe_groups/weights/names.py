@@ -15,10 +15,11 @@ and one tensor for all experts, as transformers 5 has it in memory and writes wi
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import NamedTuple
 
-from moe_groups.errors import InvalidArgumentError
-from moe_groups.weights.safetensors_files import Index, StoredTensor
+from moe_groups.errors import CheckpointError, InvalidArgumentError
+from moe_groups.weights.safetensors_files import Index, SafetensorsFiles, StoredTensor
 
 
 def match_layers(
@@ -87,8 +88,14 @@ def _by_number(paths: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-Family = Literal["mixtral", "qwen3_moe", "deepseek_v3"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
+_LIKE_MIXTRAL = ("mixtral", "minimax", "minimax_m2")
+FAMILIES = (
+    *_LIKE_MIXTRAL,
+    *("qwen3_moe", "qwen2_moe", "qwen3_next", "deepseek_v3", "deepseek_v2", "deepseek_v32"),
+    *("dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "mellum"),
+    *("olmoe", "solar_open"),
+)
+"""Model types of transformers with the names of Mixtral, and of Qwen3-MoE."""
 
 ROUTER = "gate"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -180,13 +187,72 @@ def find_stored_layers(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredL
     return layers
 
 
-def saved_prefix(family: Family, number: str) -> str:
-    """With which the names of the MoE in decoder layer ``number`` begin."""
-    return f"model.layers.{number}.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}"
+class FamilyNames(NamedTuple):
+    """The names that experts get.
+
+    Attributes:
+        prefix: with which those of an MoE layer begin; ``{}`` is the number of the decoder layer.
+        matrices: of the three matrices of an expert.
+    """
+
+    prefix: str
+    matrices: tuple[str, ...]
+
+    def matrix(self, name: str) -> str:
+        """The family's name of a matrix inside of an expert; any other name unchanged."""
+        same = _SAME.get(name, (name,))
+        return next((word for word in same if word.partition(".")[0] in self.matrices), name)
 
 
-def saved_matrix(family: Family, name: str) -> str:
-    """The family's name of a matrix inside of an expert; any other name unchanged."""
-    words = _NUMBERED if family == "mixtral" else _PROJECTIONS
-    same = _SAME.get(name, (name,))
-    return next((word for word in same if word.partition(".")[0] in words), name)
+def names_of(family: str | Path) -> FamilyNames:
+    """The names of a family, or those in a checkpoint.
+
+    Raises:
+        InvalidArgumentError: neither a known family nor a directory.
+        CheckpointError: the directory holds no checkpoint with experts.
+    """
+    if family in _LIKE_MIXTRAL:
+        return FamilyNames("model.layers.{}.block_sparse_moe", _NUMBERED)
+    if family in FAMILIES:
+        return FamilyNames("model.layers.{}.mlp", _PROJECTIONS)
+    if not isinstance(family, str | Path) or not Path(family).is_dir():
+        raise InvalidArgumentError(
+            f"family={family!r} is unknown: use one of {', '.join(map(repr, FAMILIES))}, or the "
+            "directory of a safetensors checkpoint that has the names."
+        )
+    with SafetensorsFiles(family) as files:
+        layers = find_stored_layers(files.tensors)
+    for prefix, layer in layers.items():
+        if number := layer_number(prefix):
+            words = {word for name in layer.tensors for word in name.split(".")}
+            matrices = _NUMBERED if words.issuperset(_NUMBERED) else _PROJECTIONS
+            parts = ("{}" if part == number else part for part in prefix.split("."))
+            return FamilyNames(".".join(parts), matrices)
+    raise CheckpointError(f"{family} has no experts whose names tell the number of their layer.")
+
+
+def layer_prefixes(
+    paths: list[str], names: FamilyNames, layers: Mapping[str, str] | None
+) -> dict[str, str]:
+    """What each MoE layer is called in the checkpoint.
+
+    Raises:
+        InvalidArgumentError: it is not known for one, or the same for two.
+    """
+    found = {}
+    for path in paths:
+        number = layer_number(path)
+        if number is not None:
+            found[path] = names.prefix.format(number)
+    found |= expand(paths, layers or {})
+    if without := [path for path in paths if path not in found]:
+        raise InvalidArgumentError(
+            f"the path of the MoE layer {without[0]!r} does not tell its number: say with "
+            "layers={...} what it is called in the checkpoint."
+        )
+    if len(set(found.values())) < len(found):
+        raise InvalidArgumentError(
+            f"two MoE layers would have the same name: {found}. Say with layers={{...}} what each "
+            "is called in the checkpoint."
+        )
+    return found

@@ -40,7 +40,6 @@ def expert(parallel_group: Any = "ep_size_2", **marks: Any) -> nn.Parameter:
     ("options", "message"),
     [
         ({"split_by": "layer"}, r"split_by='layer' is unknown.*'parallel_group', 'module'"),
-        ({"split_by": None}, "split_by=None is unknown"),
         ({"max_group_size": 0}, "max_group_size=0 must"),
         ({"max_group_size": -5}, "max_group_size=-5 must"),
         ({"max_group_size": 0.5}, "max_group_size=0.5 must"),

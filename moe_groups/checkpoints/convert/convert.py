@@ -12,7 +12,7 @@ from moe_groups.checkpoints.convert.job import Job
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.convert.target import check_same_parameters, read_target, size_in_groups
 from moe_groups.checkpoints.convert.workdir import Unfinished, writing
-from moe_groups.checkpoints.files import LATEST, check_whole, find_checkpoint
+from moe_groups.checkpoints.files import LATEST, check_whole, find_checkpoint, list_saved
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
@@ -108,11 +108,6 @@ def regroup_checkpoint(
 def _finish(job: Job) -> None:
     """Write what makes the folder a checkpoint."""
     files, directory = job.files, job.directory
-    sizes = {
-        str(path.relative_to(job.folder)): path.stat().st_size
-        for path in sorted(job.folder.rglob("*"))
-        if path.is_file() and path.name != FILE_NAME
-    }
     about: dict[str, Any] = {}
     wrapper = job.source.shard(min(job.source.layout.order)).wrapper
     if files.manifest.is_file():
@@ -120,7 +115,8 @@ def _finish(job: Job) -> None:
         about, wrapper = dict(saved.about), saved.wrapper
     about["converted_from"] = str(files.folder.resolve())
     write_manifest(
-        Manifest(job.target, wrapper, about, sizes), own(directory, job.folder / FILE_NAME)
+        Manifest(job.target, wrapper, about, list_saved(job.folder)),
+        own(directory, job.folder / FILE_NAME),
     )
     for path in files.beside():
         with finished_file(directory / path.name, directory) as part:

@@ -1,6 +1,7 @@
 """Before a checkpoint is loaded: were its groups those that the engine has?"""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from moe_groups._common.warn import warn
 from moe_groups._deepspeed.engines import Engine, wrapper_name
 from moe_groups.checkpoints.files import (
     CheckpointFiles,
-    check_saved,
     check_tag,
     check_whole,
     find_checkpoint,
@@ -25,6 +25,7 @@ from moe_groups.checkpoints.layout import FlatGroup, Rank
 from moe_groups.checkpoints.layout_diff import compare_groups
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest
 from moe_groups.checkpoints.shard import WRAPPERS, read_shard, step_of_shard
+from moe_groups.checkpoints.torch_file import check_crcs
 from moe_groups.errors import CheckpointError, CheckpointWarning
 
 _SHOWN = 8
@@ -41,29 +42,48 @@ class Finding:
             say); "unknown" (nothing says what the groups were); "other" groups; another "world".
         tag: of the checkpoint that this rank would load.
         step: of this rank's optimizer state.
+        unstated: records that could not be compared, as they state no CRC-32.
     """
 
     kind: Kind
     tag: str | None = None
     step: float | None = None
+    unstated: int = 0
 
 
 @contextlib.contextmanager
 def checked(
-    engine: Engine, load_dir: Path, tag: str | None, *, convert: bool, scratch_dir: Path | None
+    engine: Engine,
+    load_dir: Path,
+    tag: str | None,
+    *,
+    optimizer: bool,
+    data: bool,
+    convert: bool,
+    scratch_dir: Path | None,
 ) -> Iterator[Path]:
     """The directory to load from; all ranks enter together, and all raise if one has to.
 
     Args:
+        optimizer: optimizer states are loaded too.
+        data: compare the bytes of all files that are loaded with their CRC-32.
         convert: turn a checkpoint of other groups into one of the engine's, in ``scratch_dir``.
 
     Raises:
         CheckpointMismatchError: the checkpoint was saved with other groups, parameters or ranks.
         CheckpointError: it is damaged, or ranks do not see the same.
     """
-    findings = on_all_ranks(lambda: _examine(engine, load_dir, tag), "Nothing was loaded.")
+    findings = on_all_ranks(
+        lambda: _examine(engine, load_dir, tag, optimizer, data), "Nothing was loaded."
+    )
     if problem := _problem(load_dir, findings):
         raise CheckpointError(f"{problem} Nothing was loaded.")
+    if unstated := sum(finding.unstated for finding in findings):
+        warn(
+            f"{unstated:,} records in {load_dir / str(findings[0].tag)} state no CRC-32 "
+            "(torch.serialization.set_crc32_options): whether they changed cannot be told.",
+            CheckpointWarning,
+        )
     kinds, tag = {finding.kind for finding in findings}, findings[0].tag
     if tag is not None and kinds & {"other", "world"}:
         if convert:
@@ -103,7 +123,9 @@ def _problem(load_dir: Path, findings: list[Finding]) -> str | None:
     return None
 
 
-def _examine(engine: Engine, load_dir: Path, tag: str | None) -> Finding:
+def _examine(
+    engine: Engine, load_dir: Path, tag: str | None, optimizer: bool, data: bool
+) -> Finding:
     """This rank's view.
 
     Raises:
@@ -117,8 +139,18 @@ def _examine(engine: Engine, load_dir: Path, tag: str | None) -> Finding:
     if not (load_dir / tag).is_dir():
         return Finding("absent", tag=tag)
     files = find_checkpoint(load_dir, tag, trust=True)
-    (check_whole if distributed.get_rank() == 0 else check_saved)(files)
-    return replace(_compare(engine, files), tag=tag)
+    share = _share(engine)
+    check_whole(files, share, optimizer)
+    unstated = sum(map(check_crcs, files.states(optimizer)[share])) if data else 0
+    found = _compare(engine, files) if optimizer else Finding("same")
+    return replace(found, tag=tag, unstated=unstated)
+
+
+def _share(engine: Engine) -> slice:
+    """Of the files that ranks with one storage check together."""
+    if engine.use_node_local_storage():
+        return slice(engine.local_rank, None, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return slice(distributed.get_rank(), None, distributed.get_world_size())
 
 
 def _compare(engine: Engine, files: CheckpointFiles) -> Finding:

@@ -16,11 +16,11 @@ from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_tag, writes_later
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.engines import Engine, is_engine
-from moe_groups.checkpoints.files import check_tag, list_files
+from moe_groups.checkpoints.files import check_tag, list_files, list_saved
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout, with_options_of
 from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
 from moe_groups.checkpoints.layout import Layout
-from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, Manifest, write_manifest
+from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, write_manifest
 from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
 from moe_groups.tags import LABELS
 
@@ -35,17 +35,23 @@ class Guard:
     Attributes:
         regroup: see :func:`protect_checkpoints`.
         scratch_dir: where a converted checkpoint is kept while it is loaded.
+        check_data: compare the bytes of a checkpoint with their CRC-32 before it is loaded.
         layout: of all ranks, on the ranks that write it; gathered at the first save.
     """
 
     regroup: Regroup = "refuse"
     scratch_dir: Path | None = None
+    check_data: bool = False
     layout: Layout | None = None
     gathered: bool = False
 
 
 def protect_checkpoints(
-    engine: Engine, *, regroup: Regroup = "refuse", scratch_dir: str | Path | None = None
+    engine: Engine,
+    *,
+    regroup: Regroup = "refuse",
+    scratch_dir: str | Path | None = None,
+    check_data: bool = False,
 ) -> None:
     """Choose what happens to the engine's checkpoints; all ranks call it alike.
 
@@ -64,6 +70,9 @@ def protect_checkpoints(
             DeepSpeed, which loads by position.
         scratch_dir: for "auto": where the converted checkpoint is kept while it is loaded; all
             ranks must see it. None: beside the checkpoint.
+        check_data: before a checkpoint is loaded, read all of its files once, each rank its share,
+            and compare them with the CRC-32 that they state: one changed bit is refused. Without,
+            only what a file says of itself is read.
 
     Raises:
         InvalidArgumentError: not an engine with an optimizer, or no such ``regroup``.
@@ -79,7 +88,8 @@ def protect_checkpoints(
             f"not {type(engine).__name__}."
         )
     support_our_groups(moe=True)
-    guard = Guard(regroup, None if scratch_dir is None else Path(scratch_dir))
+    scratch = None if scratch_dir is None else Path(scratch_dir)
+    guard = Guard(regroup, scratch, check_data)
     set_guard(engine, guard)
 
 
@@ -182,7 +192,7 @@ def _write(engine: Engine, layout: Layout, folder: Path, finished: bool) -> list
     try:
         manifest = describe_run(engine, with_options_of(engine, layout))
         if finished:
-            manifest = _with_files(manifest, folder)
+            manifest = replace(manifest, files=list_saved(folder))
         write_manifest(manifest, folder / FILE_NAME)
         if finished:
             problems += _missing_weights(layout, folder)
@@ -219,15 +229,6 @@ def _warn(problems: list[str]) -> None:
         warn(problem, CheckpointWarning)
 
 
-def _with_files(manifest: Manifest, folder: Path) -> Manifest:
-    files = {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (FILE_NAME, UNFINISHED)
-    }
-    return replace(manifest, files=files)
-
-
 def guarded_load(
     engine: Engine, load: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
@@ -236,18 +237,28 @@ def guarded_load(
     call = inspect.signature(load).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
-    if guard is None or guard.regroup == "off" or not _loads_state(engine, given):
+    if guard is None or guard.regroup == "off" or engine.load_universal_checkpoint():
         return load(*args, **kwargs)
     from moe_groups.checkpoints.guard.check import checked
 
-    names = _names(engine)
+    optimizer = _loads_state(engine, given)
+    names = _names(engine) if optimizer else []
     load_dir, tag = given["load_dir"], given["tag"]
     convert, tag = guard.regroup == "auto", None if tag is None else str(tag)
     folder = Path(load_dir)
-    with checked(engine, folder, tag, convert=convert, scratch_dir=guard.scratch_dir) as directory:
+    with checked(
+        engine,
+        folder,
+        tag,
+        optimizer=optimizer,
+        data=guard.check_data,
+        convert=convert,
+        scratch_dir=guard.scratch_dir,
+    ) as directory:
         given["load_dir"] = str(directory)
         path, client_state = load(*call.args, **call.kwargs)
-    _restore_names(engine, names)
+    if optimizer:
+        _restore_names(engine, names)
     if path is not None:  # of the converted checkpoint, which is gone
         path = str(path).replace(str(directory), str(load_dir), 1)
     return path, client_state
@@ -258,7 +269,6 @@ def _loads_state(engine: Engine, given: Mapping[str, Any]) -> bool:
     return bool(
         given["load_optimizer_states"]
         and not given["load_module_only"]
-        and not engine.load_universal_checkpoint()
         and hasattr(engine.optimizer, "param_groups")
     )
 

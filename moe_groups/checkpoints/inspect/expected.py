@@ -18,10 +18,16 @@ from moe_groups.checkpoints.files import (
 )
 from moe_groups.checkpoints.inspect.report import Problem, ProblemKind
 from moe_groups.checkpoints.layout import Layout, Rank
-from moe_groups.checkpoints.manifest import UNFINISHED, Manifest, read_manifest
+from moe_groups.checkpoints.manifest import (
+    FILE_NAME,
+    UNFINISHED,
+    Manifest,
+    SavedFile,
+    read_manifest,
+)
 from moe_groups.checkpoints.read_layout import check_states, layout_of_shards
 from moe_groups.checkpoints.shard import WRAPPERS, Shard, read_shard
-from moe_groups.checkpoints.torch_file import read_torch_file, reading
+from moe_groups.checkpoints.torch_file import digest_of, read_torch_file, reading
 from moe_groups.errors import CheckpointError
 
 _MOST = 1 << 16  # a larger number of ranks or experts is none that a run has
@@ -114,7 +120,7 @@ def expect(files: CheckpointFiles) -> Expected:
     return found
 
 
-def _compare_sizes(found: Expected) -> dict[str, int]:
+def _compare_sizes(found: Expected) -> dict[str, SavedFile]:
     """The manifest's groups and list of files."""
     if found.manifest is None:
         return {}
@@ -128,13 +134,16 @@ def _compare_sizes(found: Expected) -> dict[str, int]:
         raise CheckpointError(problem)
     found.layout, found.ranks = layout, frozenset(layout.order)
     found.data_parallel_size = layout.data_parallel_size
-    listed = {name: size for name, size in found.manifest.files.items() if name.endswith(STATES)}
-    for name, size in listed.items():
+    listed = {name: file for name, file in found.manifest.files.items() if name.endswith(STATES)}
+    for name, (size, digest) in listed.items():
         path = found.files.folder / name
         if path.is_file() and path.stat().st_size != size:
             text = f"{name} has {path.stat().st_size:,} bytes; when it was saved it had {size:,}."
             found.report("size", name, text)
             found.unread.add(path)
+        elif path.is_file() and digest and digest_of(path) not in (None, digest):
+            text = f"{name} and {FILE_NAME} are of different saves: its records have other CRC-32."
+            found.report("content", name, text)
     return listed
 
 
@@ -191,7 +200,7 @@ def _is_readable(path: Path, trust: bool) -> bool:
     return True
 
 
-def _find_missing(found: Expected, listed: Mapping[str, int]) -> None:
+def _find_missing(found: Expected, listed: Mapping[str, SavedFile]) -> None:
     """Those that the manifest lists, or that DeepSpeed's naming asks for."""
     files = found.files
     names = [*files.shards.values(), *(Path(name) for name in sorted(listed))]

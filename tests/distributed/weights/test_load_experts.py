@@ -1,5 +1,6 @@
 """``load_experts`` on real ranks, against transformers' own blocks, and back."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
+from transformers import MixtralForCausalLM
 
-from moe_groups import MoE, create_moe_param_groups
+from moe_groups import MoE, cli, create_moe_param_groups
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.topology import Topology
 from moe_groups.weights.load import load_experts
@@ -180,7 +182,7 @@ def compare_autoep(family: str, directory: Path, ep_size: int, back: Path) -> No
     x = tokens()
     with torch.no_grad():
         torch.testing.assert_close(model(x).logits, source(x).logits, rtol=1e-4, atol=1e-4)
-    save_experts(model, back, family=family)  # type: ignore[arg-type]
+    save_experts(model, back, family=family)
 
 
 @pytest.mark.numeric
@@ -244,6 +246,19 @@ def load_before_and_after(wrapper: str, directory: Path) -> None:
     for own, other in zip(trained(engine), wanted, strict=True):
         assert largest_difference(own, other) == 0
     assert largest_difference(wanted[0], wanted[1]) > 0
+    save_experts(engine, directory / "fp32", family="qwen3_moe", dtype="fp32")
+    back, layers = stored(directory / "fp32"), engine.module.model.blocks
+    for name, master in weights(engine).items():
+        layer, rest = re.fullmatch(r"model\.blocks\.(\d)\.moe\.deepspeed_moe\.(.+)", name).groups()  # type: ignore[union-attr]
+        rest = rest.replace("gate.wg.", "gate.")
+        number = re.match(r"experts\.deepspeed_experts\.(\d)", rest)
+        if number:
+            first = distributed.get_rank() * EXPERTS // 2
+            rest = rest.replace(number[0], f"experts.{first + int(number[1])}")
+        found = back.pop(f"model.layers.{layer}.mlp.{rest}")
+        assert found.dtype == torch.float32
+        assert torch.equal(found, master.float())
+    assert len(back) == len(layers) * 3 * EXPERTS // 2  # of the other rank
 
 
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2", "bf16", "fp32", "half"])
@@ -262,10 +277,49 @@ def load_into_autoep_engine(directory: Path) -> None:
     master = weights(engine)["model.layers.1.mlp.experts.w3"]
     rounded = torch.stack([expert["up_proj"] for expert in wanted]).bfloat16().float()
     assert torch.equal(master, rounded)
+    save_experts(engine, directory / "fp32", family="mixtral", dtype="fp32")
+    back = stored(directory / "fp32")
+    prefix = "model.layers.1.block_sparse_moe.experts"
+    experts = [back[f"{prefix}.{number}.w3.weight"] for number in (first, first + 1)]
+    assert torch.equal(torch.stack(experts), master)
 
 
 def test_an_engine_with_autoep_layers(tmp_path: Path) -> None:
     run_on_ranks(2, load_into_autoep_engine, save(hf_model("mixtral"), tmp_path, fused=True))
+
+
+def export(wrapper: str, directory: Path) -> None:
+    """Trained, saved and exported; rank 0 compares with what the engine itself writes."""
+    engine = engine_of(with_layers_of_ours("mixtral", 2), wrapper)
+    for _ in range(2):
+        engine.backward(engine(tokens()).logits.float().square().mean())
+        engine.step()
+    engine.save_checkpoint(str(directory / "saved"))
+    for dtype in ("fp32", None):
+        own, made = (directory / f"{name} {dtype}" for name in ("own", "made"))
+        save_experts(engine, own, family="mixtral", dtype=dtype)
+        if distributed.get_rank() == 0:
+            options = ["--family", "mixtral", *(["--dtype", dtype] if dtype else [])]
+            paths = str(directory / "saved"), str(made)
+            assert cli.main(["export-checkpoint", *paths, *options]) == 0
+            wanted, found = stored(own), stored(made)
+            assert found.keys() == wanted.keys()
+            assert {t.dtype for t in found.values()} == {torch.float32 if dtype else torch.bfloat16}
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    distributed.barrier()
+
+
+@pytest.mark.parametrize("wrapper", ["zero1", "zero2", "bf16"])
+def test_transformers_loads_the_masters_of_a_checkpoint(wrapper: str, tmp_path: Path) -> None:
+    run_on_ranks(2, export, wrapper, tmp_path)
+    hf_model("mixtral").config.save_pretrained(tmp_path / "made fp32")  # type: ignore[operator,union-attr]
+    model, info = MixtralForCausalLM.from_pretrained(
+        tmp_path / "made fp32", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    back = stored(save(model, tmp_path / "back"))
+    assert all(torch.equal(back[k], v) for k, v in stored(tmp_path / "made fp32").items())
 
 
 def load_into_zero3(directory: Path) -> None:

@@ -17,10 +17,17 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from moe_groups.checkpoints.convert.convert import regroup_checkpoint
+from moe_groups.checkpoints.files import list_saved
 from moe_groups.checkpoints.guard.saving import announce, mark_unfinished
 from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
-from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, Manifest, write_manifest
+from moe_groups.checkpoints.manifest import (
+    FILE_NAME,
+    UNFINISHED,
+    Manifest,
+    SavedFile,
+    write_manifest,
+)
 from moe_groups.cli import main
 from moe_groups.errors import CheckpointError, MoEGroupsError
 from moe_groups.weights.safetensors_files import INDEX, SINGLE, SafetensorsFiles
@@ -62,8 +69,8 @@ TWO, ONE = on_two_ranks((P0,), (P1,)), on_two_ranks(lay_out([P0, P1]))
 
 def list_files(folder: Path, *more: str) -> None:
     """Write the manifest of a checkpoint, with more names in it than there are files."""
-    sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != FILE_NAME}
-    made = Manifest(TWO, "ZeRO-2", {"step": 7}, sizes | dict.fromkeys(more, 1))
+    saved = list_saved(folder) | dict.fromkeys(more, SavedFile(1))
+    made = Manifest(TWO, "ZeRO-2", {"step": 7}, saved)
     write_manifest(made, folder / FILE_NAME)
 
 

@@ -17,7 +17,13 @@ from hypothesis import given, settings, strategies as st
 
 from moe_groups._common.own_folder import is_plain
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
-from moe_groups.checkpoints.manifest import SCHEMA, Manifest, read_manifest, write_manifest
+from moe_groups.checkpoints.manifest import (
+    SCHEMA,
+    Manifest,
+    SavedFile,
+    read_manifest,
+    write_manifest,
+)
 from moe_groups.errors import CheckpointError
 from moe_groups.groups.origin import Origin, OriginRow
 from moe_groups.groups.rules import Variant
@@ -94,7 +100,8 @@ def groups(draw: st.DrawFn, ranks: tuple[int, ...], model: int) -> FlatGroup:
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
-    files = draw(st.dictionaries(NAMES.filter(is_plain), st.integers(0, 2**60), max_size=3))
+    saved = st.builds(SavedFile, st.integers(0, 2**60), st.none() | NAMES)
+    files = draw(st.dictionaries(NAMES.filter(is_plain), saved, max_size=3))
     about = {"step": draw(st.integers(0)), "versions": {"moe_groups": "9.9"}}
     layout = draw(layouts())
     return Manifest(replace(layout, origins=draw(origins(layout))), draw(NAMES), about, files)
@@ -113,7 +120,9 @@ def small() -> Manifest:
         OriginRow("b", "ep_size_2", "l", 0, Variant(1), torch.bfloat16),
     )
     origins = dict.fromkeys((rank for rank, _ in columns), Origin(rows, ("mine", None)))
-    return Manifest(merge_ranks(columns, origins), "ZeRO-1", {"step": 3}, {"a.pt": 17})
+    return Manifest(
+        merge_ranks(columns, origins), "ZeRO-1", {"step": 3}, {"a.pt": SavedFile(17, "0a")}
+    )
 
 
 @pytest.fixture
@@ -138,7 +147,9 @@ def test_one_parameter_one_rank_and_one_file_a_line(path: Path) -> None:
         (Rank(0, 0), [FlatGroup("g", (0,), params[:3]), FlatGroup("h", (0,), params[3:])]),
         (Rank(0, 1), []),
     ]
-    write_manifest(Manifest(merge_ranks(columns), "x", {}, {"a": 1, "b": 2}), path)
+    write_manifest(
+        Manifest(merge_ranks(columns), "x", {}, {"a": SavedFile(1), "b": SavedFile(2)}), path
+    )
     lines = path.read_text().splitlines()
     for name in (*(f'"p{n}"' for n in range(5)), '"data_parallel_ranks": [1]', '"a"', '"b"'):
         (line,) = (line for line in lines if name in line)
@@ -272,7 +283,7 @@ def test_later_schema(path: Path, versions: Any) -> None:
     edit(path, ("schema",), SCHEMA + 1)
     edit(path, ("versions",), versions)
     wanted = "7.5" if versions == {"moe_groups": "7.5"} else "a later one"
-    with pytest.raises(CheckpointError, match=rf"has schema 3; .* up to 2\. .*\({wanted}\)"):
+    with pytest.raises(CheckpointError, match=rf"has schema 4; .* up to 3\. .*\({wanted}\)"):
         read_manifest(path)
 
 
@@ -283,7 +294,8 @@ SCHEMA_1 = Path(__file__).with_name("moe_groups.schema-1.json")
 def test_an_earlier_schema_is_read(path: Path) -> None:
     """It has the groups, and does not say what they were made from."""
     found = read_manifest(SCHEMA_1)
-    assert found == replace(small(), layout=replace(small().layout, origins={}))
+    layout = replace(small().layout, origins={})
+    assert found == replace(small(), layout=layout, files={"a.pt": SavedFile(17)})
     write_manifest(found, path)
     assert read_manifest(path) == found
 
@@ -383,7 +395,9 @@ def test_wrong_types_everywhere(path: Path) -> None:
 def check_types(manifest: Manifest) -> None:
     """What was read can be used and written as what it says it is."""
     assert isinstance(manifest.wrapper, str)
-    assert all(type(name) is str and type(size) is int for name, size in manifest.files.items())
+    for name, file in manifest.files.items():
+        assert (type(name), type(file.size)) == (str, int)
+        assert file.digest is None or type(file.digest) is str
     for group in manifest.layout.groups:
         assert type(group.name) is str
         assert isinstance(group.options, dict)

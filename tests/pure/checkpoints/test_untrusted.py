@@ -9,7 +9,7 @@ import pytest
 
 from moe_groups import cli
 from moe_groups.checkpoints.convert.convert import regroup_checkpoint
-from moe_groups.checkpoints.files import find_checkpoint
+from moe_groups.checkpoints.files import find_checkpoint, list_saved
 from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, write_manifest
@@ -53,8 +53,8 @@ def make(root: Path, file: str, manifest: bool) -> Path:
     folder = root / "ck" / TAG
     save_again(folder / FILES[file], lambda content: content.update(client=[Foreign()]))
     if manifest:
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-        write_manifest(Manifest(layout, "ZeRO-2", {"step": 7}, sizes), folder / FILE_NAME)
+        made = Manifest(layout, "ZeRO-2", {"step": 7}, list_saved(folder))
+        write_manifest(made, folder / FILE_NAME)
     RAN.clear()
     return root / "ck"
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from moe_groups import StepConfig, cli, estimate_step_memory, plan_param_groups
-from moe_groups.cli import plan as plan_command
 from moe_groups.cli.plan_report import fold
 from moe_groups.memory.estimate import GroupMemory
 from moe_groups.meta_models.rank import shard_for_rank
@@ -118,7 +117,7 @@ def test_stock_split_is_deepspeeds(
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 
     capsys.readouterr()  # what DeepSpeed says when it is imported
-    monkeypatch.setattr(plan_command, "DEEPSPEED_MAX_GROUP_SIZE", cap)
+    monkeypatch.setattr("moe_groups.memory.plan.DEEPSPEED_MAX_GROUP_SIZE", cap)
     found = as_json(capsys, config, "--world-size", 8, "--ep", 4)["marks"]["stock"]
     params = list(rank_model(config, 4).parameters())
     groups = [g for g in split({"params": params, "name": "dense"}, cap) if g["params"]]
@@ -162,8 +161,8 @@ def test_deepseek_v3_at_256_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(capsys, "deepseek_v3", "--world-size", 256, "--ep", 32)
     assert 650e9 < found["parameters"]["model"] < 700e9
     assert found["topology"]["data_parallel_size"] == 256
-    assert len(found["groups"]) >= 59  # a group for each of the 58 MoE layers, and the dense ones
-    assert found["marks"]["plan"]["step_peak"] <= found["marks"]["no_cap"]["step_peak"]
+    peaks = {key: mark["step_peak"] for key, mark in found["marks"].items()}
+    assert peaks["plan"] <= min(peaks["stock"], peaks["no_cap"])
 
 
 # ---- how it is shown ------------------------------------------------------------------
@@ -232,6 +231,17 @@ def test_page_runs_the_command_that_it_shows() -> None:
     assert ran == shown != []
 
 
+def test_readme_shows_what_its_commands_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "README.md").read_text()
+    for row, command in zip(
+        re.findall(r"^\| planned.*\| ([\d.]+) GiB \| [\d.]+ GiB \|$", page, re.MULTILINE),
+        re.findall(r"^`moe-groups plan (.*?)`", page, re.MULTILINE),
+        strict=True,
+    ):
+        found = as_json(capsys, *command.split())
+        assert f"{found['memory']['step_peak'] / 2**30:.2f}" == row
+
+
 # ---- bad input ------------------------------------------------------------------------
 
 EIGHT = ("--world-size", "8")
@@ -246,7 +256,7 @@ BAD = [
     (["CONFIG", "--world-size", "6", "--ep", "4"], "does not divide the 6 ranks"),
     (["CONFIG", *EIGHT, "--budget", "lots"], "--budget='lots' is not a size"),
     (["CONFIG", *EIGHT, "--budget", "1KiB"], "Give --budget "),
-    (["CONFIG", *EIGHT, "--max-groups", "2"], "more than --max-groups 2"),
+    (["CONFIG", *EIGHT, "--max-groups", "1"], "more than --max-groups 1"),
     (["CONFIG", *EIGHT, "--cap", "9", "--budget", "1GiB"], "not allowed with"),
     (["CONFIG", *EIGHT, "--cap", "1.5"], "invalid number value"),
     (["CONFIG", *EIGHT, "--zero-stage", "3"], "invalid choice: 3"),

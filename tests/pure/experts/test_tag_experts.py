@@ -1,5 +1,6 @@
 """``tag_experts`` for models that were not built with our layer."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ from moe_groups import (
     set_expert_tag,
     tag_experts,
 )
-from moe_groups.errors import InvalidArgumentError, TagError
+from moe_groups.errors import InvalidArgumentError, TagError, UnmarkedExpertsWarning
 from tests.support.models import FFN, HIDDEN, TinyMoE
 
 Places = dict[str, tuple[str | None, int | None]]
@@ -252,3 +253,27 @@ def test_a_pattern_marks_no_layer_of_another_size() -> None:
 def test_a_pattern_is_a_string_and_goes_with_ep_size(arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match="tag_experts"):
         tag_experts(TinyMoE(DeepSpeedMoE), **arguments)
+
+
+@pytest.mark.parametrize("split_by", ["module", "expert"])
+def test_unmarked_experts_are_warned_of(split_by: Any) -> None:
+    """As in a model of transformers; tagged, it is grouped in silence."""
+    model = Tree(ffn=Tree(gate=nn.Linear(8, 4), experts=Fused()))
+    for given in (model, model.named_parameters(), [{"params": model.named_parameters()}]):
+        with pytest.warns(UnmarkedExpertsWarning, match=r"'ffn\.experts\..*tag_experts") as caught:
+            create_moe_param_groups(given, split_by=split_by)
+        assert caught[0].filename == __file__
+    tag_experts(model, "*.experts", ep_size=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_moe_param_groups(model, split_by=split_by)
+
+
+def test_a_dense_model_is_warned_of_only_with_an_expert_split() -> None:
+    model = Tree(ffn=nn.Linear(8, 4), shared_experts=nn.Linear(8, 4))
+    with pytest.warns(UnmarkedExpertsWarning, match="split_by='expert' asks"):
+        create_moe_param_groups(model, split_by="expert")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_moe_param_groups(model)
+        create_moe_param_groups(model.parameters(), split_by="parallel_group")

@@ -11,10 +11,21 @@ import pytest
 import torch
 from accelerate.utils import DummyOptim
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from moe_groups import MoE, MoEGroupsError, create_moe_param_groups, is_norm_or_bias
-from moe_groups.errors import InvalidArgumentError, ParameterInputError
+from moe_groups.errors import (
+    InvalidArgumentError,
+    ParameterInputError,
+    UnmarkedExpertsWarning,
+)
 from moe_groups.integrations.accelerate import group_optimizer
 from moe_groups.integrations.hf_trainer import MoETrainer
 from tests.support.hf_runs import make_model
@@ -274,3 +285,13 @@ def test_a_missing_package_names_the_extra(
     monkeypatch.delitem(sys.modules, f"moe_groups.integrations.{module}")
     with pytest.raises(InvalidArgumentError, match=rf"need {package}.*pip install .*\[hf\]"):
         importlib.import_module(f"moe_groups.integrations.{module}")
+
+
+def test_a_model_of_transformers_is_warned_of(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_local_experts=2))
+    with pytest.warns(UnmarkedExpertsWarning, match=r"mlp\.experts.* looks like one"):
+        group_optimizer(torch.optim.AdamW(model.parameters()), model)
+    trainer = MoETrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    with pytest.warns(UnmarkedExpertsWarning, match="tag_experts"):
+        trainer.create_optimizer()

@@ -324,6 +324,23 @@ def large() -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("world", [16, 64])
+def test_the_default_plan_is_not_worse_than_the_stock_split(world: int) -> None:
+    """Here DeepSpeed's groups save less than GROUP_PRICE each: fewer would peak higher."""
+    model = Model(layers=0)
+    model.experts = nn.ParameterList(
+        torch.empty(4 << 20, device="meta", dtype=torch.bfloat16) for _ in range(100)
+    )
+    for param in model.experts:
+        set_expert_tag(param, ExpertTag("ep_size_2", "layer", 0, 1))
+    stock = stock_split({"params": list(model.parameters()), "name": "dense"})
+    plan = plan_param_groups(model, data_parallel_size=world)
+    peak = estimate_step_memory(stock, data_parallel_size=world).step_peak
+    assert plan.memory.step_peak <= peak
+    groups = create_moe_param_groups(model, step_memory_budget="auto", data_parallel_size=world)
+    assert [group["name"] for group in groups] == [name for name, *_ in plan.groups]
+
+
 def test_costly_groups_are_warned_of() -> None:
     """Groups of one parameter on 32 ranks: each rank holds the whole gradient of all."""
     asked: Any = {"split_by": "parallel_group", "data_parallel_size": 64}

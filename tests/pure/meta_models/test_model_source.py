@@ -158,18 +158,16 @@ def test_a_directory_called_like_a_model_type(
 
 
 @pytest.mark.parametrize(
-    ("named", "given", "expected"),
+    ("named", "expected"),
     [
-        ({"torch_dtype": "float32"}, None, torch.float32),
-        ({"dtype": "float16"}, None, torch.float16),
-        ({"torch_dtype": "float8_e4m3fn"}, None, torch.bfloat16),
-        ({"torch_dtype": "float32"}, torch.bfloat16, torch.bfloat16),
+        ({"torch_dtype": "float32"}, torch.float32),
+        ({"dtype": "float16"}, torch.float16),
+        ({"torch_dtype": "float8_e4m3fn"}, torch.bfloat16),
+        ({}, torch.bfloat16),
     ],
 )
-def test_dtype(
-    named: dict[str, str], given: torch.dtype | None, expected: torch.dtype, tmp_path: Path
-) -> None:
-    model = load_model(write(tmp_path, TINY_MIXTRAL | named), dtype=given)
+def test_dtype(named: dict[str, str], expected: torch.dtype, tmp_path: Path) -> None:
+    model = load_model(write(tmp_path, TINY_MIXTRAL | named))
     assert {param.dtype for param in model.parameters()} == {expected}
 
 
@@ -182,8 +180,12 @@ def test_tied_embeddings_count_once(tmp_path: Path) -> None:
 
 def test_a_dense_model_has_no_experts(tmp_path: Path) -> None:
     model = load_model(write(tmp_path, {"model_type": "llama", **TINY}))
-    (group,) = create_moe_param_groups(shard_for_rank(model, ep_size=4))
+    (group,) = create_moe_param_groups(shard_for_rank(model))
     assert sum(param.numel() for param in group["params"]) == elements(model)
+    with pytest.raises(
+        InvalidArgumentError, match="ep_size=4 needs experts, and there are none in"
+    ):
+        shard_for_rank(model, ep_size=4)
 
 
 def test_transformers_is_imported_when_it_is_needed() -> None:
@@ -256,8 +258,6 @@ def test_a_function_in_the_current_directory(function: str, in_directory: Path) 
     model = load_model(source)
     assert {param.device.type for param in model.parameters()} == {"meta"}
     assert tag_experts(model)["experts.0.weight"].parallel_group == "ep_size_2"
-    with pytest.raises(ParameterInputError, match=r"experts\.0\.weight is tagged .* already"):
-        shard_for_rank(model, ep_size=2)
 
 
 def test_a_function_with_deepspeeds_layer(in_directory: Path) -> None:
@@ -326,14 +326,14 @@ def test_bad_sources(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is damaged, it is not JSON"),
-        (b"{", "is damaged, it is not JSON: Expecting"),
-        (b"\xff\xfe\x00", "is damaged, it is not JSON: 'utf-8' codec"),
-        (b"[" * 200_000, "nested more than 64 levels"),
-        (b"[1]", "holds no JSON object"),
-        (b"{}", "has no model_type"),
-        (b'{"model_type": 3}', "has no model_type"),
-        (b'{"model_type": "mixtrall"}', "did you mean 'mixtral'"),
+        (b"", "cannot use .*not a valid JSON file"),
+        (b"{", "cannot use .*not a valid JSON file"),
+        (b"\xff\xfe\x00", "cannot use .*not a valid JSON file"),
+        (b"[" * 100_000, "cannot use .*RecursionError"),
+        (b"[1]", "cannot use .*config.json"),
+        (b"{}", "Should have a `model_type` key"),
+        (b'{"model_type": 3}', "cannot use .*model type `3`"),
+        (b'{"model_type": "mixtrall"}', "model type `mixtrall` but .* does not recognize"),
         (b'{"model_type": "mixtral", "hidden_size": "wide"}', "cannot .*config.json"),
         (b'{"model_type": "mixtral", "hidden_size": -8}', "cannot .*config.json"),
         (b'{"model_type": "siglip_text_model"}', r"no model of its own for .*\(SiglipTextConfig\)"),
@@ -467,6 +467,15 @@ class Tree(nn.Module):
             self.add_module(name, child)
 
 
+class ExpertGLU(nn.Module):
+    """The tensors of all experts of a layer."""
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for number, shape in enumerate(shapes):
+            self.register_parameter(f"w{number}", nn.Parameter(torch.empty(shape, device="meta")))
+
+
 def listed_model(experts: int = 4, layers: int = 2, **more: nn.Module) -> nn.Module:
     """Experts as transformers kept them before version 5."""
 
@@ -516,6 +525,61 @@ def test_one_layer_in_two_modules(tmp_path: Path) -> None:
         assert 4 * expert_elements(rank) == expert_elements(shard_for_rank(model))
 
 
+@pytest.mark.parametrize("experts", ["list", "fused"])
+def test_tensors_with_different_numbers_of_experts(experts: Any) -> None:
+    """As in LongCat, whose experts that do nothing have rows in one of two tensors."""
+    model = Tree(ffn=Tree(experts=ExpertGLU((6, 10, 4), (4, 3, 5), (9,))))
+    rank = shard_for_rank(model, ep_size=2, experts=experts)
+    assert elements(rank) == (6 * 40 + 4 * 15) // 2 + 9
+    tags = tag_experts(rank)
+    assert sum(p.numel() for n, p in rank.named_parameters() if n in tags) == elements(rank) - 9
+    numbers = Counter(tag.expert_number for tag in tags.values())
+    assert numbers == ({0: 2, 1: 2, 2: 1} if experts == "list" else {None: 2})
+    assert {tag.layer for tag in tags.values()} == {"ffn"}
+    with pytest.raises(InvalidArgumentError, match="ep_size=3 does not divide the 4 experts of"):
+        shard_for_rank(model, ep_size=3)
+
+
+@pytest.mark.parametrize("experts", ["list", "fused"])
+def test_what_experts_have_in_common_is_dense(experts: Any) -> None:
+    """As in Muse Spark, whose experts share a norm."""
+    common = ExpertGLU((4, 10, 4), (4, 3, 5))
+    common.norm = nn.RMSNorm(5, device="meta")
+    rank = shard_for_rank(Tree(ffn=Tree(experts=common)), ep_size=2, experts=experts)
+    assert expert_elements(rank) == (4 * 40 + 4 * 15) // 2
+    assert not is_expert(rank.get_parameter("ffn.experts.norm.weight"))
+    layers = {tag.place for tag in tag_experts(rank).values()}
+    assert layers == {("ep_size_2", "ffn", n) for n in ((0, 1) if experts == "list" else (None,))}
+
+
+def test_a_class_of_experts_called_shared() -> None:
+    """As in GraniteMoeShared, which calls all its classes so; what is shared says its slot."""
+
+    class SharedParallelExperts(ExpertGLU):
+        pass
+
+    moe = Tree(input_linear=SharedParallelExperts((4, 6, 2)), shared_experts=ExpertGLU((1, 2, 2)))
+    rank = shard_for_rank(Tree(moe=moe), ep_size=2)
+    assert expert_elements(rank) == 4 * 12 // 2
+    assert elements(rank) == 4 * 12 // 2 + 4
+
+
+def test_a_tower_with_few_experts_stays_whole() -> None:
+    """As in dots3_note: 4 experts in the vision tower. In the decoder it is refused."""
+    tower = listed_model(experts=2, layers=1)
+    rank = shard_for_rank(listed_model(experts=8, layers=4, tower=tower), ep_size=4)
+    assert {tag.layer for tag in tag_experts(rank).values()} == {
+        f"layers.{n}.moe" for n in range(4)
+    }
+    assert expert_elements(rank.get_submodule("tower")) == 0
+    rank = shard_for_rank(listed_model(experts=8, layers=4, tower=tower), ep_size=2)
+    assert 2 * expert_elements(rank.get_submodule("tower")) == expert_elements(
+        shard_for_rank(tower)
+    )
+    with pytest.raises(InvalidArgumentError, match=r"divide the 2 experts of 'layers\.0\.moe'"):
+        shard_for_rank(tower, ep_size=4)
+
+
 def test_a_frozen_expert_stays_frozen(tiny: nn.Module) -> None:
     for name, param in tiny.named_parameters():
         param.requires_grad_("layers.1." not in name)
@@ -545,17 +609,6 @@ def test_tensor_slices_add_up(tiny: nn.Module) -> None:
     for name, param in whole.items():
         stays = is_expert(param) or WHOLE_ON_EVERY_RANK.search(name)
         assert name in (replicated if stays else divided)
-
-
-@each_tiny
-@pytest.mark.parametrize("experts", ["list", "fused"])
-def test_expert_tensor_parallelism_divides_experts(tiny: nn.Module, experts: Any) -> None:
-    whole = dict(shard_for_rank(tiny, experts=experts).named_parameters())
-    rank = shard_for_rank(tiny, tp_size=2, experts=experts, expert_tensor_parallel=True)
-    for name, param in rank.named_parameters():
-        if is_expert(param):
-            whole_bias = "down_proj" in name and name.endswith("bias")
-            assert param.numel() * (1 if whole_bias else 2) == whole[name].numel()
 
 
 def test_an_uneven_slice_counts_the_larger_share(tmp_path: Path) -> None:
@@ -622,11 +675,9 @@ def test_parameters_beside_the_layers_are_on_the_first_stage() -> None:
 
 def test_all_at_once(tiny: nn.Module) -> None:
     """Mixtral by hand: two of five layers, half of the dense part, a quarter of the experts."""
-    rank = shard_for_rank(
-        tiny, ep_size=4, tp_size=2, pp_size=2, pp_rank=1, expert_tensor_parallel=True
-    )
+    rank = shard_for_rank(tiny, ep_size=4, tp_size=2, pp_size=2, pp_rank=1)
     attention = 32 * 8 * (4 + 2 + 2 + 4) // 2
-    layer = attention + 2 * 32 + 8 * 32 + 2 * 3 * 32 * 48 // 2
+    layer = attention + 2 * 32 + 8 * 32 + 2 * 3 * 32 * 48
     assert elements(rank) == 2 * layer + 32 + 64 * 32 // 2
 
 
@@ -638,14 +689,9 @@ def test_all_at_once(tiny: nn.Module) -> None:
     [
         ({"ep_size": 3}, r"ep_size=3 does not divide the 8 experts of 'model\.layers\.0\.mlp'"),
         ({"ep_size": 16}, r"ep_size=16 does not divide the 8 experts"),
-        ({"ep_size": 0}, r"ep_size=0 must be an integer of at least 1"),
-        ({"tp_size": 1.5}, r"tp_size=1\.5 must be an integer"),
-        ({"tp_size": True}, r"tp_size=True must be an integer"),
-        ({"pp_size": "2"}, r"pp_size='2' must be an integer"),
         ({"pp_size": 6}, r"pp_size=6 is more than the 5 layers of 'model\.layers'"),
         ({"pp_size": 2, "pp_rank": 2}, r"pp_rank=2 is no stage of 2"),
         ({"pp_rank": -1}, r"pp_rank=-1 is no stage of 1"),
-        ({"experts": "grouped"}, r"experts='grouped' is unknown"),
     ],
 )
 def test_bad_topologies(options: dict[str, Any], message: str, tiny: nn.Module) -> None:
@@ -658,21 +704,9 @@ def test_a_model_without_layers_has_no_stages() -> None:
         shard_for_rank(nn.Linear(2, 2), pp_size=2)
 
 
-class ExpertGLU(nn.Module):
-    """All experts of a layer below each other in matrices, as DBRX has them."""
-
-    def __init__(self, *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        for number, shape in enumerate(shapes):
-            self.register_parameter(f"w{number}", nn.Parameter(torch.empty(shape, device="meta")))
-
-
 def test_experts_of_unknown_form() -> None:
     model = Tree(ffn=Tree(experts=Tree(mlp=ExpertGLU((16, 4), (16, 4)))))
     with pytest.raises(ParameterInputError, match=r"'ffn\.experts\.mlp' \(ExpertGLU\) holds expe"):
-        shard_for_rank(model)
-    model = Tree(ffn=Tree(experts=ExpertGLU((4, 4, 4), (3, 4, 4))))
-    with pytest.raises(ParameterInputError, match="'ffn' hold different numbers of experts"):
         shard_for_rank(model)
     model = Tree(experts=nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 3)]))
     with pytest.raises(ParameterInputError, match="'experts' differ in their parameters"):

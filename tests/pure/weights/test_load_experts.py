@@ -425,7 +425,7 @@ def test_other_arguments(mixtral: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="model is a list"):
         load_experts([], mixtral)
     with pytest.raises(InvalidArgumentError, match="family='llama' is unknown"):
-        save_experts(decoder(), mixtral, family="llama")  # type: ignore[arg-type]
+        save_experts(decoder(), mixtral, family="llama")
     with pytest.raises(CheckpointError, match="meta device"):
         load_experts(decoder().to("meta"), mixtral, strict=False)
 
@@ -450,6 +450,19 @@ def test_round_trip(family: Any, fused: bool, tmp_path: Path) -> None:
     load_experts(again, tmp_path / "out")
     for own, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize(
+    ("family", "like"), [("qwen2_moe", "qwen3_moe"), ("olmoe", "qwen3_moe"), ("minimax", "mixtral")]
+)
+def test_families_with_the_names_of_another(family: str, like: str, tmp_path: Path) -> None:
+    """By the model type, or by a checkpoint that has the names."""
+    model = decoder(like)
+    save_experts(model, tmp_path / "wanted", family=like)
+    save_experts(model, tmp_path / "type", family=family)
+    save_experts(model, tmp_path / "names", family=save(hf_model(like), tmp_path / "hf"))
+    for name in ("type", "names"):
+        assert stored(tmp_path / name).keys() == stored(tmp_path / "wanted").keys()
 
 
 def test_transformers_loads_what_was_saved(mixtral: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_groups.checkpoints.convert.convert import regroup_checkpoint
-from moe_groups.checkpoints.files import find_checkpoint
+from moe_groups.checkpoints.files import find_checkpoint, list_saved
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Rank, lay_out, merge_ranks
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, write_manifest
 from moe_groups.errors import CheckpointError
@@ -78,8 +78,7 @@ class Conversion:
         values = random_state(self.first)
         make_checkpoint(self.source, self.first, values)
         if manifest:
-            files = {p.name: p.stat().st_size for p in (self.source / TAG).iterdir()}
-            made = Manifest(self.first, "ZeRO-2", {"step": 7}, files)
+            made = Manifest(self.first, "ZeRO-2", {"step": 7}, list_saved(self.source / TAG))
             write_manifest(made, self.source / TAG / FILE_NAME)
         self.before = tree(self.source)
         self.numbers = 0

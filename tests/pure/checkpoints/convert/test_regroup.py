@@ -221,7 +221,7 @@ def test_the_result_is_a_whole_checkpoint(source: Path, place: Path) -> None:
     assert files.keys() - before.keys() == {"global_step7/moe_groups.json", "trainer_state.json"}
     manifest = read_manifest(place / "b/global_step7/moe_groups.json")
     assert manifest.layout == MANY
-    sizes = {f"global_step7/{name}": size for name, size in manifest.files.items()}
+    sizes = {f"global_step7/{name}": saved.size for name, saved in manifest.files.items()}
     assert sizes == {n: len(c) for n, c in files.items() if "/" in n and "moe_groups" not in n}
     assert before.items() <= everything(source).items()
     assert not (place / "b.incomplete").exists()

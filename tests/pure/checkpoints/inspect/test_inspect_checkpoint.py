@@ -23,6 +23,7 @@ from hypothesis import given, settings, strategies as st
 
 from moe_groups import cli
 from moe_groups._common.progress import in_order
+from moe_groups.checkpoints.files import list_saved
 from moe_groups.checkpoints.inspect import examine
 from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
 from moe_groups.checkpoints.inspect.report import CheckpointReport, Problem, SavedExpert, SavedGroup
@@ -123,8 +124,8 @@ def made_layout(
 
 def add_manifest(directory: Path, layout: Layout, wrapper: str = "ZeRO-2") -> None:
     folder = directory / TAG
-    sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != FILE_NAME}
-    write_manifest(Manifest(layout, wrapper, {"step": 7}, sizes), folder / FILE_NAME)
+    made = Manifest(layout, wrapper, {"step": 7}, list_saved(folder))
+    write_manifest(made, folder / FILE_NAME)
 
 
 @st.composite
