@@ -2,7 +2,7 @@
 
 Every message names the parameter, layer or group and says what to do. All kinds derive from
 :class:`MoEGroupsError`. Those for a bad argument derive from ``ValueError`` too, so code that
-expects the built-in works.
+expects the built-in works; a missing package is an ``ImportError``.
 """
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "CostlyGroupsWarning",
     "InvalidArgumentError",
     "MeasurementError",
+    "MissingPackageError",
     "MoEGroupsError",
     "OverrideError",
     "ParameterInputError",
@@ -30,6 +31,10 @@ class MoEGroupsError(Exception):
 
 class InvalidArgumentError(MoEGroupsError, ValueError):
     """An argument is out of its range or has a type that cannot be used."""
+
+
+class MissingPackageError(ImportError, InvalidArgumentError):
+    """A package of an extra of moe-groups is not installed."""
 
 
 class ParameterInputError(MoEGroupsError, ValueError):
@@ -86,7 +91,7 @@ class CostlyGroupsWarning(UserWarning):
 
 
 class UnmarkedExpertsWarning(UserWarning):
-    """No parameter is marked as an expert's, though the model or ``split_by`` speaks of experts."""
+    """No parameter is marked as an expert's where some are meant, or no group of experts is."""
 
 
 class VerificationError(MoEGroupsError):

@@ -88,7 +88,7 @@ def create_moe_param_groups(
     Raises:
         InvalidArgumentError: an argument is out of range.
         ParameterInputError: the input cannot be grouped: a group without "params", a
-            parameter in two groups, nothing trainable, or all experts frozen.
+            parameter in two groups, or nothing trainable.
         TagError: an expert parameter has no layer name, or two layers have the same.
         OverrideError: a pattern matches nothing, or two set different values.
         PlanError: no groups fit the budget, or the plan was made for other parameters.

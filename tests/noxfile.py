@@ -2,7 +2,8 @@
 
 ``make compatibility`` (``nox -f tests/noxfile.py``) runs all; each session writes what passed
 into ``benchmarks/results/compatibility.json``, and the table into ``docs/compatibility.md``. Other
-packages have the versions of ``constraints.txt``, which are the newest.
+packages have the versions of ``constraints.txt``, which are the newest. DeepSpeed's own MoE tests
+run too (:mod:`tests.deepspeed_suite`), from GitHub or from the checkout ``DEEPSPEED_SOURCE``.
 """
 
 from pathlib import Path
@@ -32,3 +33,4 @@ def compatibility(session: nox.Session, deepspeed: str) -> None:
     session.install("-c", str(others), *needed)
     session.install("--no-deps", "-e", ".")
     session.run("python", "-m", "tests.compatibility")
+    session.run("python", "-m", "tests.deepspeed_suite")

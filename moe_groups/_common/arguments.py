@@ -4,20 +4,23 @@ import importlib
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
-from moe_groups.errors import InvalidArgumentError
+from moe_groups.errors import InvalidArgumentError, MissingPackageError
 
 
 def need(package: str, extra: str, what: str) -> None:
-    """Raise InvalidArgumentError unless ``package`` of the optional ``extra`` is installed.
+    """Raise MissingPackageError unless ``package`` can be imported.
 
     Args:
+        extra: the smallest extra that has it.
         what: the plural subject of the sentence "... need rich".
     """
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise InvalidArgumentError(
-            f"{what} need {package}, which cannot be imported: pip install 'moe-groups[{extra}]'."
+        raise MissingPackageError(
+            f"{what} need {package}, which cannot be imported ({error}): "
+            f"pip install 'moe-groups[{extra}]'.",
+            name=package,
         ) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the number of bytes read so far, and of all bytes to read."""
+"""Called, by one thread at a time, with the number of bytes that are done, and of all bytes."""
 
 
 class ProgressSum:

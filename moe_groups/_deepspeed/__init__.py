@@ -20,6 +20,8 @@ train as before, bit for bit, unless clipping uses a norm that DeepSpeed compute
 * stages of a pipeline make the same process groups, and take part in each other's all-reduces
   of the norm (ZeRO-1 runs one for each group, BF16_Optimizer one for each parallel group).
   DeepSpeed alone hangs unless all stages have the same groups;
+* a model whose experts are all frozen is stepped as a dense one, where DeepSpeed demands a group of
+  experts; and a load restores each rank's frozen experts, where ZeRO-2 loads those of rank 0;
 * ZeRO's norm counts the experts of all tensor-parallel ranks;
 * gloo can gather tokens over tensor-parallel ranks;
 * Muon steps the parameters of the groups with ``use_muon=True``; optimizers that cannot step

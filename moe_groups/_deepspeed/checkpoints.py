@@ -10,7 +10,7 @@ import torch
 from moe_groups._deepspeed.engines import engine_data_parallel_group, stepped_groups
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import expert_data_parallel_ranks
-from moe_groups.tags import numel_of, parallel_group_of
+from moe_groups.tags import is_expert_parameter, numel_of, parallel_group_of
 
 
 class LaidOut(NamedTuple):
@@ -103,3 +103,23 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return load_checkpoint
+
+
+def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Load the frozen experts of this rank.
+
+    Under ZeRO-2 DeepSpeed also saves the frozen parameters of rank 0, and loads them last, over
+    the frozen experts of all ranks.
+    """
+
+    def load_module_state_dict(self: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
+
+        fragments, own = checkpoint.get(FROZEN_PARAM_FRAGMENTS), checkpoint.get("module")
+        if fragments and own:
+            for name, param in self.module.named_parameters():
+                if is_expert_parameter(param) and name in fragments and name in own:
+                    fragments[name] = own[name]
+        return original(self, checkpoint, *args, **kwargs)
+
+    return load_module_state_dict

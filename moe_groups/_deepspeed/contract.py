@@ -2,7 +2,7 @@
 
 import sys
 
-from moe_groups._deepspeed.checkpoints import wrap_load, wrap_save
+from moe_groups._deepspeed.checkpoints import wrap_load, wrap_load_module, wrap_save
 from moe_groups._deepspeed.collectives import wrap_gather_tokens
 from moe_groups._deepspeed.norms import (
     wrap_grads_for_norm,
@@ -16,6 +16,7 @@ from moe_groups._deepspeed.stages import wrap_configure
 from moe_groups._deepspeed.start import (
     wrap_basic,
     wrap_broadcast,
+    wrap_moe_settings,
     wrap_report,
     wrap_sanity_check,
     wrap_setup,
@@ -62,6 +63,9 @@ CHANGES: tuple[Change, ...] = (
     ("deepspeed.runtime.engine:DeepSpeedEngine", "_configure_basic_optimizer", wrap_basic),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "save_checkpoint", wrap_save),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "load_checkpoint", wrap_load),
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "load_module_state_dict", wrap_load_module),
+    (f"{_ZERO}:DeepSpeedZeroOptimizer", "_configure_moe_settings", wrap_moe_settings),
+    (f"{_BF16}:BF16_Optimizer", "_configure_moe_settings", wrap_moe_settings),
     (f"{_BF16}:BF16_Optimizer", "_setup_for_real_optimizer", wrap_setup),
     (_BF16, "see_memory_usage", wrap_report),
     (_ZERO, "is_model_parallel_parameter", wrap_is_model_parallel),

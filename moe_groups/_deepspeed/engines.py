@@ -90,6 +90,11 @@ def steps_parameters(engine: Any) -> bool:
     return engine.optimizer is engine.basic_optimizer
 
 
+def needs_marks(engine: Any) -> bool:
+    """Does the wrapper (ZeRO, BF16_Optimizer) tell experts by the mark ``moe`` of a group?"""
+    return engine.zero_optimization() or hasattr(engine.optimizer, "real_dp_process_group")
+
+
 def stepped_groups(engine: Any) -> list[tuple[dict[str, Any], list[torch.Tensor]]]:
     """``(param group, model parameters it steps)`` of an initialized engine, in order.
 

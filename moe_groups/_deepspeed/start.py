@@ -1,14 +1,15 @@
 """Changes of ``deepspeed.initialize`` for our groups, on one rank."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from moe_groups._common.warn import warn
 from moe_groups._deepspeed.engines import remember
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import register_names
-from moe_groups.errors import InvalidArgumentError, ParameterInputError
+from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
 from moe_groups.tags import is_expert_parameter
 
 MANY_GROUPS = 8
@@ -44,6 +45,7 @@ def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
     """Check and register the groups after the process groups exist, before the wrapper is made."""
 
     def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
+        wrapper = original(self, basic_optimizer)
         moe = [g for g in basic_optimizer.param_groups if g.get("moe")]
         ours = [g["name"] for g in moe if "expert_group_name" in g]
         if ours and not self.has_moe_layers:
@@ -54,15 +56,49 @@ def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
                 "param.allreduce = True to train the experts as dense parameters."
             )
         if self.has_moe_layers:
-            named, stage = self.module.named_parameters(), self.zero_optimization_stage()
-            if problem := stale_problem(named, basic_optimizer.param_groups, wrapped=stage < 3):
-                raise ParameterInputError(problem)
+            _check_experts(self, basic_optimizer, wrapper)
         settle_muon(self, basic_optimizer)
         register_names(str(g.get("name")) for g in moe)
         remember(self, basic_optimizer)
-        return original(self, basic_optimizer)
+        return wrapper
 
     return _do_optimizer_sanity_check
+
+
+def _check_experts(engine: Any, optimizer: Any, wrapper: Any) -> None:
+    """Raise for experts that would not be trained, or not as experts."""
+    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.runtime.constants import BFLOAT16
+
+    named, groups = list(engine.module.named_parameters()), optimizer.param_groups
+    if problem := stale_problem(named, groups):
+        raise ParameterInputError(problem)
+    problem = unmarked_problem(named, groups)
+    if problem is None or any(group.get("moe") for group in groups):
+        return
+    if wrapper == BFLOAT16 or engine.zero_optimization_stage() in (1, 2):
+        raise ParameterInputError(problem)
+    if wrapper is not None and isinstance(optimizer, FusedAdam):  # in the fp16 optimizer
+        warn(
+            f"{problem} DeepSpeed's fp16 optimizer trains them, but a rank takes the norm with its "
+            "own experts only: ranks clip by different norms, and may skip different steps.",
+            UnmarkedExpertsWarning,
+        )
+
+
+def wrap_moe_settings(original: Callable[..., None]) -> Callable[..., None]:
+    """Step a model whose experts are all frozen as a dense one; DeepSpeed demands a moe group.
+
+    That no expert is trainable is known: :func:`wrap_sanity_check` runs before.
+    """
+
+    def _configure_moe_settings(self: Any) -> None:
+        if any(group.get("moe") for group in self.optimizer.param_groups):
+            original(self)
+        else:
+            self.has_moe_layers = False  # the wrapper's: the engine still saves the experts
+
+    return _configure_moe_settings
 
 
 def settle_muon(engine: Any, optimizer: Any) -> None:
@@ -133,40 +169,41 @@ def wrap_report(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def stale_problem(
-    model: Iterable[tuple[str, torch.Tensor]], groups: Sequence[Mapping[str, Any]], wrapped: bool
+    model: Iterable[tuple[str, torch.Tensor]], groups: Sequence[Mapping[str, Any]]
 ) -> str | None:
-    """Why experts of ``model`` will not be trained, or not as experts; None if they will.
+    """Why experts of ``model`` will not be trained; None if they will.
 
     If DeepSpeed replaces a parameter of the model, it also replaces it in the groups of an
     optimizer, but not in groups that a callable made.
-
-    Args:
-        model: current names and parameters.
-        groups: the optimizer's.
-        wrapped: will ZeRO-1/2 or another wrapper look for groups of experts?
     """
-    homes = {id(param): group for group in groups for param in group["params"]}
-    live = set()
-    lost, unmarked = [], []
-    for name, param in model:
-        live.add(id(param))
-        if param.requires_grad and is_expert_parameter(param):
-            group = homes.get(id(param))
-            if group is None:
-                lost.append(name)
-            elif wrapped and not group.get("moe"):
-                unmarked.append(name)
-    dead = [key for key in homes if key not in live]
+    named, stepped = list(model), {id(param) for group in groups for param in group["params"]}
+    lost = [name for name, param in _trainable_experts(named) if id(param) not in stepped]
+    dead = stepped - {id(param) for _, param in named}
     if lost and dead:
         return (
             f"expert parameter {lost[0]} and {len(lost) - 1} more are in no group, so nothing "
             f"would train them, and {len(dead)} tensors of the groups are not in the model: "
             f"{MAKE_LATER}."
         )
-    if unmarked and not any(group.get("moe") for group in groups):
-        return (
-            f"expert parameter {unmarked[0]} and {len(unmarked) - 1} more are in groups that are "
-            "not marked moe. Make groups with create_moe_param_groups; if you did, "
-            f"{MAKE_LATER}."
-        )
     return None
+
+
+def unmarked_problem(
+    model: Iterable[tuple[str, torch.Tensor]], groups: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """Why ZeRO-1/2 and BF16_Optimizer cannot step experts of ``model``; None if they can."""
+    marked = {id(param) for group in groups if group.get("moe") for param in group["params"]}
+    unmarked = [name for name, param in _trainable_experts(model) if id(param) not in marked]
+    if not unmarked:
+        return None
+    return (
+        f"expert parameter {unmarked[0]} and {len(unmarked) - 1} more are in no group of the "
+        "optimizer that is marked moe. Make groups with create_moe_param_groups, for one optimizer "
+        f"of the whole model; if you did, {MAKE_LATER}."
+    )
+
+
+def _trainable_experts(
+    model: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((n, p) for n, p in model if p.requires_grad and is_expert_parameter(p))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from moe_groups._common.arguments import LEVELS, OptimizerKind
 from moe_groups._common.text import parse_bytes
+from moe_groups._version import __version__
 from moe_groups.cli.checkpoints import add_commands
 from moe_groups.cli.progress import quiet
 from moe_groups.cli.topology import add_topology
@@ -80,6 +81,7 @@ def _in_options(message: str, options: Mapping[str, str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="moe-groups", description="Param groups for MoE models on DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"moe-groups {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     plan = commands.add_parser(
         "plan",
@@ -165,7 +167,7 @@ def _plan(args: argparse.Namespace) -> None:
     if not args.json:
         check_tables()
     if args.plot is not None:
-        check_plot(args.plot)
+        check_plot(args.plot, ".png", ".html")
     with quiet():
         report = make_report(_request(args))
     if args.plot is not None:

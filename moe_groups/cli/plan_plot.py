@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from moe_groups.cli.plan import PlanReport
 
-_KINDS = (".png", ".html")
 _MARKERS = {"stock": ("s", "tab:red"), "no_cap": ("^", "tab:orange"), "plan": ("*", "tab:green")}
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -29,10 +28,10 @@ svg {{ max-width: 100%; height: auto }}</style>
 """
 
 
-def check_plot(path: str) -> None:
-    """Raise InvalidArgumentError if no plot can be written to ``path``."""
-    if os.path.splitext(path)[1].lower() not in _KINDS:
-        raise InvalidArgumentError(f"--plot {path!r} must end in {' or '.join(_KINDS)}.")
+def check_plot(path: str, *kinds: str) -> None:
+    """Raise InvalidArgumentError if no plot of these kinds can be written to ``path``."""
+    if os.path.splitext(path)[1].lower() not in kinds:
+        raise InvalidArgumentError(f"--plot {path!r} must end in {' or '.join(kinds)}.")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise InvalidArgumentError(f"--plot {path!r}: there is no directory {folder!r}.")
@@ -40,29 +39,22 @@ def check_plot(path: str) -> None:
 
 
 def write_plot(report: "PlanReport", path: str) -> None:
-    """Write the plot as a picture, or as an HTML page in one file.
-
-    Raises:
-        InvalidArgumentError: the file cannot be written.
-    """
+    """Write the plot as a picture, or as an HTML page in one file."""
     figure = _draw(report)
-    try:
-        if path.lower().endswith(".png"):
-            figure.savefig(path, format="png", dpi=120)
-            return
-        picture = io.StringIO()
-        figure.savefig(picture, format="svg")
-        svg = picture.getvalue()
-        summary = "\n".join([str(report.memory), *(f"hint: {hint}" for hint in report.hints)])
-        page = _PAGE.format(
-            title=html.escape(headline(report)),
-            picture=svg[svg.index("<svg") :],
-            summary=html.escape(summary),
-        )
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
-    except OSError as error:
-        raise InvalidArgumentError(f"--plot {path!r} cannot be written: {error}") from error
+    if path.lower().endswith(".png"):
+        figure.savefig(path, format="png", dpi=120)
+        return
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg")
+    svg = picture.getvalue()
+    summary = "\n".join([str(report.memory), *(f"hint: {hint}" for hint in report.hints)])
+    page = _PAGE.format(
+        title=html.escape(headline(report)),
+        picture=svg[svg.index("<svg") :],
+        summary=html.escape(summary),
+    )
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(page)
 
 
 def _draw(report: "PlanReport") -> "Figure":

@@ -1,20 +1,17 @@
 """Print the result of ``moe-groups plan`` as tables or JSON."""
 
 import json
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moe_groups._common.text import show_bytes
-from moe_groups.cli.render import MOST_ROWS, name_pattern, new_table, print_with
+from moe_groups.cli.render import MOST_ROWS, alike, name_pattern, new_table, print_with
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from moe_groups.cli.plan import PlanReport
-    from moe_groups.memory.estimate import GroupMemory
 
 _BAR = 24
 _MOST_POINTS = 14
@@ -114,51 +111,25 @@ def _memory(report: "PlanReport") -> "Table":
     return table
 
 
-@dataclass(frozen=True, slots=True)
-class _Fold:
-    """Groups whose names differ only in numbers; each figure is the largest of them."""
-
-    name: str
-    count: int
-    elements: int
-    ranks: int
-    partition: int
-    held: int
-    peak: int
-
-
 def _groups(report: "PlanReport") -> "Table":
     memory = report.memory
-    folds = fold(memory.groups)
+    folds = alike(memory.groups, lambda row: row.ranks)
     columns = (">groups", ">elements", ">ranks", ">partition", ">held, R", ">peak", "name")
     title = f"{len(memory.groups)} groups, split by {report.request.split_by}"
-    same = all(fold.count == 1 for fold in folds)
+    same = len(folds) == len(memory.groups)
     table = new_table(title if same else f"{title} (each as its row's largest)", columns)
     width = memory.step.weight_bytes
-    for row in folds[:MOST_ROWS]:
-        sizes = map(show_bytes, (row.partition * width, row.held, row.peak))
-        table.add_row(str(row.count), _count(row.elements), str(row.ranks), *sizes, row.name)
-    if rest := folds[MOST_ROWS:]:
-        table.add_row(str(sum(row.count for row in rest)), *[""] * 5, "... more, see --json")
-    return table
-
-
-def fold(groups: Sequence["GroupMemory"]) -> list[_Fold]:
-    """Fold groups whose names differ only in numbers, in the order of their first groups."""
-    alike: dict[tuple[str, ...], list[GroupMemory]] = {}
-    for group in groups:
-        alike.setdefault((*re.split(r"\d+", group.name), str(group.ranks)), []).append(group)
-    return [
-        _Fold(
-            name_pattern([row.name for row in rows]),
-            len(rows),
-            *(
-                max(getattr(row, figure) for row in rows)
-                for figure in ("elements", "ranks", "partition", "held", "peak")
-            ),
+    for rows in folds[:MOST_ROWS]:
+        elements, partition, held, peak = (
+            max(getattr(row, figure) for row in rows)
+            for figure in ("elements", "partition", "held", "peak")
         )
-        for rows in alike.values()
-    ]
+        sizes = map(show_bytes, (partition * width, held, peak))
+        name = name_pattern([row.name for row in rows])
+        table.add_row(str(len(rows)), _count(elements), str(rows[0].ranks), *sizes, name)
+    if rest := sum(map(len, folds[MOST_ROWS:])):
+        table.add_row(str(rest), *[""] * 5, "... more, see --json")
+    return table
 
 
 def _curve(report: "PlanReport") -> "Table":

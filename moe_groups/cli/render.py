@@ -4,7 +4,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from moe_groups._common.arguments import need
 
@@ -58,6 +58,25 @@ def say_hidden(table: "Table", rows: int) -> None:
     if rows:
         table.caption = f"... and {rows:,} more; --all or --json shows them"
         table.caption_justify = "left"
+
+
+class Named(Protocol):
+    """A row of a table for one group."""
+
+    @property
+    def name(self) -> str: ...
+
+
+_Row = TypeVar("_Row", bound=Named)
+
+
+def alike(groups: Iterable[_Row], key: Callable[[_Row], object]) -> list[list[_Row]]:
+    """Lists of groups of equal key whose names differ only in numbers, ordered by their first."""
+    found: dict[object, list[_Row]] = {}
+    for group in groups:
+        words = tuple(re.split(r"\d+", group.name))
+        found.setdefault((words, key(group)), []).append(group)
+    return list(found.values())
 
 
 def name_pattern(names: Sequence[str]) -> str:

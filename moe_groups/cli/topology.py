@@ -115,7 +115,7 @@ def _by_rank(topology: Topology, kind: GroupKind) -> dict[int, list[int]]:
 
 
 OPTIONS = {
-    "world_size": "--world",
+    "world_size": "--world-size",
     "tp_size": "--tp",
     "pp_size": "--pp",
     "ep_size": "--ep",
@@ -140,7 +140,7 @@ def add_topology(commands: Any, count: Callable[[str], int]) -> None:
         description=_DESCRIPTION,
     )
     parser.set_defaults(run=_topology, names=OPTIONS)
-    parser.add_argument("--world", type=count, required=True, metavar="N", help="all ranks")
+    parser.add_argument("--world-size", type=count, required=True, metavar="N", help="all ranks")
     parser.add_argument("--tp", type=count, default=1, metavar="N", help="tensor-parallel size (1)")
     parser.add_argument("--pp", type=count, default=1, metavar="N", help="pipeline stages (1)")
     parser.add_argument("--ep", type=count, default=1, metavar="N", help="ep_size of layers (1)")
@@ -167,7 +167,7 @@ def _topology(args: argparse.Namespace) -> None:
     if not args.json:
         check_tables()
     topology = Topology(
-        world_size=args.world,
+        world_size=args.world_size,
         tp_size=args.tp,
         pp_size=args.pp,
         ep_size=args.ep,

@@ -11,11 +11,12 @@ from moe_groups._deepspeed.engines import (
     engine_data_parallel_group,
     given_options,
     is_engine,
+    needs_marks,
     scheduled_peaks,
     stepped_groups,
 )
 from moe_groups._deepspeed.process_groups import resolves
-from moe_groups._deepspeed.start import stale_problem
+from moe_groups._deepspeed.start import stale_problem, unmarked_problem
 from moe_groups.errors import InvalidArgumentError, VerificationError
 from moe_groups.experts.module_tree import named_parameters, walk
 from moe_groups.groups.grouping import fingerprint
@@ -61,10 +62,10 @@ def verify(engine: Engine) -> None:
         names = {id(param): name for name, param in model}
         layout += [_layout(group, params, names) for group, params in stepped]
         problems = [
-            *_check_made_late(stepped, model),
+            *_check_made_late(stepped, model, engine),
             *_check_coverage(stepped, model, names),
             *_check_names(stepped),
-            *_check_marks(stepped, names),
+            *_check_marks(stepped, names, engine),
             *_check_given(stepped, names, engine),
         ]
     except Exception as error:  # the other ranks wait in the all-gather
@@ -72,10 +73,14 @@ def verify(engine: Engine) -> None:
     _agree(engine, problems, layout)
 
 
-def _check_made_late(stepped: _Stepped, model: list[tuple[str, torch.Tensor]]) -> Iterator[str]:
+def _check_made_late(
+    stepped: _Stepped, model: list[tuple[str, torch.Tensor]], engine: Engine
+) -> Iterator[str]:
     groups = [{**group, "params": params} for group, params in stepped]
-    if problem := stale_problem(model, groups, wrapped=True):
+    if problem := stale_problem(model, groups):
         yield problem
+    elif needs_marks(engine) and not any(group.get("moe") for group in groups):
+        yield from filter(None, [unmarked_problem(model, groups)])
 
 
 def _check_coverage(
@@ -117,12 +122,13 @@ def _check_names(stepped: _Stepped) -> Iterator[str]:
             )
 
 
-def _check_marks(stepped: _Stepped, names: dict[int, str]) -> Iterator[str]:
+def _check_marks(stepped: _Stepped, names: dict[int, str], engine: Engine) -> Iterator[str]:
+    needed = needs_marks(engine) or any(group.get("moe") for group, _ in stepped)
     for group, params in stepped:
         base = parallel_group_of(_name(group))
         for param in params:
             name = names.get(id(param), str(tuple(param.shape)))
-            if is_expert_parameter(param) and not group.get("moe"):
+            if needed and is_expert_parameter(param) and not group.get("moe"):
                 home = getattr(param, "group_name", None)
                 yield (
                     f"expert parameter {name} of {home!r} is in group {_name(group)!r}, which is "

@@ -16,7 +16,6 @@ from moe_groups.tags import (
     check_label,
     check_number,
     get_expert_tag,
-    is_expert_parameter,
     shape_of,
 )
 
@@ -35,7 +34,7 @@ def read_table(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
     """The table of all parameters; the rows in its families are those to be stepped.
 
     Raises:
-        ParameterInputError: nothing is trainable, or all experts are frozen.
+        ParameterInputError: nothing is trainable.
         TagError: an expert parameter has no layer name, or two layers have the same.
         OverrideError: a pattern matches nothing, or two set different values.
     """
@@ -184,17 +183,6 @@ def _check_trainable(given: GroupInput, families: Families) -> None:
             f"none of the {len(given.params)} parameters is trainable: set requires_grad on those "
             "that the optimizer shall step."
         )
-    if any(key.parallel_group for key in families):
-        return
-    experts = given.model.experts if given.model else map(is_expert_parameter, given.params)
-    for row, expert in enumerate(experts):
-        if expert:
-            raise ParameterInputError(
-                f"all expert parameters are frozen (the first is {_row_name(given, row)}), and "
-                "DeepSpeed's ZeRO-1/2 and BF16_Optimizer refuse a model with MoE layers but no "
-                "MoE group. Leave one expert parameter trainable; lr=0 and weight_decay=0 in "
-                "overrides keep its value."
-            )
 
 
 def _apply(rules: Rules, given: GroupInput, families: Families) -> list[Variant]:

@@ -54,8 +54,14 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
             f"{option} cannot be given where an optimizer is grouped: {_NOT_HERE[option]}."
         )
     _check_optimizer(optimizer)
+    own = _own_groups(optimizer)
+    if grouped := [group for group in own if "expert_group_name" in group]:
+        raise InvalidArgumentError(
+            f"the optimizer has groups of moe-groups already ({grouped[0].get('name')!r}): make it "
+            "from model.parameters(), or from your own groups, and group it once."
+        )
     found = find_experts(model)
-    given = _named_groups(_own_groups(optimizer), found)
+    given = _named_groups(own, found)
     if "no_decay" not in options and _second_has_no_decay(given, optimizer):
         given, rule = _as_one_group(given, found)
         options = options | rule
@@ -106,7 +112,7 @@ def _own_groups(optimizer: Any) -> list[ParamGroup]:
 
 
 def _named_groups(groups: list[ParamGroup], found: TaggedModel) -> list[ParamGroup]:
-    """The groups with named parameters; the last has what is frozen too, for errors to tell of."""
+    """The groups with named parameters; the last has what is frozen too, for the manifest."""
     names = found.name_of()
     named = []
     for index, group in enumerate(groups):

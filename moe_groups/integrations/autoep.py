@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_groups.errors import ParameterInputError
 from moe_groups.param_groups import create_moe_param_groups
+from moe_groups.tags import is_expert_parameter
 
 _REGISTRY = "transformers.utils.output_capturing"
 
@@ -45,7 +46,7 @@ def autoep_optimizer(
 
     def optimizer(params: Any) -> torch.optim.Optimizer:
         groups = create_moe_param_groups(model, **grouping)
-        if not any(group.get("moe") for group in groups):
+        if not any(map(is_expert_parameter, model.parameters())):
             raise ParameterInputError(
                 "AutoEP has made no expert-parallel layer of the model: set "
                 '"expert_parallel": {"enabled": true, "autoep_size": N} in the DeepSpeed config, '

@@ -1,5 +1,6 @@
 """Groups for Hugging Face's ``Trainer`` and its subclasses."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from moe_groups._deepspeed.engines import known_engines
 from moe_groups.checkpoints.guard.guard import Regroup, protect_checkpoints
 from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
+from moe_groups.weights.save import with_all_experts
 
 need("transformers", "hf", "groups for Trainer")
 need("accelerate", "hf", "groups for Trainer")
 
 from accelerate.utils import DummyOptim  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import Trainer  # noqa: E402
 from transformers.trainer import SCHEDULER_NAME  # noqa: E402
 
@@ -32,6 +35,10 @@ _OPTIONS = (
     "step_memory_budget",
     "step",
 )
+
+
+_NUMBER = re.compile(r"(?<=\.deepspeed_experts\.)\d+")
+_ADAPTER = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")  # as PEFT names what it saves
 
 
 class MoETrainer(Trainer):
@@ -53,7 +60,8 @@ class MoETrainer(Trainer):
             :func:`moe_groups.protect_checkpoints`.
 
     Raises:
-        InvalidArgumentError: an option that Trainer sets, or one that does not exist.
+        InvalidArgumentError: an option that Trainer sets, or one that does not exist; an optimizer
+            or scheduler in ``optimizers``.
 
     Example:
         >>> trainer = MoETrainer(model=model, args=args, train_dataset=data,
@@ -75,6 +83,13 @@ class MoETrainer(Trainer):
                 "Weight decay is Trainer's: override its get_decay_parameter_names to change it."
             )
         super().__init__(*args, **kwargs)
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise InvalidArgumentError(
+                "MoETrainer cannot use optimizers=(optimizer, scheduler): it makes groups, and "
+                "then a scheduler. Give optimizer_cls_and_kwargs=(AdamW, {...}), or override "
+                "create_optimizer to return group_optimizer(your_optimizer, self.model, "
+                "**self.group_options), and create_scheduler."
+            )
 
     def create_optimizer(self, *args: Any) -> Any:
         """Trainer's optimizer, with MoE groups in place of its two."""
@@ -82,10 +97,24 @@ class MoETrainer(Trainer):
         before = self.optimizer
         optimizer = super().create_optimizer(*args)
         if isinstance(optimizer, DummyOptim):
+            if self.optimizer_cls_and_kwargs is not None:
+                raise InvalidArgumentError(
+                    "optimizer_cls_and_kwargs and the optimizer block of the DeepSpeed config name "
+                    "two optimizers, and DeepSpeed makes that of the block: remove one of them."
+                )
             optimizer.params = self._decay_groups(model)
         elif optimizer is before:  # Trainer asks twice
             return optimizer
         return group_optimizer(optimizer, model, **self.group_options)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trainer's, with the experts of all ranks in place of those of the first."""
+        if self.is_deepspeed_enabled and state_dict:
+            state_dict = with_all_experts(self.model, state_dict)
+        super()._save(output_dir, state_dict)
+        adapters = Path(output_dir or self.args.output_dir, "adapter_model.safetensors")
+        if self.is_deepspeed_enabled and state_dict and self.args.should_save and adapters.exists():
+            _add_experts(adapters, state_dict)
 
     def _decay_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """With Trainer's decay rules, where DeepSpeed makes the optimizer and Trainer none."""
@@ -115,6 +144,17 @@ class MoETrainer(Trainer):
             scheduler.load_state_dict(saved | _rates_of_groups(scheduler, saved))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def _add_experts(adapters: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Add the experts to PEFT's file that its model, one rank's, does not have."""
+    saved = {name: tensor.clone() for name, tensor in load_file(adapters).items()}
+    known = {_NUMBER.sub("", name) for name in saved}
+    named = {_ADAPTER.sub("", name): tensor for name, tensor in state.items()}
+    missing = named.keys() - saved.keys()
+    more = {name: named[name].clone() for name in missing if _NUMBER.sub("", name) in known}
+    if more:
+        save_file(saved | more, adapters, metadata={"format": "pt"})
 
 
 def _rates_of_groups(scheduler: LRScheduler, saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def least_peak(
     Args:
         uncut: the groups without a cap.
     """
-    from moe_groups.memory.step_cost import MASTER, NORM
+    from moe_groups.memory.step_cost import NORM
 
     settings = step.settings
     even = first = elements = largest_slice = gathered = 0
@@ -141,13 +141,13 @@ def least_peak(
     last = partitions[-1]
     if settings.wrapper == "bf16_optimizer":
         low = settings.weight_bytes * elements if settings.keeps_low_precision else 0
-        return low + max(settings.temporaries * last, gathered)
-    upcast = MASTER if settings.grad_bytes != MASTER else 0
-    during = upcast + settings.temporaries
+        return low + max(settings.temporary_bytes * last, gathered)
+    upcast = settings.upcast_bytes
+    during = upcast + settings.temporary_bytes
     known = [settings.grad_bytes * even + NORM * largest_slice, during * last, gathered]
     if not settings.compact:
         held = settings.grad_bytes * first
         known.append(held + upcast * last)
-        if len(partitions) > 1 or not upcast:
-            known.append(held + during * partitions[-2 if upcast else -1])
+        if len(partitions) > 1:
+            known.append(held + during * partitions[-2])
     return max(known)

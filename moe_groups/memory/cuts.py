@@ -235,7 +235,7 @@ def _least_held(line: Line, bound: int, tile_prices: tuple[float, ...]) -> list[
 
 def _growing(lines: Sequence[Line], settings: StepSettings, first: int) -> tuple[Cut, ...]:
     """Tiles that grow as gradients are released, from partitions of ``first`` elements on."""
-    per_element = max(settings.temporaries + 4, 6)
+    per_element = max(settings.temporary_bytes + 4, 6)
     left = sum(
         settings.grad_bytes * line.count * padded_partition(sum(line.sizes), line.ranks)
         for line in lines

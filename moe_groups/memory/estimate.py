@@ -273,7 +273,7 @@ def _resident(tiles: Sequence["GroupOnRanks"], step: StepConfig) -> dict[str, in
     if settings.wrapper == "bf16_optimizer":
         found["fp32 gradients"] = MASTER * whole
     if not step.offloads:
-        found["master weights"] = MASTER * partitions
+        found["master weights"] = settings.master_bytes * partitions
         found["optimizer state"] = settings.state_bytes * partitions
     return found
 

@@ -1,12 +1,14 @@
 """How a model will be stepped: DeepSpeed's wrapper, the optimizer, and the ranks."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 
 from moe_groups._common.arguments import OptimizerKind, check_one_of
+from moe_groups._deepspeed.step_settings import read_step_settings
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory.step_cost import MASTER, TEMPORARIES, StepSettings
 
@@ -19,18 +21,21 @@ class StepConfig:
 
     Attributes:
         zero_stage: 1 or 2; both wrap the optimizer in ``DeepSpeedZeroOptimizer``.
-        bf16_optimizer: ``BF16_Optimizer`` instead, which DeepSpeed chooses for ZeRO-1 with
-            fp32 accumulation (and for pipelines).
+        bf16_optimizer: ``BF16_Optimizer`` with fp32 accumulation instead, which DeepSpeed
+            chooses for ZeRO-1 with fp32 accumulation (and for pipelines).
         optimizer: how AdamW computes: torch's "for-loop" (its default on CPU), "foreach"
             (its default on CUDA) or "fused", DeepSpeed's "FusedAdam", or "CPUAdam" with the
             optimizer offloaded to the host.
         grad_accum_dtype: "bf16" or "fp32" (``data_types.grad_accum_dtype``).
+        bf16_optimizer_states: master weights, gradients and moments are bf16
+            (``bf16_master_weights_and_grads`` and ``bf16_optimizer_states``).
         immediate_grad_update: of the ``bf16`` section; False, DeepSpeed's default, keeps
             the bf16 gradients of all parameters until the end of ``BF16_Optimizer``'s step.
         compact_gradients: :func:`compact_gradients` will be called.
         gather_copies: the all-gather after the step copies what it receives, as gloo's
             does on CPU; NCCL's does not.
-        weight_bytes: bytes of an element of the weights.
+        weight_bytes: bytes of an element of the weights: 2, or 4 for fp32 weights, whose
+            gradients are fp32 too.
         tp_size: tensor-parallel ranks.
         expert_tensor_parallel: they cut experts too (``enable_expert_tensor_parallelism``);
             if not, uncut experts are distributed over them as over data-parallel ranks.
@@ -43,6 +48,7 @@ class StepConfig:
     bf16_optimizer: bool = False
     optimizer: OptimizerKind = "foreach"
     grad_accum_dtype: Literal["bf16", "fp32"] = "bf16"
+    bf16_optimizer_states: bool = False
     immediate_grad_update: bool = False
     compact_gradients: bool = False
     gather_copies: bool = False
@@ -54,15 +60,35 @@ class StepConfig:
         check_one_of("zero_stage", self.zero_stage, (1, 2))
         check_one_of("optimizer", self.optimizer, tuple(_KINDS))
         check_one_of("grad_accum_dtype", self.grad_accum_dtype, ("bf16", "fp32"))
+        check_one_of("weight_bytes", self.weight_bytes, (2, 4))
         if type(self.tp_size) is not int or self.tp_size < 1:
             raise InvalidArgumentError(f"tp_size={self.tp_size!r} must be an integer of 1 or more.")
-        if self.compact_gradients and (self.bf16_optimizer or self.offloads):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and type(value) is not bool:
+                raise InvalidArgumentError(f"{field.name}={value!r} must be True or False.")
+        if self.compact_gradients and (self.uses_bf16_optimizer or self.offloads):
             raise InvalidArgumentError(
                 "compact_gradients=True is for ZeRO-1 and ZeRO-2 with the optimizer on the device: "
                 "BF16_Optimizer and offloading hold no gradients that it could make smaller."
             )
         if self.offloads and self.bf16_optimizer:
             raise InvalidArgumentError("optimizer='CPUAdam' (offloading) needs ZeRO-1 or ZeRO-2.")
+        plain = not (self.bf16_optimizer or self.offloads)
+        if self.weight_bytes == MASTER and not plain:
+            raise InvalidArgumentError(
+                "weight_bytes=4 needs ZeRO-1 or ZeRO-2 with the optimizer on the device."
+            )
+        if self.bf16_optimizer_states and (not plain or self.accumulates_fp32):
+            raise InvalidArgumentError(
+                "bf16_optimizer_states=True needs bf16 weights, grad_accum_dtype='bf16', and "
+                "ZeRO-1 or ZeRO-2 with the optimizer on the device."
+            )
+
+    @property
+    def accumulates_fp32(self) -> bool:
+        """Do gradients accumulate in fp32?"""
+        return self.grad_accum_dtype == "fp32" or self.weight_bytes == MASTER
 
     @property
     def offloads(self) -> bool:
@@ -79,75 +105,121 @@ class StepConfig:
         """A short description: ``ZeRO-2, foreach, bf16 gradients``."""
         if self.uses_bf16_optimizer:
             return f"BF16_Optimizer, {self.optimizer}"
-        compact = ", compact" if self.compact_gradients else ""
-        return (
-            f"ZeRO-{self.zero_stage}, {self.optimizer}, {self.grad_accum_dtype} gradients{compact}"
-        )
+        notes = ", bf16 states" if self.bf16_optimizer_states else ""
+        notes += ", fp32 weights" if self.weight_bytes == MASTER else ""
+        notes += ", compact" if self.compact_gradients else ""
+        dtype = "fp32" if self.accumulates_fp32 else "bf16"
+        return f"ZeRO-{self.zero_stage}, {self.optimizer}, {dtype} gradients{notes}"
 
     @property
     def uses_bf16_optimizer(self) -> bool:
-        """ZeRO-1 with fp32 accumulation is ``BF16_Optimizer`` (``deepspeed/runtime/engine.py``)."""
+        """ZeRO-1 with fp32 accumulation for bf16 weights is (``deepspeed/runtime/engine.py``)."""
         return self.bf16_optimizer or (
-            self.zero_stage == 1 and self.grad_accum_dtype == "fp32" and not self.offloads
+            self.zero_stage == 1
+            and self.grad_accum_dtype == "fp32"
+            and self.weight_bytes != MASTER
+            and not self.offloads
         )
 
     @property
     def settings(self) -> StepSettings:
         """The same in the terms of :mod:`moe_groups.memory.step_cost`."""
-        fp32 = self.grad_accum_dtype == "fp32"
+        fp32 = self.accumulates_fp32
         return StepSettings(
             wrapper="bf16_optimizer" if self.uses_bf16_optimizer else "zero",
             temporaries=_KINDS[self.optimizer],
             weight_bytes=self.weight_bytes,
             grad_bytes=MASTER if fp32 else self.weight_bytes,
-            compact=self.compact_gradients or fp32,
+            compact=self.compact_gradients or (fp32 and self.weight_bytes != MASTER),
             keeps_low_precision=self.uses_bf16_optimizer and not self.immediate_grad_update,
             gather_copies=self.gather_copies,
+            master_bytes=self.weight_bytes if self.bf16_optimizer_states else MASTER,
         )
 
     @classmethod
     def from_deepspeed(
-        cls, config: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike[str],
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> "StepConfig":
-        """Read it from a DeepSpeed config and, if there is one, the client optimizer.
+        """Read it from a DeepSpeed config and the optimizer.
+
+        Args:
+            config: a dict, or the path of the file with it.
+            optimizer: the client optimizer; None: the one that the config names, or torch's
+                AdamW with foreach where it names none.
 
         Raises:
-            InvalidArgumentError: ZeRO-3, fp16, or an optimizer whose cost is not known.
+            InvalidArgumentError: a setting, such as ZeRO-3 or fp16, or an optimizer whose cost
+                is not known.
         """
-        zero = config.get("zero_optimization", {})
-        types, bf16 = config.get("data_types", {}), config.get("bf16", {})
-        if not bf16.get("enabled"):
-            raise InvalidArgumentError(
-                'the DeepSpeed config has no "bf16": {"enabled": true}: the cost of the step is '
-                "known for bf16 weights."
-            )
-        offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        read = read_step_settings(config)
         return cls(
-            zero_stage=zero.get("stage", 0),
-            optimizer="CPUAdam" if offload else optimizer_kind(optimizer),
-            grad_accum_dtype="fp32" if types.get("grad_accum_dtype") == "fp32" else "bf16",
-            immediate_grad_update=bf16.get("immediate_grad_update", False),
+            zero_stage=read.zero_stage,
+            optimizer=_kind(optimizer, read.optimizer, read.optimizer_params, read.offloads),
+            grad_accum_dtype=read.grad_accum_dtype,
+            bf16_optimizer_states=read.bf16_optimizer_states,
+            immediate_grad_update=read.immediate_grad_update,
         )
 
 
-def optimizer_kind(optimizer: torch.optim.Optimizer | None) -> OptimizerKind:
-    """How an Adam optimizer computes; "foreach" where there is none yet.
+def _kind(
+    optimizer: torch.optim.Optimizer | None,
+    named: str | None,
+    params: Mapping[str, Any],
+    offloads: bool,
+) -> OptimizerKind:
+    """How the optimizer that DeepSpeed will use computes: the client's, or the one it makes.
 
     Raises:
-        InvalidArgumentError: not Adam or AdamW, whose temporaries are known.
+        InvalidArgumentError: one whose cost is not known.
     """
-    if optimizer is None:
-        return "foreach"
-    name = type(optimizer).__name__
-    if name in ("FusedAdam", "DeepSpeedCPUAdam"):
-        return "CPUAdam" if name == "DeepSpeedCPUAdam" else "FusedAdam"
-    if not isinstance(optimizer, torch.optim.AdamW):
-        raise InvalidArgumentError(
-            f"the step memory of {name} is not known: torch.optim.AdamW, FusedAdam and "
-            "DeepSpeedCPUAdam are."
-        )
-    if optimizer.defaults.get("fused"):
-        return "fused"
-    foreach = optimizer.defaults.get("foreach")
-    on_gpu = any(p.is_cuda for group in optimizer.param_groups for p in group["params"])
-    return "foreach" if foreach or (foreach is None and on_gpu) else "for-loop"
+    if optimizer is not None:
+        name, options = type(optimizer).__name__, optimizer.param_groups
+        params = {"fp32_optimizer_states": getattr(optimizer, "fp32_optimizer_states", None)}
+        of_torch = type(optimizer) is torch.optim.AdamW
+    elif named is None:
+        return "CPUAdam" if offloads else "foreach"
+    else:
+        name, options = named, [dict(params)]
+        of_torch = bool(params.get("torch_adam"))
+        if named in ("adam", "adamw") and not of_torch:
+            name = "DeepSpeedCPUAdam" if offloads else "FusedAdam"
+        elif not of_torch or (named == "adam" and not params.get("adam_w_mode", True)):
+            raise _unknown(named)
+    if name == "DeepSpeedCPUAdam" and offloads and params.get("fp32_optimizer_states") is not False:
+        return "CPUAdam"
+    if name == "FusedAdam" and not offloads:
+        return "FusedAdam"
+    if not of_torch:
+        raise _unknown(name + " with offload_optimizer" * offloads)
+    kind = _torch_kind(options)
+    if not offloads:
+        return kind
+    if kind != "fused":
+        raise _unknown(f"torch.optim.AdamW ({kind}) with offload_optimizer")
+    return "CPUAdam"  # which allocates as little
+
+
+def _torch_kind(groups: Iterable[Mapping[str, Any]]) -> OptimizerKind:
+    """How torch's AdamW computes with the options of these groups."""
+    kinds: set[OptimizerKind] = set()
+    for group in groups:
+        for option in ("amsgrad", "maximize", "capturable", "differentiable"):
+            if group.get(option):
+                raise _unknown(f"AdamW with {option}={group[option]!r}")
+        foreach = group.get("foreach")
+        on_gpu = torch.cuda.is_available() or any(p.is_cuda for p in group.get("params", ()))
+        several = foreach or (foreach is None and on_gpu)
+        kinds.add("fused" if group.get("fused") else "foreach" if several else "for-loop")
+    if len(kinds) != 1:
+        raise _unknown(f"AdamW whose groups compute in different ways ({', '.join(sorted(kinds))})")
+    return kinds.pop()
+
+
+def _unknown(what: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"the step memory of {what} is not known: that of torch.optim.AdamW (for-loop, foreach or "
+        "fused), of FusedAdam, and of DeepSpeedCPUAdam with offload_optimizer is. Measure the step "
+        "with measure_step_memory."
+    )

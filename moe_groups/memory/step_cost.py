@@ -19,11 +19,13 @@ Wrapper: TypeAlias = Literal["zero", "bf16_optimizer"]
 Ints: TypeAlias = NDArray[np.int64]
 
 MASTER = 4
-"""Bytes of an fp32 element: master weights, each of Adam's moments, upcast gradients."""
+"""Bytes of an fp32 element."""
 NORM = 8
 """Bytes of an element while its norm is taken: ZeRO's norms accumulate in fp64."""
-TEMPORARIES = {"for-loop": 2 * MASTER, "foreach": MASTER, "fused": 0}
-"""Bytes per element that AdamW allocates beside its state (``torch/optim/adam.py``)."""
+TEMPORARIES = {"for-loop": 2, "foreach": 1, "fused": 0}
+"""Copies of its partition that AdamW allocates beside its state (``torch/optim/adam.py``)."""
+MOMENTS = 2
+"""Tensors of AdamW's state, each in the dtype and size of the partition."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class StepSettings:
 
     Attributes:
         wrapper: DeepSpeed's ZeRO-1/2 optimizer or ``BF16_Optimizer``.
-        temporaries: bytes per element that the optimizer allocates beside its state.
+        temporaries: copies of a partition that the optimizer allocates beside its state.
         weight_bytes: bytes of an element of the model's weights.
         grad_bytes: bytes of an element of the accumulated gradients.
         compact: gradients are kept as exact partitions of the groups
@@ -40,7 +42,8 @@ class StepSettings:
         keeps_low_precision: ``BF16_Optimizer`` without ``immediate_grad_update`` holds the
             bf16 gradients of all parameters until the step ends.
         gather_copies: the all-gather copies what it receives (gloo does, NCCL does not).
-        state_bytes: bytes per element of optimizer state.
+        master_bytes: bytes of an element of the master weights, and so of the gradients and
+            moments that the optimizer works with.
     """
 
     wrapper: Wrapper = "zero"
@@ -50,7 +53,22 @@ class StepSettings:
     compact: bool = False
     keeps_low_precision: bool = False
     gather_copies: bool = False
-    state_bytes: int = 2 * MASTER
+    master_bytes: int = MASTER
+
+    @property
+    def upcast_bytes(self) -> int:
+        """Bytes per element of the copy of the gradients that has the master weights' dtype."""
+        return 0 if self.grad_bytes == self.master_bytes else self.master_bytes
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Bytes per element that the optimizer allocates beside its state."""
+        return self.temporaries * self.master_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes per element of optimizer state."""
+        return MOMENTS * self.master_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +197,9 @@ def _zero(groups: Sequence[GroupOnRanks], settings: StepSettings, first: bool) -
         slices = group.layout.largest_slice[group.partition_of]
         cost.raise_to(now + NORM * slices, _NORM, index)
     state, flat = 0, np.zeros_like(now)
-    upcasts = settings.grad_bytes != MASTER
     for index, group, copies, final in _in_turn(groups):
         partition = group.layout.partition
-        upcast = MASTER * partition if upcasts else 0
+        upcast = settings.upcast_bytes * partition
         if not settings.compact:  # one tensor alone is not copied to be flattened
             several = group.layout.tensors[group.partition_of] > 1
             flat = np.where(several, settings.grad_bytes * partition, 0)
@@ -190,9 +207,10 @@ def _zero(groups: Sequence[GroupOnRanks], settings: StepSettings, first: bool) -
         cost.raise_to(before, _UPCAST, index)
         last = np.where((last_user == index) & final, shared, 0)
         state += settings.state_bytes * partition if first else 0
-        during = now + upcast + settings.temporaries * partition + state
-        if upcasts:  # the copy is made, the gradients are released
-            during = during - own[index] - last
+        copied = np.full_like(flat, upcast) if upcast else flat
+        during = now + copied + settings.temporary_bytes * partition + state
+        # Once a copy is made, the gradients are released.
+        during = during - np.where(copied > 0, own[index] + last, 0)
         cost.raise_to(during, _OPTIMIZER, index)
         now = now - copies * own[index] - last
         cost.group_peaks.append(int(np.max(np.maximum(before, during))))
@@ -250,7 +268,7 @@ def _bf16_optimizer(
     for index, group in enumerate(groups):
         partition = group.layout.partition
         state += settings.state_bytes * partition if first else 0
-        during = now + settings.temporaries * partition + state
+        during = now + settings.temporary_bytes * partition + state
         cost.raise_to(during, _OPTIMIZER, index)
         cost.group_peaks.append(int(during.max()))
     _gather(cost, groups, settings, now + state)

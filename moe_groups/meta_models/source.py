@@ -58,7 +58,7 @@ def load_model(source: str) -> nn.Module:
     """
     if names_function(source):
         return _call(source)
-    need("transformers", "hf", "Hugging Face configs and model types")
+    need("transformers", "cli", "Hugging Face configs and model types")
     config = _config(source)
     kind = _model_class(config, source)
     with (

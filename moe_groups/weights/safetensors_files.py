@@ -69,7 +69,7 @@ class SafetensorsFiles:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        need("safetensors", "hf", "safetensors checkpoints")
+        need("safetensors", "safetensors", "safetensors checkpoints")
         self.directory = Path(directory)
         self.tensors: dict[str, StoredTensor] = {}
         self._open: dict[str, Any] = {}

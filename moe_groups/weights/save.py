@@ -10,7 +10,8 @@ from torch import distributed, nn
 from moe_groups._common.arguments import check_one_of, need
 from moe_groups._common.text import parse_bytes
 from moe_groups._deepspeed.engines import has_engine, is_pipeline, master_weights
-from moe_groups._deepspeed.process_groups import tensor_parallel_size
+from moe_groups._deepspeed.layers import layer_experts, layer_parallel_group, moe_layer_types
+from moe_groups._deepspeed.process_groups import expert_place, tensor_parallel_size
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.topology import Topology
 from moe_groups.weights.local_experts import (
@@ -72,7 +73,7 @@ def save_experts(
         InvalidArgumentError: an argument does not fit the model, or the package
             ``safetensors`` is missing.
     """
-    need("safetensors", "hf", "safetensors checkpoints")
+    need("safetensors", "safetensors", "safetensors checkpoints")
     check_one_of("dtype", dtype, (None, "fp32"))
     names = names_of(family)
     size = parse_bytes(max_shard_size, "max_shard_size")
@@ -108,6 +109,32 @@ def _taken(
     if full is not None:
         tensors = {name: full(tensor).cpu() for name, tensor in tensors.items()}
     return tensors if writes else {}
+
+
+def with_all_experts(module: nn.Module, state: Named) -> Named:
+    """A rank's state dict, on rank 0 with the experts of all ranks. All ranks call it together.
+
+    The experts of DeepSpeed's layers have their global numbers, as in a model with ``ep_size=1``.
+    """
+    whole = dict(state)
+    for path, layer in module.named_modules(remove_duplicate=False):
+        place = isinstance(layer, moe_layer_types()) and expert_place(layer_parallel_group(layer))
+        if not place:
+            continue
+        ep_rank, writes = place
+        first = ep_rank * len(layer_experts(layer))
+        prefix = f"{path}.deepspeed_moe.experts.deepspeed_experts.".lstrip(".")
+        own = [name for name in whole if name.startswith(prefix)]
+        mine: Named = {}
+        for name in own:
+            number, _, inside = name.removeprefix(prefix).partition(".")
+            mine[f"{prefix}{first + int(number)}.{inside}"] = whole.pop(name).cpu()
+        ranks: list[Any] = [None] * distributed.get_world_size()
+        gathers = distributed.get_rank() == 0
+        distributed.gather_object(mine if writes else {}, ranks if gathers else None)
+        for part in filter(None, ranks):
+            whole |= part
+    return whole
 
 
 def _check_whole(module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """DeepSpeed is imported when it is used, not before; grouping needs neither values nor ranks."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -15,7 +16,10 @@ from torch import nn
 
 from moe_groups import ExpertTag, create_moe_param_groups, describe, set_expert_tag
 from moe_groups._common.arguments import SplitBy
+from moe_groups._version import __version__
+from moe_groups.errors import InvalidArgumentError, MissingPackageError
 from moe_groups.groups.grouping import largest_group, padded_partition
+from tests.support import ROOT
 
 GROUP_A_MODEL = """
 import torch
@@ -70,7 +74,7 @@ except SystemExit as stop:
         "--help",
         "plan --help",
         "topology --help",
-        "topology --world 8 --ep 4 --json",
+        "topology --world-size 8 --ep 4 --json",
         "inspect-checkpoint --help",
         "regroup-checkpoint --help",
     ],
@@ -134,12 +138,58 @@ assert "deepspeed" in sys.modules
 """)
 
 
-def test_the_command_line_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_groups.cli", "--help"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    ("module", "option", "said"),
+    [
+        ("moe_groups.cli", "--help", "regroup-checkpoint"),
+        ("moe_groups", "--version", f"moe-groups {__version__}\n"),
+    ],
+)
+def test_the_command_line_runs_as_a_module(module: str, option: str, said: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, option], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "regroup-checkpoint" in done.stdout
+    assert said in done.stdout
+
+
+NEED = re.compile(r'\bneed\(\s*"(\w+)", "(\w+)"')
+
+
+def test_a_missing_package_is_named_with_the_smallest_extra_that_has_it() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    table = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = {
+        extra: set(re.findall(r'"([a-z]+)[^"]*"', packages))
+        for extra, packages in re.findall(r"^(\w+) = \[(.*?)\]", table, re.MULTILINE | re.DOTALL)
+    }
+    found = {}
+    for path in (ROOT / "moe_groups").rglob("*.py"):
+        if needs := NEED.findall(path.read_text()):
+            packages = {package for package, _ in needs}
+            fitting = [extra for extra in extras if packages <= extras[extra]]
+            smallest = min(fitting, key=lambda extra: len(extras[extra]))
+            assert {extra for _, extra in needs} == {smallest}, path
+            found[path.name] = smallest
+    assert len(found) > 7
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("integrations.hf_trainer", "transformers"),
+        ("integrations.accelerate", "accelerate"),
+        ("integrations.lightning", "lightning"),
+    ],
+)
+def test_a_missing_package_is_an_import_error_of_ours(
+    module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"moe_groups.{module}", raising=False)
+    with pytest.raises(MissingPackageError, match="pip install") as found:
+        importlib.import_module(f"moe_groups.{module}")
+    assert isinstance(found.value, InvalidArgumentError)
+    assert isinstance(found.value, ImportError)
+    assert found.value.name == package
 
 
 def test_what_works_offline_does_not_need_an_engine() -> None:

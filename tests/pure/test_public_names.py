@@ -22,8 +22,9 @@ NAMES = {
     "moe_groups.checkpoints": "CheckpointReport Regrouped",
     "moe_groups.errors": """
         CheckpointError CheckpointMismatchError CheckpointWarning CostlyGroupsWarning
-        InvalidArgumentError MeasurementError MoEGroupsError OverrideError ParameterInputError
-        PlanError RecomputationError TagError UnmarkedExpertsWarning UnsupportedDeepSpeedError
+        InvalidArgumentError MeasurementError MissingPackageError MoEGroupsError OverrideError
+        ParameterInputError PlanError RecomputationError TagError UnmarkedExpertsWarning
+        UnsupportedDeepSpeedError
         VerificationError
     """,
     "moe_groups.groups": "GroupRow GroupTable is_hidden_matrix",

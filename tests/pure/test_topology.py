@@ -163,7 +163,7 @@ def run(*args: object) -> int:
 
 
 def test_json_has_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--world", 16, "--tp", 2, "--pp", 2, "--ep", 2, "--expert-tp", "--json") == 0
+    assert run("--world-size", 16, "--tp", 2, "--pp", 2, "--ep", 2, "--expert-tp", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     topology = Topology(
         world_size=16, tp_size=2, pp_size=2, ep_size=2, expert_tensor_parallelism=True
@@ -173,10 +173,10 @@ def test_json_has_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_tables_have_a_row_for_each_rank(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--world", 64, "--ep", 8, "--data-before-expert") == 0
+    assert run("--world-size", 64, "--ep", 8, "--data-before-expert") == 0
     short = capsys.readouterr().out
     assert "40 more; --all" in short
-    assert run("--world", 64, "--ep", 8, "--data-before-expert", "--all") == 0
+    assert run("--world-size", 64, "--ep", 8, "--data-before-expert", "--all") == 0
     rows = capsys.readouterr().out.splitlines()
     assert rows[0] == "64 ranks: DP 64, EP 8, TP 1, PP 1; data before expert"
     row = next(line for line in rows if line.split()[:1] == ["63"])
@@ -199,7 +199,7 @@ def test_picture_is_drawn(
     sizes: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "ranks.png"
-    options = zip(("--world", "--tp", "--pp", "--ep"), sizes, strict=True)
+    options = zip(("--world-size", "--tp", "--pp", "--ep"), sizes, strict=True)
     assert run(*(part for pair in options for part in pair), "--plot", path) == 0
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG")
@@ -217,11 +217,14 @@ def test_letters_go_on_after_z() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--world", 8, "--tp", 3), "8 ranks cannot be cut into --tp 3 times --pp 1"),
-        (("--world", 8, "--ep", 3), "--ep 3 does not divide the 8 ranks of a stage (--world 8,"),
-        (("--world", 8, "--plot", "ranks.html"), "must end in .png"),
-        (("--world", 8, "--plot", "/no/such/ranks.png"), "there is no directory"),
-        (("--world", 256, "--plot", "ranks.png"), "up to 128 ranks, not 256"),
+        (("--world-size", 8, "--tp", 3), "8 ranks cannot be cut into --tp 3 times --pp 1"),
+        (
+            ("--world-size", 8, "--ep", 3),
+            "--ep 3 does not divide the 8 ranks of a stage (--world-size 8,",
+        ),
+        (("--world-size", 8, "--plot", "ranks.html"), "must end in .png"),
+        (("--world-size", 8, "--plot", "/no/such/ranks.png"), "there is no directory"),
+        (("--world-size", 256, "--plot", "ranks.png"), "up to 128 ranks, not 256"),
     ],
 )
 def test_bad_input_gives_one_line(
@@ -244,6 +247,6 @@ def test_optional_packages_are_named_where_they_are_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    assert run("--world", 4, *args) == 2
+    assert run("--world-size", 4, *args) == 2
     assert f"need {package}" in capsys.readouterr().err
-    assert run("--world", 4, "--json") == 0
+    assert run("--world-size", 4, "--json") == 0

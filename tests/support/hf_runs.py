@@ -30,9 +30,9 @@ class HFModel(PreTrainedModel):  # type: ignore[misc, unused-ignore]
 
     config_class = HFConfig
 
-    def __init__(self, config: HFConfig) -> None:
+    def __init__(self, config: HFConfig, ep_size: int = 2) -> None:
         super().__init__(config)
-        self.body = TinyMoE(MoE, ep_size=2)
+        self.body = TinyMoE(MoE, ep_size=ep_size)
         self.post_init()
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as stock_split
+from deepspeed.ops.adam import FusedAdam
 from torch import nn
 
 from moe_groups import (
@@ -71,7 +72,7 @@ class Expert(nn.Module):
 class Model(nn.Module):
     """A model that only needs gradients: its loss is the sum of its parameters."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         self.dense = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in shape.dense)
         self.layers = nn.ModuleList(
@@ -83,7 +84,7 @@ class Model(nn.Module):
             )
             for _ in range(shape.layers)
         )
-        self.to(torch.bfloat16)
+        self.to(dtype)
 
     def forward(self) -> torch.Tensor:
         # One after the other, because a sum of all would hold an fp32 copy of each.
@@ -103,6 +104,8 @@ class Case(NamedTuple):
         cap: elements of a group; for "planned" the largest number of groups, for "budget" bytes.
         accumulate: micro-batches in a step.
         clip: gradient clipping, 0 for none.
+        zero: further settings of the ``zero_optimization`` section.
+        further: further settings of the config.
     """
 
     step: StepConfig = StepConfig()
@@ -111,6 +114,8 @@ class Case(NamedTuple):
     shape: Shape = Shape()
     accumulate: int = 1
     clip: float = 0.0
+    zero: tuple[tuple[str, Any], ...] = ()
+    further: tuple[tuple[str, Any], ...] = ()
 
 
 class Figures(NamedTuple):
@@ -164,7 +169,10 @@ def make_groups(model: nn.Module, case: Case, world: int) -> list[dict[str, Any]
 
 def deepspeed_config(case: Case) -> dict[str, Any]:
     step = case.step
-    zero: dict[str, Any] = {"stage": step.zero_stage, "contiguous_gradients": True}
+    zero: dict[str, Any] = {"stage": step.zero_stage, **dict(case.zero)}
+    bf16 = {"enabled": step.weight_bytes == 2, "immediate_grad_update": step.immediate_grad_update}
+    if step.bf16_optimizer_states:
+        bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     if step.offloads:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -173,10 +181,10 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
         "gradient_clipping": case.clip,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": True, "immediate_grad_update": step.immediate_grad_update},
-        "data_types": {"grad_accum_dtype": step.grad_accum_dtype},
+        "bf16": bf16,
+        "data_types": {"grad_accum_dtype": "fp32" if step.accumulates_fp32 else "bf16"},
         "zero_optimization": zero,
-    }
+    } | dict(case.further)
 
 
 def tiles_of(groups: list[dict[str, Any]], world: int) -> list[GroupOnRanks]:
@@ -199,12 +207,16 @@ def expected_figures(
 def start(case: Case) -> tuple[Any, list[dict[str, Any]]]:
     """An engine, and the groups that were given to it."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Model(case.shape)
+        model = Model(case.shape, torch.float32 if case.step.weight_bytes == 4 else torch.bfloat16)
     groups = make_groups(model, case, torch.distributed.get_world_size())
     given = [dict(group, params=list(group["params"])) for group in groups]
-    # On the host the fused kernel replaces DeepSpeedCPUAdam; both allocate nothing.
-    options: dict[str, Any] = OPTIONS[case.step.optimizer if not case.step.offloads else "fused"]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, **options)
+    optimizer: torch.optim.Optimizer
+    if case.step.optimizer == "FusedAdam":
+        optimizer = FusedAdam(groups, lr=1e-3)
+    else:
+        # On the host the fused kernel replaces DeepSpeedCPUAdam; both allocate nothing.
+        options = OPTIONS[case.step.optimizer if not case.step.offloads else "fused"]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, **options)  # type: ignore[arg-type]
     engine = initialize(model, optimizer, deepspeed_config(case))
     gc.unfreeze()  # walking frozen objects costs each measurement a second
     if case.step.compact_gradients:

@@ -62,7 +62,7 @@ def export_checkpoint(
             ranks; or the destination holds a checkpoint or cannot be written.
         InvalidArgumentError: an argument is out of range, or ``safetensors`` is missing.
     """
-    need("safetensors", "hf", "safetensors checkpoints")
+    need("safetensors", "safetensors", "safetensors checkpoints")
     check_one_of("dtype", dtype, (None, "fp32"))
     names, size = names_of(family), parse_bytes(max_shard_size, "max_shard_size")
     files = find_checkpoint(directory, tag)

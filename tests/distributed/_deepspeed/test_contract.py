@@ -196,6 +196,9 @@ def test_wrapper_keeps_the_members_of_groups(wrapper: str) -> None:
 
 SIGNATURES = {
     "_broadcast_model": "(self)",
+    "_configure_moe_settings": "(self)",
+    "load_module_state_dict": "(self, checkpoint, strict=True, custom_load_fn=None, "
+    "fetch_z3_params=False, z3_params_to_fetch=None, allowed_missing_keys=None)",
     "_configure_distributed_model": "(self, model)",
     "scaled_global_norm": "(self, norm_type=2)",
     "_gather_tokens": "(input_, dim=0)",

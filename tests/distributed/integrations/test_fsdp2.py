@@ -103,7 +103,16 @@ def meshes_apart() -> list[str]:
     """Dense parameters on two meshes, which one foreach operation may not mix."""
     model = sharded()
     groups = create_moe_param_groups(model)
-    return [group["name"] for group in groups]
+    names = [group["name"] for group in groups]
+    tag_experts(model, "*.experts", ep_size=1)
+    for name, param in model.named_parameters():
+        param.requires_grad_(".experts." not in name)
+    parameters: list[Any] = list(model.parameters())
+    before = [param.to_local().clone() for param in parameters]
+    after = train(model, create_moe_param_groups(model, split_by="expert"))
+    for param, old, new in zip(parameters, before, after, strict=True):
+        assert torch.equal(old, new) != param.requires_grad
+    return names
 
 
 def test_dense_parameters_on_two_meshes() -> None:

@@ -1,10 +1,12 @@
 """Hugging Face's Trainer on two ranks: trained, saved and resumed as through DeepSpeed alone."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
 
@@ -17,7 +19,7 @@ from moe_groups.errors import (
     ParameterInputError,
     VerificationError,
 )
-from tests.support.hf_runs import LR, by_expert, config, train_plainly, trainer
+from tests.support.hf_runs import LR, HFConfig, HFModel, by_expert, config, train_plainly, trainer
 from tests.support.ranks import (
     forget_process_groups,
     run_in_fresh_processes,
@@ -98,6 +100,32 @@ def test_resumes_from_trainers_checkpoint(tmp_path: Path) -> None:
         assert says_origins
         assert "checkpoint-2 (global_step2) was saved with other groups" in message
         assert "regroup-checkpoint" in message
+
+
+def saved_models(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of this rank, with the numbers of its experts over all ranks."""
+    run = trainer(folder, config("zero2"), **EXPERTS)
+    run.args.save_only_model = True
+    run.train()
+    run.save_model(str(folder / "saved"))
+    first, named = 2 * torch.distributed.get_rank(), run.model.state_dict()
+    return {
+        re.sub(r"(deepspeed_experts)\.(\d)", lambda m: f"{m[1]}.{first + int(m[2])}", name): value
+        for name, value in named.items()
+    }
+
+
+@pytest.mark.long
+def test_a_saved_model_has_the_experts_of_all_ranks(tmp_path: Path) -> None:
+    first, second = run_on_ranks(2, saved_models, tmp_path, timeout=400)
+    whole = first | second
+    assert len(whole) > len(first)
+    for file in (tmp_path / "saved", tmp_path / "checkpoint-4"):
+        saved = load_file(file / "model.safetensors")
+        assert saved.keys() == whole.keys()
+        assert all(torch.equal(saved[name], whole[name]) for name in whole)
+    model = HFModel.from_pretrained(tmp_path / "saved", config=HFConfig(), ep_size=1)
+    assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())
 
 
 def without_groups(folder: Path, blocks: tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from safetensors import safe_open
 from torch import nn
 from transformers import get_scheduler
 
@@ -36,9 +37,9 @@ TARGETS = ["inp", "up", "down"]
 STEPS = 4
 
 
-def adapt(model: nn.Module, **options: Any) -> Any:
+def adapt(model: nn.Module, targets: list[str] = TARGETS, **options: Any) -> Any:
     torch.manual_seed(1)
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=TARGETS, **options))
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, **options))
 
 
 def by_hand(model: nn.Module) -> Groups:
@@ -153,6 +154,10 @@ def resume_trainer(folder: Path) -> tuple[float, float, list[str]]:
     assert origin is not None
     assert origin.frozen_experts  # only adapters are trained
     assert all("lora_" in row.name for row in origin.rows)
+    file = folder / "checkpoint-4/adapter_model.safetensors"
+    with safe_open(file, "pt") as saved:
+        numbers = {name.split("deepspeed_experts.")[-1][0] for name in saved.keys()}  # noqa: SIM118
+    assert numbers >= set("0123")  # the adapters of all ranks
     forget_process_groups()
     run = start()
     run.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
@@ -169,8 +174,8 @@ def test_trainer_resumes_with_adapters(tmp_path: Path) -> None:
         assert len(set(names)) == len(names) == 5
 
 
-def accelerated() -> tuple[int, int, list[str]]:
-    run = prepare_with_accelerate("zero2", (), adapt(make_model()), STEPS)
+def accelerated(targets: list[str]) -> tuple[int, int, list[str]]:
+    run = prepare_with_accelerate("zero2", (), adapt(make_model(), targets), STEPS)
     engine, schedule = run[1], run[-1].scheduler
     before = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
     run_accelerate(run, STEPS)
@@ -179,8 +184,10 @@ def accelerated() -> tuple[int, int, list[str]]:
     return len(schedule.base_lrs), len(engine.optimizer.param_groups), changed
 
 
-def test_accelerate_trains_adapters() -> None:
-    for rates, groups, changed in run_on_ranks(2, accelerated, timeout=400):
-        assert rates == groups == 5
+@pytest.mark.parametrize(("targets", "expected"), [(TARGETS, 5), (["inp"], 1)])
+def test_accelerate_trains_adapters(targets: list[str], expected: int) -> None:
+    """Also of dense layers alone, beside experts that are all frozen."""
+    for rates, groups, changed in run_on_ranks(2, accelerated, targets, timeout=400):
+        assert rates == groups == expected
         assert changed
         assert all("lora_" in name for name in changed)

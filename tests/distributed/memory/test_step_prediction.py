@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from moe_groups import StepConfig, estimate_step_memory
+from moe_groups._deepspeed import step_settings
+from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory import StepMemory
 from moe_groups.memory.live_storages import live_storages
 from tests.support.fake_world import run_as_rank
@@ -44,6 +46,8 @@ ACCUMULATIONS = (
     StepConfig(zero_stage=2, grad_accum_dtype="fp32"),
     StepConfig(zero_stage=1, grad_accum_dtype="fp32"),
     StepConfig(zero_stage=1, grad_accum_dtype="fp32", immediate_grad_update=True),
+    StepConfig(zero_stage=2, weight_bytes=4),
+    StepConfig(zero_stage=1, bf16_optimizer_states=True),
 )
 WAYS: list[StepConfig] = [
     replace(step, optimizer=kind)  # type: ignore[arg-type]
@@ -68,6 +72,30 @@ FAST = [
     Case(replace(ACCUMULATIONS[5], optimizer="for-loop"), "module", None, SHAPES[0], 4),
     Case(replace(ACCUMULATIONS[6], optimizer="fused"), "parallel_group", clip=1.0),
 ]
+WITHOUT_EFFECT: dict[str, Any] = {
+    "allgather_bucket_size": 1_000,
+    "allgather_partitions": False,
+    "elastic_checkpoint": True,
+    "ignore_unused_parameters": False,
+    "leaf_module": {"names": ["Expert"]},
+    "load_from_fp32_weights": False,
+    "log_trace_cache_warnings": True,
+    "memory_efficient_linear": False,
+    "overlap_comm": True,
+    "override_module_apply": False,
+    "pipeline_loading_checkpoint": True,
+    "reduce_bucket_size": 50_000,
+    "sub_group_size": 1_000,
+    "use_multi_rank_bucket_allreduce": False,
+    "stage3_max_live_parameters": 5,
+}
+"""Settings of ``zero_optimization`` that are not the default, and that ZeRO-1 and 2 ignore."""
+FURTHER: dict[str, Any] = {
+    "bf16": {"enabled": True, "check_grad_overflow": False},
+    "communication_data_type": "fp32",
+    "gradient_allreduce_op": "sum",
+    "wall_clock_breakdown": True,
+}
 
 
 def on_gloo(case: Case) -> Case:
@@ -111,6 +139,23 @@ def test_some_on_real_ranks() -> None:
 def test_some_in_large_worlds(rank: int, world: int) -> None:
     cases = [case._replace(shape=case.shape.times(max(1, world // 16))) for case in FAST]
     check(cases, run_as_rank(rank, world, run_all, cases, 2))
+
+
+@pytest.mark.long
+def test_settings_without_effect_fused_adam_and_other_dtypes() -> None:
+    ignored = tuple(WITHOUT_EFFECT.items())
+    cases = [
+        Case(StepConfig(zero_stage=1), zero=ignored, accumulate=2),
+        Case(StepConfig(), zero=ignored, further=tuple(FURTHER.items())),
+        Case(StepConfig(optimizer="FusedAdam", bf16_optimizer_states=True)),
+        Case(StepConfig(optimizer="FusedAdam")),
+        Case(replace(ACCUMULATIONS[7], optimizer="for-loop"), "stock", None, SHAPES[2]),
+        Case(replace(ACCUMULATIONS[8], zero_stage=2, compact_gradients=True), "expert"),
+    ]
+    listed = set(step_settings.WITHOUT_EFFECT["zero_optimization"])
+    assert listed - set(WITHOUT_EFFECT) == {"cpu_offload_use_pin_memory"}
+    assert all(StepConfig.from_deepspeed(deepspeed_config(case)) for case in cases[:4])
+    check(cases, run_as_rank(1, 4, run_all, cases, 2))
 
 
 def test_steps_are_told_apart() -> None:
@@ -159,12 +204,19 @@ def test_offload_to_the_host(accumulation: Any) -> None:
         assert away(figures, expected) < SCALARS
 
 
-@pytest.mark.parametrize("step", WAYS, ids=lambda step: step.label)
+@pytest.mark.parametrize(
+    "step", [step for step in WAYS if step.weight_bytes == 2], ids=lambda step: step.label
+)
 def test_read_off_the_config(step: StepConfig) -> None:
     options: dict[str, Any] = OPTIONS[step.optimizer]
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], **options)
     read = StepConfig.from_deepspeed(deepspeed_config(Case(step)), optimizer)
     assert replace(read, compact_gradients=step.compact_gradients) == step
+
+
+def test_fp32_weights_are_not_read_off_a_config() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"StepConfig\(weight_bytes=4"):
+        StepConfig.from_deepspeed(deepspeed_config(Case(ACCUMULATIONS[7])))
 
 
 PLACES = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_groups import StepConfig, cli, estimate_step_memory, plan_param_groups
-from moe_groups.cli.plan_report import fold
+from moe_groups.cli.render import alike, name_pattern
 from moe_groups.memory.estimate import GroupMemory
 from moe_groups.meta_models.rank import shard_for_rank
 from moe_groups.meta_models.source import load_model
@@ -190,9 +190,9 @@ def test_text_fits_100_columns_and_has_all_parts(
 
 def test_groups_fold_where_names_differ_in_numbers() -> None:
     rows = [GroupMemory(f"moe.{i}.tile.{j}", 10 * i, 4, i, i, j) for i in (2, 5) for j in (0, 1)]
-    found = fold([GroupMemory("dense", 7, 8, 2, 3, 4), *rows])
-    assert [(row.count, row.name) for row in found] == [(1, "dense"), (4, "moe.{2..5}.tile.{0..1}")]
-    assert (found[1].elements, found[1].partition, found[1].peak) == (50, 5, 1)
+    dense = GroupMemory("dense", 7, 8, 2, 3, 4)
+    assert alike([dense, *rows], lambda row: row.ranks) == [[dense], rows]
+    assert name_pattern([row.name for row in rows]) == "moe.{2..5}.tile.{0..1}"
 
 
 def test_plots(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,7 +298,7 @@ def test_no_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("rich", "cli", []),
         ("matplotlib", "plot", ["--json", "--plot", "plan.png"]),
-        ("transformers", "hf", ["--json"]),
+        ("transformers", "cli", ["--json"]),
     ],
 )
 def test_missing_package_names_the_extra(

@@ -267,12 +267,61 @@ def test_what_is_refused_leaves_the_optimizer_alone(case: str) -> None:
     assert all(getattr(p, "expert_group_name", None) is None for p in model.parameters())
 
 
-def test_frozen_experts_are_named_though_an_optimizer_leaves_them_out() -> None:
+def test_a_second_grouping_is_refused() -> None:
+    model = make_model()
+    optimizer = group_optimizer(torch.optim.AdamW(model.parameters()), model)
+    names = [group["name"] for group in optimizer.param_groups]
+    with pytest.raises(InvalidArgumentError, match="has groups of moe-groups already"):
+        group_optimizer(optimizer, model, split_by="expert")
+    assert [group["name"] for group in optimizer.param_groups] == names
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_an_optimizer_or_scheduler_of_ones_own_is_refused(both: bool, tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, float)
+    with pytest.raises(InvalidArgumentError, match="override create_optimizer"):
+        MoETrainer(
+            model=model,
+            args=arguments(tmp_path),
+            optimizers=(optimizer if both else None, scheduler),
+        )
+
+
+def test_a_class_of_optimizers_is_kept(tmp_path: Path) -> None:
+    model, kind = make_model(), (torch.optim.SGD, {"lr": 1e-5, "momentum": 0.5})
+    trainer = MoETrainer(model=model, args=arguments(tmp_path), optimizer_cls_and_kwargs=kind)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.SGD
+    assert {(group["lr"], group["momentum"]) for group in optimizer.param_groups} == {(1e-5, 0.5)}
+    assert any(group.get("moe") for group in optimizer.param_groups)
+    trainer.optimizer = DummyOptim(params=list(model.parameters()))  # as Trainer does for a block
+    with pytest.raises(InvalidArgumentError, match="name two optimizers"):
+        trainer.create_optimizer()
+
+
+@pytest.mark.parametrize(
+    "make_groups",
+    [
+        create_moe_param_groups,
+        lambda model: create_moe_param_groups(model.named_parameters(), split_by="expert"),
+        lambda model: (
+            group_optimizer(
+                torch.optim.AdamW(p for p in model.parameters() if p.requires_grad), model
+            ).param_groups
+        ),
+    ],
+    ids=["module", "named", "optimizer"],
+)
+def test_frozen_experts_are_in_no_group(make_groups: Callable[[nn.Module], Groups]) -> None:
     model = TinyMoE(MoE, ep_size=2)
     model.blocks.requires_grad_(False)
-    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    with pytest.raises(ParameterInputError, match=r"all expert parameters are frozen .*blocks\.0"):
-        group_optimizer(optimizer, model)
+    (group,) = make_groups(model)
+    assert group["name"] == "dense"
+    assert "moe" not in group
+    trained = [*model.inp.parameters(), *model.out.parameters()]
+    assert list(map(id, group["params"])) == list(map(id, trained))
 
 
 @pytest.mark.parametrize(

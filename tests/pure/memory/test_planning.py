@@ -364,6 +364,7 @@ CONFIGS = [
     *(StepConfig(bf16_optimizer=True, immediate_grad_update=keeps) for keeps in (True, False)),
     StepConfig(bf16_optimizer=True, gather_copies=True),
     StepConfig(weight_bytes=4),
+    StepConfig(bf16_optimizer_states=True),
 ]
 
 

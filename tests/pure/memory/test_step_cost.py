@@ -38,6 +38,15 @@ def owners(sizes: tuple[int, ...], ranks: int) -> tuple[int, list[list[int | Non
     return size, [elements[rank * size : (rank + 1) * size] for rank in range(ranks)]
 
 
+def release(memory: Memory, index: int, users: set[int]) -> None:
+    """The gradients of a group; those that are views of one buffer, when no group uses it."""
+    memory.drop(("grad", index))
+    memory.drop(("pad", index))
+    if not users:
+        for name in [name for name in memory.buffers if name[0] == "whole"]:
+            memory.drop(name)
+
+
 def simulate(
     groups: list[tuple[tuple[int, ...], int, int]], step: StepSettings, first: bool
 ) -> tuple[int, int]:
@@ -69,27 +78,24 @@ def simulate(
             memory.drop("norm")
     for index, (_, size, parts, own) in enumerate(mine):
         if step.wrapper == "zero":
-            upcast = step.grad_bytes != 4
-            pieces = len(set(parts[own]))
-            if not step.compact and pieces > 1:
+            converts = step.grad_bytes != step.master_bytes
+            flattens = not step.compact and len(set(parts[own])) > 1
+            if flattens:
                 memory.make("flat", step.grad_bytes * size)
-            if upcast:
-                memory.make("fp32", 4 * size)
-            memory.drop("flat")
+            if converts:
+                memory.make("converted", step.master_bytes * size)
+                memory.drop("flat")
             users.discard(index)
-            if upcast:
-                memory.drop(("grad", index))
-                memory.drop(("pad", index))
-                if not users:  # views of one buffer
-                    for name in [n for n in memory.buffers if n[0] == "whole"]:
-                        memory.drop(name)
+            if converts or flattens:
+                release(memory, index, users)
         if first:
-            memory.make(("state", index), step.state_bytes * size)
-        memory.make("temporaries", step.temporaries * size)
+            memory.make(("state", index), 2 * step.master_bytes * size)
+        memory.make("temporaries", step.temporaries * step.master_bytes * size)
         memory.drop("temporaries")
-        memory.drop("fp32")
+        memory.drop("converted")
+        memory.drop("flat")
         if step.wrapper == "zero":
-            memory.drop(("grad", index))
+            release(memory, index, users)
     for _, size, parts, _ in mine if step.gather_copies else []:
         if len(parts) > 1:
             memory.make("gather", step.weight_bytes * size * len(parts))
@@ -113,6 +119,7 @@ SETTINGS = st.builds(
     grad_bytes=st.sampled_from([2, 4]),
     compact=st.booleans(),
     keeps_low_precision=st.booleans(),
+    master_bytes=st.sampled_from([2, 4]),
     gather_copies=st.booleans(),
 )
 
@@ -123,8 +130,6 @@ def test_every_rank_costs_what_the_simulation_says(
     case: tuple[int, list[tuple[tuple[int, ...], int]]], step: StepSettings, first: bool
 ) -> None:
     world, groups = case
-    if step.grad_bytes == 4:
-        step = replace(step, compact=True)  # DeepSpeed keeps fp32 gradients so itself
     ranks = np.arange(world)
     cost = step_cost(
         [GroupOnRanks(sizes, ranks // ep, world // ep) for sizes, ep in groups], step, first

@@ -356,7 +356,7 @@ def test_an_unreadable_directory(tmp_path: Path) -> None:
 def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     for source in ("mixtral", write(tmp_path, TINY_MIXTRAL)):
-        with pytest.raises(InvalidArgumentError, match=r"pip install 'moe-groups\[hf\]'"):
+        with pytest.raises(InvalidArgumentError, match=r"pip install 'moe-groups\[cli\]'"):
             load_model(source)
 
 

@@ -355,8 +355,8 @@ def test_layers_of_no_known_number(mixtral: Path) -> None:
 
 def test_without_the_package(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)  # an import of it fails
-    refused(decoder(), mixtral, r"need safetensors, .* pip install 'moe-groups\[hf\]'")
-    with pytest.raises(InvalidArgumentError, match=r"moe-groups\[hf\]"):
+    refused(decoder(), mixtral, r"need safetensors, .* pip install 'moe-groups\[safetensors\]'")
+    with pytest.raises(InvalidArgumentError, match=r"moe-groups\[safetensors\]"):
         save_experts(decoder(), mixtral / "out", family="mixtral")
 
 
