@@ -12,7 +12,7 @@ import torch
 from moe_groups._common.arguments import Count, Positive, checked
 from moe_groups._common.text import html_table, text_table
 from moe_groups._deepspeed.engines import engine_data_parallel_group, is_engine, stepped_groups
-from moe_groups._deepspeed.process_groups import expert_data_parallel_size, expert_parallel_rank
+from moe_groups._deepspeed.process_groups import expert_data_parallel_ranks, expert_parallel_rank
 from moe_groups.groups.grouping import padded_partition
 from moe_groups.groups.inputs import made_groups
 from moe_groups.tags import (
@@ -249,7 +249,7 @@ def _row(index: int, group: Mapping[str, Any], params: list[torch.Tensor], world
     tag = get_expert_tag(params[0]) if params else None
     name = tag.parallel_group if tag else parallel_group_of(str(group.get("name")))
     if moe and PARALLEL_GROUP.fullmatch(name):
-        known = expert_data_parallel_size(name)
+        known = len(expert_data_parallel_ranks(name)) or None
         ranks = known or max(1, world // ep_size_of(name))
         ep_rank = expert_parallel_rank(name)
         if number is not None and ep_rank is not None and tag is not None:

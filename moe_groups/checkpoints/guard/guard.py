@@ -13,7 +13,7 @@ from moe_groups._common.arguments import FilePath, checked
 from moe_groups._common.own_folder import is_plain
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed.checkpoints import checkpoint_tag
+from moe_groups._deepspeed.checkpoints import checkpoint_tag, writes_later
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.engines import Engine, SteppingEngine
 from moe_groups.checkpoints.files import check_tag, list_files, list_saved
@@ -120,7 +120,7 @@ def guarded_save(
     folder, writes = Path(save_dir) / tag, _writes(engine)
     if guard is not None:
         on_all_ranks(lambda: check_tag(tag))
-    if guard is None or engine.checkpoint_engine.is_decoupled():
+    if guard is None or writes_later(engine):
         if writes and is_plain(tag):  # what an older save said of this folder no longer holds
             for name in (FILE_NAME, UNFINISHED):
                 with contextlib.suppress(OSError):
