@@ -1,14 +1,16 @@
 """``MoE``: DeepSpeed's layer whose experts know their layer and number."""
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import nn
 
+from moe_groups._common.arguments import Count, NotNegative, checked
 from moe_groups._deepspeed.contract import check_contract
 from moe_groups._deepspeed.layers import layer_experts, layer_parallel_group
+from moe_groups.errors import InvalidArgumentError
 from moe_groups.tags import (
     ExpertTag,
     check_label,
@@ -21,6 +23,7 @@ from moe_groups.tags import (
 check_contract()  # now, and not in the middle of a run
 
 
+@checked
 class MoE(DeepSpeedMoE):
     """DeepSpeed's mixture-of-experts layer with an ``expert_group_name``.
 
@@ -43,6 +46,7 @@ class MoE(DeepSpeedMoE):
     ``ep_size_<N>``. The label is ``group_label``.
 
     Raises:
+        InvalidArgumentError: an argument has another type or range.
         TagError: the label cannot be part of a process-group key.
 
     Example:
@@ -53,16 +57,16 @@ class MoE(DeepSpeedMoE):
 
     def __init__(
         self,
-        hidden_size: int,
+        hidden_size: Count,
         expert: nn.Module,
-        num_experts: int = 1,
-        ep_size: int = 1,
-        k: int = 1,
-        capacity_factor: float = 1.0,
-        eval_capacity_factor: float = 1.0,
+        num_experts: Count = 1,
+        ep_size: Count = 1,
+        k: Count = 1,
+        capacity_factor: NotNegative = 1.0,
+        eval_capacity_factor: NotNegative = 1.0,
         min_capacity: int = 4,
         use_residual: bool = False,
-        noisy_gate_policy: str | None = None,
+        noisy_gate_policy: Literal["None", "Jitter", "RSample"] | None = None,
         drop_tokens: bool = True,
         use_rts: bool = True,
         use_tutel: bool = False,
@@ -73,6 +77,11 @@ class MoE(DeepSpeedMoE):
     ) -> None:
         if expert_group_name is not None:
             check_label(expert_group_name)
+        if num_experts % ep_size:
+            raise InvalidArgumentError(
+                f"num_experts={num_experts} is no multiple of ep_size={ep_size}: each rank has the "
+                "same number of experts."
+            )
         super().__init__(
             hidden_size,
             expert,

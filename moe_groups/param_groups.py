@@ -3,13 +3,13 @@
 import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, TypeAlias
 
-from moe_groups._common.arguments import LEVELS, SplitBy, check_one_of
+from moe_groups._common.arguments import Bytes, Cap, Count, Is, NotNegative, SplitBy, checked
 from moe_groups._common.garbage import no_garbage_collection
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
+from moe_groups.errors import InvalidArgumentError, UnmarkedExpertsWarning
 from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE, Caps
 from moe_groups.groups.families import read_table
 from moe_groups.groups.grouping import make_plan
@@ -18,29 +18,36 @@ from moe_groups.groups.keys import Key, PlannedGroup
 from moe_groups.groups.origin import remember_groups
 from moe_groups.groups.rules import NoDecay, Overrides, Rules
 from moe_groups.memory.cost_warning import warn_if_costly
+from moe_groups.memory.plan import ParamGroupPlan, make_group_plan
+from moe_groups.memory.step_config import StepConfig
 from moe_groups.tags import is_expert_parameter
 
 _ROUTED = re.compile(r"(^|\.)experts\.")
 """In names of routed experts; those of shared experts have another word there."""
 
-if TYPE_CHECKING:
-    from moe_groups.memory.plan import ParamGroupPlan
-    from moe_groups.memory.step_config import StepConfig
+GroupDicts: TypeAlias = Annotated[
+    Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    Is(
+        lambda value: isinstance(value, Mapping | tuple | list),
+        "a group dict or a list of them (for a model call create_moe_param_groups)",
+    ),
+]
 
 
+@checked
 def create_moe_param_groups(
     params: ParamsInput,
     *,
     split_by: SplitBy | None = None,
-    max_group_size: int | float | None = None,
-    max_group_bytes: int | float | None = None,
-    data_parallel_size: int | None = None,
-    weight_decay: float | None = None,
+    max_group_size: Cap | None = None,
+    max_group_bytes: Cap | None = None,
+    data_parallel_size: Count | None = None,
+    weight_decay: NotNegative | None = None,
     no_decay: NoDecay | None = None,
     overrides: Overrides | None = None,
-    plan: "ParamGroupPlan | None" = None,
-    step_memory_budget: int | str | None = None,
-    step: "StepConfig | None" = None,
+    plan: ParamGroupPlan | None = None,
+    step_memory_budget: Bytes | None = None,
+    step: StepConfig | None = None,
 ) -> list[ParamGroup]:
     """Group parameters for an optimizer that DeepSpeed wraps (ZeRO-1, ZeRO-2, BF16_Optimizer).
 
@@ -72,7 +79,8 @@ def create_moe_param_groups(
         overrides: ``(pattern, options)`` pairs. A glob pattern selects parameters by
             qualified name, by a module above them, or as ``<layer>.expert.<number>`` with
             the layer's label or module path and the number on this rank. These options win
-            over all others.
+            over all others. They may set what an optimizer takes whose class is imported (torch's,
+            DeepSpeed's, your own), and keys that your group dicts have.
         plan: make the groups of this plan, with its rules; excludes all other arguments.
         step_memory_budget: cut and order the groups as :func:`plan_param_groups` does, in
             place of a cap: bytes, a string such as "2GiB", or "auto".
@@ -125,7 +133,6 @@ def create_moe_param_groups(
         return _groups_of_plan(params, plan)
     if split_by is None:
         split_by = "module" if step_memory_budget is None else "parallel_group"
-    check_one_of("split_by", split_by, LEVELS)
     caps = Caps(
         max_group_size, max_group_bytes, data_parallel_size, step.tensor_ranks if step else 1
     )
@@ -148,8 +155,6 @@ def create_moe_param_groups(
                 "step_memory_budget counts what DeepSpeed's optimizer step takes; these parameters "
                 "are DTensors, which DeepSpeed does not step: leave it out."
             )
-        from moe_groups.memory.plan import make_group_plan
-
         made = make_group_plan(
             given, table, rules, split_by, step, data_parallel_size, step_memory_budget
         )
@@ -158,7 +163,7 @@ def create_moe_param_groups(
     return _make_groups(params, Rules(*rules), make, split_by)
 
 
-def _groups_of_plan(params: ParamsInput, plan: "ParamGroupPlan") -> list[ParamGroup]:
+def _groups_of_plan(params: ParamsInput, plan: ParamGroupPlan) -> list[ParamGroup]:
     def make(given: GroupInput) -> list[PlannedGroup]:
         plan.check_made_for(read_table(given, Rules(*plan.rules), plan.split_by))
         return plan.groups
@@ -205,9 +210,10 @@ def _warn_if_unmarked(given: GroupInput, split_by: SplitBy) -> None:
     )
 
 
+@checked
 def split_params_into_different_moe_groups_for_optimizer(
-    param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    max_group_size: int | float | None = DEEPSPEED_MAX_GROUP_SIZE,
+    param_groups: GroupDicts,
+    max_group_size: Cap | None = DEEPSPEED_MAX_GROUP_SIZE,
     *,
     split_by: SplitBy = "parallel_group",
 ) -> list[ParamGroup]:
@@ -226,11 +232,6 @@ def split_params_into_different_moe_groups_for_optimizer(
     Raises:
         MoEGroupsError: as :func:`create_moe_param_groups`.
     """
-    if not isinstance(param_groups, Mapping | tuple | list):
-        raise ParameterInputError(
-            f"param_groups is a {type(param_groups).__name__}: expected a group dict, or a list "
-            "or tuple of them. For a module or parameters call create_moe_param_groups."
-        )
     return create_moe_param_groups(param_groups, split_by=split_by, max_group_size=max_group_size)
 
 

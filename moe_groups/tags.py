@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moe_groups._common.arguments import checked, shown
 from moe_groups.errors import TagError
 
 LABELS = ("expert_group_name", "expert_number")
@@ -56,6 +57,7 @@ class ExpertTag(NamedTuple):
         """Parallel group, layer and expert number."""
         return self.parallel_group, self.layer, self.expert_number
 
+    @checked
     def global_number(self, ep_rank: int) -> int | None:
         """The expert's number in its layer over all ranks, or None if it has no number."""
         if self.expert_number is None or self.num_local_experts is None:
@@ -88,6 +90,7 @@ def numel_of(param: torch.Tensor) -> int:
     return param.numel() if numel is None else numel
 
 
+@checked
 def set_expert_tag(param: torch.Tensor, tag: ExpertTag) -> None:
     """Mark ``param`` as an expert parameter, for DeepSpeed and for grouping.
 
@@ -113,6 +116,7 @@ def attributes_of(tag: ExpertTag) -> dict[str, Any]:
     }
 
 
+@checked
 def get_expert_tag(param: torch.Tensor, name: str = "") -> ExpertTag | None:
     """The tag of ``param``, or None if it is a dense parameter.
 
@@ -138,6 +142,7 @@ def get_expert_tag(param: torch.Tensor, name: str = "") -> ExpertTag | None:
     )
 
 
+@checked
 def copy_expert_tag(source: torch.Tensor, target: torch.Tensor) -> None:
     """Give ``target`` the tag of ``source``; does nothing if there is none."""
     for attribute in _ATTRIBUTES:
@@ -153,9 +158,9 @@ def check_parallel_group(value: object, owner: str) -> None:
     """
     if not isinstance(value, str) or not PARALLEL_GROUP.fullmatch(value):
         raise TagError(
-            f"{owner} has allreduce=False and group_name={value!r}; DeepSpeed's expert process "
-            "groups are called 'ep_size_<N>'. Set param.group_name = f'ep_size_{N}' with the "
-            "expert-parallel size N of its layer."
+            f"{owner} has allreduce=False and group_name={shown(value)}; DeepSpeed's expert "
+            "process groups are called 'ep_size_<N>'. Set param.group_name = f'ep_size_{N}' with "
+            "the expert-parallel size N of its layer."
         )
 
 
@@ -173,8 +178,8 @@ def check_number(value: object, owner: str) -> None:
     """
     if value is not None and (type(value) is not int or value < 0):
         raise TagError(
-            f"{owner} has expert_number={value!r}: use the expert's number on this rank, from 0 "
-            "up, or None where one tensor holds all experts."
+            f"{owner} has expert_number={shown(value)}: use the expert's number on this rank, from "
+            "0 up, or None where one tensor holds all experts."
         )
 
 
@@ -186,7 +191,7 @@ def check_label(label: object) -> None:
     """
     if not isinstance(label, str) or not label or _BAD_IN_LABEL.search(label):
         raise TagError(
-            f"expert_group_name={label!r} cannot be part of a process-group key: use a "
+            f"expert_group_name={shown(label)} cannot be part of a process-group key: use a "
             "non-empty string without white space or control characters, as in "
             "'layers.3.moe'."
         )

@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
-from moe_groups._common.arguments import check_one_of
+from moe_groups._common.arguments import Count, checked, shown
 from moe_groups.errors import InvalidArgumentError
 
 
@@ -49,6 +49,7 @@ def sharing_ranks(parallel_group: str | None, world: int, tensor_ranks: int = 1)
 GroupKind = Literal["data", "tensor", "pipeline", "expert", "expert_data"]
 
 
+@checked
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
     """The groups of ranks that DeepSpeed makes for its own MoE layers, without process groups.
@@ -77,16 +78,14 @@ class Topology:
         [[0, 2, 4, 6], [1, 3, 5, 7]]
     """
 
-    world_size: int
-    tp_size: int = 1
-    pp_size: int = 1
-    ep_size: int = 1
+    world_size: Count
+    tp_size: Count = 1
+    pp_size: Count = 1
+    ep_size: Count = 1
     expert_tensor_parallelism: bool = False
     use_data_before_expert_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self)[:4]:
-            _check_size(field.name, getattr(self, field.name))
         if self.world_size % (self.tp_size * self.pp_size):
             raise InvalidArgumentError(
                 f"{self.world_size} ranks cannot be cut into tp_size={self.tp_size} times "
@@ -149,7 +148,6 @@ class Topology:
         Raises:
             InvalidArgumentError: the kind is unknown.
         """
-        check_one_of("kind", kind, get_args(GroupKind))
         ranks = range(self.world_size)
         width = self.world_size // self.pp_size
         found: list[list[int]] = []
@@ -188,17 +186,12 @@ class Topology:
         )
 
     def _checked(self, rank: int) -> int:
-        if type(rank) is not int or not 0 <= rank < self.world_size:
+        if not 0 <= rank < self.world_size:
             raise InvalidArgumentError(
-                f"rank={rank!r} is none of the {self.world_size} ranks: use 0 to "
+                f"rank={shown(rank)} is none of the {self.world_size} ranks: use 0 to "
                 f"{self.world_size - 1}."
             )
         return rank
-
-
-def _check_size(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise InvalidArgumentError(f"{name}={value!r} must be an integer of at least 1.")
 
 
 def _blocks(ranks: Sequence[int], size: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from moe_groups._deepspeed.engines import is_engine, steps_parameters, wrapper_name
+from moe_groups._deepspeed.engines import steps_parameters, wrapper_name
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.tags import is_expert_parameter
 
@@ -17,13 +17,8 @@ def check_steps_partitions(engine: Any, what: str) -> None:
     """Refuse engines whose torch optimizer does not step the partitions of :class:`LaidOut`.
 
     Raises:
-        InvalidArgumentError: not an engine with an optimizer, or one with another wrapper.
+        InvalidArgumentError: an engine with another wrapper.
     """
-    if not is_engine(engine) or getattr(engine, "basic_optimizer", None) is None:
-        raise InvalidArgumentError(
-            f"{what} takes an engine that deepspeed.initialize made with an optimizer, not "
-            f"{type(engine).__name__}."
-        )
     if not steps_parameters(engine) and wrapper_name(engine) not in _PARTITIONED:
         raise InvalidArgumentError(
             f"{what} knows engines that step with {', '.join(_PARTITIONED)} or without a wrapper, "

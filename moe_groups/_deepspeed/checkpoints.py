@@ -2,13 +2,14 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from moe_groups._deepspeed.engines import engine_data_parallel_group, stepped_groups
 from moe_groups._deepspeed.ports import PORTS
+from moe_groups._deepspeed.process_groups import expert_data_parallel_ranks
 from moe_groups.tags import is_expert_parameter, numel_of, parallel_group_of
 
 
@@ -49,7 +50,9 @@ def laid_out_groups(engine: Any) -> list[LaidOut]:
         if shared:
             ranks = torch.distributed.get_process_group_ranks(shared[index])
         else:
-            ranks = _sharing_ranks(options) or data_parallel
+            shared_by = parallel_group_of(str(options.get("name", "")))
+            ranks = expert_data_parallel_ranks(shared_by) if options.get("moe") else []
+            ranks = ranks or data_parallel
         names = (engine.param_names.get(param, "?") for param in params)
         members = list(zip(names, params, offsets, strict=True))
         places = [position.get(rank, len(position) + rank) for rank in ranks]
@@ -62,20 +65,19 @@ def _data_parallel_group(engine: Any) -> Any:
     return engine_data_parallel_group(engine) if group is None else group
 
 
-def _sharing_ranks(options: Mapping[str, Any]) -> list[int] | None:
-    from deepspeed.utils import groups
-
-    base = parallel_group_of(str(options.get("name", "")))
-    known = groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.get(base) if options.get("moe") else None
-    return None if known is None else list(known)
-
-
 def checkpoint_rank(engine: Any) -> tuple[int, int]:
     """``(model-parallel rank, data-parallel rank)``; the names of this rank's files have them."""
     tensor_parallel = getattr(engine, "checkpoint_mp_rank", None)
     if tensor_parallel is None:  # DeepSpeed before 0.19
         tensor_parallel = 0 if engine.mpu is None else engine.mpu.get_model_parallel_rank()
     return int(tensor_parallel), torch.distributed.get_rank(_data_parallel_group(engine))
+
+
+def writes_later(engine: Any) -> bool:
+    """Does the checkpoint engine write files after ``save_checkpoint`` returned?"""
+    checkpoint_engine = engine.checkpoint_engine
+    # DeepSpeed has such engines since 0.17.3.
+    return hasattr(checkpoint_engine, "is_decoupled") and bool(checkpoint_engine.is_decoupled())
 
 
 def checkpoint_tag(engine: Any, tag: object) -> str:

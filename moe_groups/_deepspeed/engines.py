@@ -4,11 +4,12 @@ import bisect
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
+from moe_groups._common.arguments import Is
 from moe_groups._deepspeed.ports import PORTS
 
 _GIVEN = "_moe_groups_given"
@@ -50,6 +51,18 @@ def is_engine(value: object) -> bool:
     """Is ``value`` a DeepSpeed engine (its pipeline engine included)?"""
     module = sys.modules.get("deepspeed.runtime.engine")
     return module is not None and isinstance(value, module.DeepSpeedEngine)
+
+
+InitializedEngine: TypeAlias = Annotated[
+    Engine, Is(is_engine, "an engine that deepspeed.initialize made")
+]
+SteppingEngine: TypeAlias = Annotated[
+    Engine,
+    Is(
+        lambda value: is_engine(value) and hasattr(value.optimizer, "param_groups"),
+        "an engine that deepspeed.initialize made with an optimizer",
+    ),
+]
 
 
 def has_engine(model: nn.Module) -> bool:

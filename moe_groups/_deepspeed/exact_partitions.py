@@ -28,15 +28,15 @@ def keep_exact_partitions(engine: Any) -> None:
         UnsupportedDeepSpeedError: this DeepSpeed lacks the code.
     """
     optimizer = engine.optimizer
-    if problem := _why_not_exact(engine, optimizer):
-        raise InvalidArgumentError(f"compact_gradients cannot be used on this engine: {problem}.")
     missing = [name for name in EXACT_MEANS if not callable(getattr(optimizer, name, None))]
-    if missing:
+    if missing and type(optimizer).__name__ == "DeepSpeedZeroOptimizer":
         raise UnsupportedDeepSpeedError(
             f"this DeepSpeed's {type(optimizer).__name__} has no {missing[0]}, which "
             f"compact_gradients needs: install deepspeed {TESTED_VERSION}, which this release was "
             "tested with, or leave the call out."
         )
+    if problem := _why_not_exact(engine, optimizer):
+        raise InvalidArgumentError(f"compact_gradients cannot be used on this engine: {problem}.")
     if getattr(optimizer, EXACT) is _always or _is_exact(optimizer):
         return
     if _holds_gradients(optimizer):

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -13,29 +14,36 @@ _DICTS = (
     "_EXPERT_DATA_PARALLEL_GROUP",
     "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
 )
+"""DeepSpeed's dictionaries by key; those of ranks exist since 0.17."""
+
+
+def _known() -> list[dict[str, Any]]:
+    from deepspeed.utils import groups
+
+    return [getattr(groups, name) for name in _DICTS if hasattr(groups, name)]
+
+
+def _ranks(dictionary: str, key: str) -> list[int]:
+    """The ranks of a process group of experts, in order; empty while it does not exist."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    group = getattr(groups, dictionary, {}).get(key)
+    return [] if group is None else torch.distributed.get_process_group_ranks(group)
 
 
 def resolves(name: str) -> bool:
     """Does ``name`` lead to the process groups of its parallel group?"""
-    from deepspeed.utils import groups
-
     base = parallel_group_of(name)
-    return all(
-        name in (known := getattr(groups, d)) and known[name] is known.get(base) for d in _DICTS
-    )
+    return all(name in known and known[name] is known.get(base) for known in _known())
 
 
-def expert_data_parallel_size(parallel_group: str) -> int | None:
-    """Ranks that share an expert parameter, or None while the group does not exist."""
-    groups = sys.modules.get("deepspeed.utils.groups")
-    ranks = groups and groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.get(parallel_group)
-    return len(ranks) if ranks else None
+def expert_data_parallel_ranks(parallel_group: str) -> list[int]:
+    """The ranks that share an expert parameter, in order; empty while the group does not exist."""
+    return _ranks("_EXPERT_DATA_PARALLEL_GROUP", parallel_group)
 
 
 def expert_parallel_ranks(parallel_group: str) -> list[int]:
     """The ranks of this rank's EP group, in order; empty while the group does not exist."""
-    groups = sys.modules.get("deepspeed.utils.groups")
-    return list((groups and groups._EXPERT_PARALLEL_GROUP_RANKS.get(parallel_group)) or ())
+    return _ranks("_EXPERT_PARALLEL_GROUP", parallel_group)
 
 
 def expert_parallel_rank(parallel_group: str) -> int | None:
@@ -49,10 +57,7 @@ def expert_place(parallel_group: str) -> tuple[int, bool] | None:
     ep_rank = expert_parallel_rank(parallel_group)
     if ep_rank is None:
         return None
-    from deepspeed.utils import groups
-
-    sharing = groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[parallel_group]
-    return ep_rank, torch.distributed.get_rank() == min(sharing)
+    return ep_rank, torch.distributed.get_rank() == min(expert_data_parallel_ranks(parallel_group))
 
 
 def tensor_parallel_size() -> int:
@@ -67,13 +72,11 @@ def register_names(names: Iterable[str]) -> None:
     Call it on all ranks with the same names in the same order. A name without process
     groups is not registered: DeepSpeed's own lookup raises then.
     """
-    from deepspeed.utils import groups
-
     for name in names:
         base = parallel_group_of(name)
         if base == name:
             continue
-        for known in (getattr(groups, d) for d in _DICTS):
+        for known in _known():
             if base in known:
                 known[name] = known[base]
 

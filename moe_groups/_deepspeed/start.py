@@ -108,7 +108,8 @@ def settle_muon(engine: Any, optimizer: Any) -> None:
     lose it. A group with ``use_muon=True`` whose parameters lack it would be stepped with plain
     gradients, without an error.
     """
-    if isinstance(optimizer, torch.optim.Muon) and engine.zero_optimization():
+    # torch has it since 2.9.
+    if isinstance(optimizer, getattr(torch.optim, "Muon", ())) and engine.zero_optimization():
         raise InvalidArgumentError(
             "torch.optim.Muon cannot step under ZeRO: it takes matrices, and ZeRO gives it flat "
             "partitions. Use DeepSpeed's, deepspeed.runtime.zero.muon.muon_optimizer."

@@ -18,6 +18,9 @@ _TARGETS = "moe_groups_*.json"
 LATEST = "latest"
 STATES = "_states.pt"
 """How names of DeepSpeed's files end."""
+_SHOWN = 8
+SCHEDULER_FILES = "scheduler*.[pb][ti]*"
+"""Where Trainer (``scheduler.pt``) and Accelerate (``scheduler.bin``) keep a scheduler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +107,17 @@ def _find(directory: Path, tag: str | None) -> CheckpointFiles:
         )
     check_tag(tag)
     if not (directory / tag).is_dir():
-        raise CheckpointError(f"{directory} has no checkpoint {tag!r}: there is no such folder.")
+        raise no_such_tag(directory, tag)
     return list_files(directory, tag)
+
+
+def no_such_tag(directory: Path, tag: str) -> CheckpointError:
+    """The error for a tag that is not there; it names those that are, the newest first."""
+    folders = [path for path in directory.glob("*") if any(path.glob(f"*{STATES}"))]
+    tags = [path.name for path in sorted(folders, key=lambda path: -path.stat().st_mtime)]
+    known = ", ".join(map(repr, tags[:_SHOWN])) + ", ..." * (len(tags) > _SHOWN)
+    there = f"its checkpoints are {known}" if tags else "it has no other checkpoint either"
+    return CheckpointError(f"{directory} has no checkpoint {tag!r}: {there}.")
 
 
 def read_latest(directory: Path) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.utils.checkpoint
 
+from moe_groups._common.arguments import check, checked
 from moe_groups._deepspeed.collectives import support_kept_collectives
 from moe_groups._deepspeed.kept_collectives import KeepPass, ReplayPass, Result
 from moe_groups.errors import InvalidArgumentError
@@ -13,6 +14,7 @@ from moe_groups.errors import InvalidArgumentError
 Contexts = tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
 
 
+@checked
 def checkpoint_activations(
     function: Callable[..., Any],
     *args: Any,
@@ -84,7 +86,9 @@ def _contexts(given: Callable[[], Contexts] | None) -> Contexts:
     keep, replay = KeepPass(results), ReplayPass(results)
     if given is None:
         return keep, replay
-    forward, recompute = given()
+    both = given()
+    check("context_fn()", both, Contexts)
+    forward, recompute = both
     return _Both(forward, keep), _Both(recompute, replay)
 
 

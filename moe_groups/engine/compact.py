@@ -1,11 +1,12 @@
 """Hold only the gradients that this rank steps."""
 
-from moe_groups._deepspeed.engines import Engine, is_engine
+from moe_groups._common.arguments import checked
+from moe_groups._deepspeed.engines import InitializedEngine
 from moe_groups._deepspeed.exact_partitions import keep_exact_partitions
-from moe_groups.errors import InvalidArgumentError
 
 
-def compact_gradients(engine: Engine) -> None:
+@checked
+def compact_gradients(engine: InitializedEngine) -> None:
     """Keep exactly the gradients that this rank steps, and release them group by group.
 
     For ZeRO-1 and ZeRO-2 that accumulate gradients in the dtype of the model, which is the
@@ -40,9 +41,4 @@ def compact_gradients(engine: Engine) -> None:
         >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         >>> compact_gradients(engine)                                     # doctest: +SKIP
     """
-    if not is_engine(engine):
-        raise InvalidArgumentError(
-            "compact_gradients takes an engine that deepspeed.initialize made, not "
-            f"{type(engine).__name__}."
-        )
     keep_exact_partitions(engine)

@@ -1,14 +1,14 @@
 """Give layers and experts other options, or freeze them, in the middle of a run."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import distributed
 
+from moe_groups._common.arguments import NotNegative, check, checked
 from moe_groups._deepspeed.around_step import check_steps_partitions
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups._deepspeed.engines import Engine, stepped_groups
+from moe_groups._deepspeed.engines import Engine, SteppingEngine, stepped_groups
 from moe_groups._deepspeed.process_groups import expert_parallel_rank
 from moe_groups.engine.step_options import Options, write_options
 from moe_groups.errors import InvalidArgumentError, OverrideError
@@ -94,18 +94,19 @@ def _examples(found: TaggedModel) -> list[str]:
     return list(shown.values())
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "lr": (int, float),
-    "lr_multiplier": (int, float),
-    "weight_decay": (int, float),
-    "frozen": (bool,),
+_KINDS: dict[str, Any] = {
+    "lr": NotNegative,
+    "lr_multiplier": NotNegative,
+    "weight_decay": NotNegative,
+    "frozen": bool,
 }
 
 Schedule: TypeAlias = Callable[[int], Options]
 """Number of optimizer steps done so far to the options of the next one."""
 
 
-def set_group_options(engine: Engine, pattern: str, **options: float | bool | None) -> None:
+@checked
+def set_group_options(engine: SteppingEngine, pattern: str, **options: float | bool | None) -> None:
     """Set options of the groups that a pattern selects, from the next step on.
 
     All ranks call it together, between ``engine.step()`` and the next forward pass. Options
@@ -134,11 +135,12 @@ def set_group_options(engine: Engine, pattern: str, **options: float | bool | No
         >>> set_group_options(engine, "*.expert.*", lr_multiplier=0.1)         # doctest: +SKIP
     """
     _check_engine(engine, "set_group_options")
-    _check_options(pattern, options)
+    _check_options(repr(pattern), options)
     selected = select_groups(engine, [pattern])[0]
     write_options(engine, dict.fromkeys(selected, options))
 
 
+@checked
 class GroupSchedule:
     """Options that depend on the step; call :meth:`apply` before each forward pass.
 
@@ -164,7 +166,7 @@ class GroupSchedule:
         >>> schedule.apply()  # in the training loop, first of all             # doctest: +SKIP
     """
 
-    def __init__(self, engine: Engine, schedules: Sequence[tuple[str, Schedule]]) -> None:
+    def __init__(self, engine: SteppingEngine, schedules: Sequence[tuple[str, Schedule]]) -> None:
         _check_engine(engine, "GroupSchedule")
         self.engine, self.schedules = engine, list(schedules)
         self._selected = select_groups(engine, [pattern for pattern, _ in self.schedules])
@@ -174,7 +176,7 @@ class GroupSchedule:
         wanted: dict[int, dict[str, float | bool | None]] = {}
         for (pattern, schedule), selected in zip(self.schedules, self._selected, strict=True):
             options = schedule(self.engine.global_steps)
-            _check_options(pattern, options)
+            _check_options(f"schedule of {pattern!r}", options)
             for index in selected:
                 wanted.setdefault(index, {}).update(options)
         write_options(self.engine, wanted)
@@ -185,20 +187,11 @@ def _check_engine(engine: Engine, what: str) -> None:
     support_our_groups(moe=True)  # so that load_checkpoint applies the options
 
 
-def _check_options(pattern: str, options: Mapping[str, object]) -> None:
+def _check_options(where: str, options: Any) -> None:
+    check(where, options, Mapping[str, Any])
     for key, value in options.items():
         if key not in _KINDS:
             raise InvalidArgumentError(
-                f"{pattern!r}: there is no option {key!r}; use {', '.join(_KINDS)}."
+                f"{where}: there is no option {key!r}; use {', '.join(_KINDS)}."
             )
-        if value is None:
-            continue
-        boolean = key == "frozen"
-        if not isinstance(value, _KINDS[key]) or isinstance(value, bool) != boolean:
-            wanted = "True, False or None" if boolean else "a number or None"
-            raise InvalidArgumentError(f"{pattern!r}: {key}={value!r} must be {wanted}.")
-        assert isinstance(value, int | float)
-        if not (math.isfinite(value) and value >= 0):
-            raise InvalidArgumentError(
-                f"{pattern!r}: {key}={value!r} must be finite and at least 0."
-            )
+        check(f"{where}: {key}", value, _KINDS[key] | None)

@@ -1,23 +1,25 @@
 """Check the groups of an initialized engine, across ranks."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from moe_groups._common.arguments import checked
 from moe_groups._deepspeed.engines import (
     Engine,
     Given,
+    SteppingEngine,
     engine_data_parallel_group,
     given_options,
-    is_engine,
     needs_marks,
     scheduled_peaks,
     stepped_groups,
 )
 from moe_groups._deepspeed.process_groups import resolves
 from moe_groups._deepspeed.start import stale_problem, unmarked_problem
-from moe_groups.errors import InvalidArgumentError, VerificationError
+from moe_groups.errors import VerificationError
 from moe_groups.experts.module_tree import named_parameters, walk
 from moe_groups.groups.grouping import fingerprint
 from moe_groups.tags import is_expert_parameter, numel_of, parallel_group_of, shape_of
@@ -26,7 +28,8 @@ _Stepped = list[tuple[dict[str, Any], list[torch.Tensor]]]
 _Layout = tuple[Any, ...]
 
 
-def verify(engine: Engine) -> None:
+@checked
+def verify(engine: SteppingEngine) -> None:
     """Check the optimizer groups of an initialized engine; all ranks call it together.
 
     Checks that exactly one group steps every trainable parameter, with the learning rate and
@@ -36,7 +39,8 @@ def verify(engine: Engine) -> None:
     24 bytes a rank; ranks exchange details only if something is wrong). With a learning-rate
     scheduler it checks ``initial_lr`` in place of ``lr`` (torch), or the final rate of a
     warm-up (DeepSpeed, whose ``WarmupLR`` sets one rate for all groups unless it has a list),
-    or no rate if the scheduler has neither.
+    or, if the scheduler has neither, that it does not give one rate to groups that were given
+    several. Rates and weight decays must be finite and not negative.
 
     Args:
         engine: what ``deepspeed.initialize`` returned first.
@@ -50,11 +54,6 @@ def verify(engine: Engine) -> None:
         >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         >>> verify(engine)                                                # doctest: +SKIP
     """
-    if not is_engine(engine) or not hasattr(engine.optimizer, "param_groups"):
-        raise InvalidArgumentError(
-            f"verify takes an engine that deepspeed.initialize made with an optimizer, not "
-            f"{type(engine).__name__}."
-        )
     layout: list[_Layout] = []
     try:
         stepped = stepped_groups(engine)
@@ -67,6 +66,8 @@ def verify(engine: Engine) -> None:
             *_check_names(stepped),
             *_check_marks(stepped, names, engine),
             *_check_given(stepped, names, engine),
+            *_check_values(stepped),
+            *_check_schedule(stepped, engine),
         ]
     except Exception as error:  # the other ranks wait in the all-gather
         problems = [f"checking failed: {type(error).__name__}: {error}"]
@@ -159,6 +160,40 @@ def _check_given(stepped: _Stepped, names: dict[int, str], engine: Engine) -> It
                 f"group {_name(group)!r} steps {members[0]}"
                 + (f" and {len(members) - 1} more" if len(members) > 1 else "")
                 + f" with {key}={actual!r}; given (in group {home!r}) was {key}={expected!r}"
+            )
+
+
+def _check_values(stepped: _Stepped) -> Iterator[str]:
+    for group, _ in stepped:
+        for key in ("lr", "weight_decay"):
+            value = float(group.get(key, 0.0))
+            if not (math.isfinite(value) and value >= 0):
+                yield (
+                    f"group {_name(group)!r} steps with {key}={value!r}: set it to a finite number "
+                    "of at least 0"
+                )
+
+
+def _check_schedule(stepped: _Stepped, engine: Engine) -> Iterator[str]:
+    """A scheduler that gives one rate to groups that were given several.
+
+    A torch scheduler keeps ``initial_lr``, and the final rate of a warm-up is known: what they do
+    is seen in :func:`_actual_options`.
+    """
+    if engine.lr_scheduler is None or scheduled_peaks(engine) is not None:
+        return
+    given, scheduler = given_options(engine), type(engine.lr_scheduler).__name__
+    shared: dict[float, dict[float, str]] = {}
+    for group, params in stepped:
+        record = next((given[id(param)] for param in params if id(param) in given), None)
+        if record is not None and "lr" in record.options and "initial_lr" not in group:
+            shared.setdefault(float(group["lr"]), {})[record.options["lr"]] = record.name
+    for rate, homes in shared.items():
+        if rate and len(homes) > 1:
+            rates = ", ".join(f"lr={lr:g} of group {name!r}" for lr, name in homes.items())
+            yield (
+                f"{scheduler} replaced {rates} by one lr={rate:g}: give the scheduler a list with "
+                "a rate for each group, or use one of torch's, which scales each group's own rate"
             )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from moe_groups._common.arguments import Count, checked
 from moe_groups._deepspeed.layers import layer_experts, layer_parallel_group, moe_layer_types
 from moe_groups.errors import InvalidArgumentError, TagError
 from moe_groups.experts.expert_lists import (
@@ -117,8 +118,9 @@ class TaggedModel:
                 yield found, param
 
 
+@checked
 def tag_experts(
-    model: nn.Module, pattern: str | None = None, *, ep_size: int | None = None
+    model: nn.Module, pattern: str | None = None, *, ep_size: Count | None = None
 ) -> dict[str, ExpertTag]:
     """Tag every expert parameter of ``model`` with its layer and expert number.
 
@@ -162,11 +164,7 @@ def tag_experts(
                 "there is none. Without a pattern the parameters say their group themselves."
             )
         return _written(find_experts(model))
-    if not isinstance(pattern, str):
-        raise InvalidArgumentError(f"tag_experts: pattern={pattern!r} must be a string.")
-    ep_size = 1 if ep_size is None else ep_size
-    if type(ep_size) is not int or ep_size < 1:
-        raise InvalidArgumentError(f"ep_size={ep_size!r} must be an integer of 1 or more.")
+    ep_size = ep_size or 1
     matched = _below(model, pattern)
     before = [dict(param.__dict__) for param in matched]
     group = f"ep_size_{ep_size}"

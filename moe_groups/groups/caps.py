@@ -1,6 +1,5 @@
 """The size caps that the caller asked for, in elements of a group."""
 
-from numbers import Real
 from typing import TYPE_CHECKING
 
 from moe_groups.errors import InvalidArgumentError
@@ -19,8 +18,7 @@ class Caps:
     """``max_group_size`` and ``max_group_bytes`` of :func:`create_moe_param_groups`.
 
     Raises:
-        InvalidArgumentError: a value below 1, or a cap in bytes while the number of ranks
-            is not known.
+        InvalidArgumentError: a cap in bytes while the number of ranks is not known.
     """
 
     def __init__(
@@ -31,9 +29,7 @@ class Caps:
         tensor_ranks: int = 1,
     ) -> None:
         self.tensor_ranks = tensor_ranks
-        self.size = _cap("max_group_size", size)
-        self.nbytes = _cap("max_group_bytes", nbytes)
-        self.world = _cap("data_parallel_size", world)
+        self.size, self.nbytes, self.world = _whole(size), _whole(nbytes), world
         if self.nbytes is not None and self.world is None:
             self.world = world_size()
             if self.world is None:
@@ -53,9 +49,5 @@ class Caps:
         return most if self.size is None else min(most, self.size)
 
 
-def _cap(name: str, value: int | float | None) -> int | None:
-    if value is None or value == float("inf"):
-        return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 1:
-        raise InvalidArgumentError(f"{name}={value!r} must be a number of at least 1, or None.")
-    return int(value)
+def _whole(cap: int | float | None) -> int | None:
+    return None if cap is None or cap == float("inf") else int(cap)

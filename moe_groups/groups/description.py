@@ -9,15 +9,15 @@ from typing import Any, TypeAlias
 
 import torch
 
+from moe_groups._common.arguments import Count, Positive, checked
 from moe_groups._common.text import html_table, text_table
 from moe_groups._deepspeed.engines import engine_data_parallel_group, is_engine, stepped_groups
-from moe_groups._deepspeed.process_groups import expert_data_parallel_size, expert_parallel_rank
-from moe_groups.errors import InvalidArgumentError
+from moe_groups._deepspeed.process_groups import expert_data_parallel_ranks, expert_parallel_rank
 from moe_groups.groups.grouping import padded_partition
+from moe_groups.groups.inputs import made_groups
 from moe_groups.tags import (
     PARALLEL_GROUP,
     get_expert_tag,
-    is_expert_parameter,
     numel_of,
     parallel_group_of,
 )
@@ -207,8 +207,9 @@ def _bytes(count: int) -> str:
 _Pairs: TypeAlias = list[tuple[Mapping[str, Any], list[torch.Tensor]]]
 
 
+@checked
 def describe(
-    groups: Any, *, max_rows: int = 60, data_parallel_size: int | None = None
+    groups: Any, *, max_rows: Positive = 60, data_parallel_size: Count | None = None
 ) -> GroupTable:
     """A table of param groups: name, layer, expert, sizes, learning rate, weight decay.
 
@@ -228,38 +229,16 @@ def describe(
     Example:
         >>> print(describe(groups))                                       # doctest: +SKIP
     """
-    for name, value in (("max_rows", max_rows), ("data_parallel_size", data_parallel_size)):
-        if value is not None and value < 1:
-            raise InvalidArgumentError(f"{name}={value!r} must be at least 1.")
     if is_engine(groups):
         pairs: _Pairs = list(stepped_groups(groups))
         world = data_parallel_size or torch.distributed.get_world_size(
             engine_data_parallel_group(groups)
         )
     else:
-        pairs = _read_pairs(getattr(groups, "param_groups", groups))
+        pairs = made_groups(groups)
         world = data_parallel_size or world_size() or 1
     rows = [_row(i, group, params, world) for i, (group, params) in enumerate(pairs) if params]
     return GroupTable(rows, max_rows)
-
-
-def _read_pairs(groups: Any) -> _Pairs:
-    groups = [groups] if isinstance(groups, Mapping) else groups
-    pairs: _Pairs = []
-    for group in groups if isinstance(groups, list | tuple) else [groups]:
-        if not isinstance(group, Mapping) or "params" not in group:
-            raise InvalidArgumentError(
-                f"describe takes group dicts, an optimizer or an engine, not {type(group).__name__}"
-                ": group a model with create_moe_param_groups first."
-            )
-        params = list(group["params"])
-        if group.get("moe") and params and not is_expert_parameter(params[0]):
-            raise InvalidArgumentError(
-                f"group {group.get('name')!r} holds a partition that DeepSpeed made of its "
-                "parameters: after deepspeed.initialize, describe the engine."
-            )
-        pairs.append((group, params))
-    return pairs
 
 
 def _row(index: int, group: Mapping[str, Any], params: list[torch.Tensor], world: int) -> GroupRow:
@@ -270,7 +249,7 @@ def _row(index: int, group: Mapping[str, Any], params: list[torch.Tensor], world
     tag = get_expert_tag(params[0]) if params else None
     name = tag.parallel_group if tag else parallel_group_of(str(group.get("name")))
     if moe and PARALLEL_GROUP.fullmatch(name):
-        known = expert_data_parallel_size(name)
+        known = len(expert_data_parallel_ranks(name)) or None
         ranks = known or max(1, world // ep_size_of(name))
         ep_rank = expert_parallel_rank(name)
         if number is not None and ep_rank is not None and tag is not None:

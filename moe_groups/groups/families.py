@@ -38,6 +38,7 @@ def read_table(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
         TagError: an expert parameter has no layer name, or two layers have the same.
         OverrideError: a pattern matches nothing, or two set different values.
     """
+    rules.check_options(given.groups)
     reader = _Reader(given, split_by)
     families = reader.read()
     _check_trainable(given, families)

@@ -1,14 +1,18 @@
 """Read what the caller passes: a module, parameters, named parameters or group dicts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from moe_groups.errors import ParameterInputError
+from moe_groups._common.arguments import check, shown
+from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.experts.find import TaggedModel, find_experts
+from moe_groups.groups.hyperparameters import check_hyperparameters
+from moe_groups.groups.rules import describe_source
+from moe_groups.tags import is_expert_parameter
 
 ParamGroup: TypeAlias = dict[str, Any]
 """One dict of ``optimizer.param_groups``."""
@@ -73,6 +77,7 @@ def _read_groups(groups: list[Any]) -> GroupInput:
                 "dicts: pass either group dicts or parameters."
             )
         where = describe_source(index, group)
+        check_hyperparameters(where, group)
         if "params" not in group:
             raise ParameterInputError(
                 f'{where} has no "params", only {_some_keys(group)}: give the parameters of the '
@@ -95,16 +100,37 @@ def _read_groups(groups: list[Any]) -> GroupInput:
     return _each_once(result)
 
 
+def made_groups(groups: Any) -> list[tuple[Mapping[str, Any], list[torch.Tensor]]]:
+    """Groups that were made, or those of an optimizer, with their parameters.
+
+    Raises:
+        InvalidArgumentError: not groups, or DeepSpeed has partitioned their parameters by now.
+    """
+    groups = getattr(groups, "param_groups", groups)
+    found = []
+    for index, group in enumerate(groups if isinstance(groups, list | tuple) else [groups]):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise InvalidArgumentError(
+                f"groups: {shown(group)} is no group dict: give the groups, or the optimizer over "
+                "them before deepspeed.initialize (create_moe_param_groups groups a model)."
+            )
+        where = describe_source(index, group)
+        params = group["params"]
+        check(f"{where}: params", params, Sequence[torch.Tensor])
+        check_hyperparameters(where, group)
+        if group.get("moe") and params and not any(map(is_expert_parameter, params)):
+            raise InvalidArgumentError(
+                f"{where} holds a partition that DeepSpeed made of its parameters: give the groups "
+                "before deepspeed.initialize, or describe the engine."
+            )
+        found.append((group, list(params)))
+    return found
+
+
 def _some_keys(group: Mapping[str, Any]) -> str:
     keys = sorted(map(str, group))
     more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
     return f"the keys {keys[:4]}{more}"
-
-
-def describe_source(index: int, group: Mapping[str, Any]) -> str:
-    """How error messages call one of the caller's groups."""
-    name = group.get("name")
-    return f"group {index}" + (f" ({name!r})" if name is not None else "")
 
 
 def _ordered(params: Any, where: str) -> list[Any]:

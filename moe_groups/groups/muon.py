@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from moe_groups._common.arguments import check, checked
 from moe_groups.errors import InvalidArgumentError
+from moe_groups.groups.hyperparameters import check_hyperparameters
 from moe_groups.groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
 from moe_groups.groups.rules import is_norm_or_bias
 from moe_groups.tags import shape_of
@@ -27,6 +29,7 @@ _GROUPING = ("params", "param_names", "name", "moe", "use_muon")  # no hyperpara
 _OTHER_HALF = {True: ("betas", "eps"), False: ("momentum", "ns_method")}
 
 
+@checked
 def split_for_muon(
     params: ParamsInput,
     *,
@@ -80,6 +83,7 @@ def split_for_muon(
     return _half_groups(given, chosen, halves)
 
 
+@checked
 def is_hidden_matrix(name: str, param: torch.Tensor) -> bool:
     """The usual rule: True for matrices, except embeddings, heads, norms and biases.
 
@@ -122,11 +126,13 @@ def _check_options(half: str, options: Mapping[str, Any]) -> None:
             f"{half}={dict(options)!r} sets {reserved}, which the grouping itself sets: give "
             'hyperparameters only, such as {"lr": 0.02}.'
         )
+    check_hyperparameters(half, options, ())
 
 
 def _choose(given: GroupInput, is_muon: IsMuon) -> list[bool]:
-    chosen = [bool(is_muon(*pair)) for pair in zip(given.names, given.params, strict=True)]
+    chosen = [is_muon(*pair) for pair in zip(given.names, given.params, strict=True)]
     for name, param, use_muon in zip(given.names, given.params, chosen, strict=True):
+        check(f"is_muon({name!r}, ...)", use_muon, bool)
         if use_muon and param.requires_grad and _own_dims(param) < 2:
             fused = " of which the first counts experts" * (len(shape_of(param)) > 1)
             raise InvalidArgumentError(

@@ -8,19 +8,21 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from moe_groups._common.arguments import check, checked, shown
 from moe_groups.errors import InvalidArgumentError, OverrideError
+from moe_groups.groups.hyperparameters import RESERVED, check_hyperparameters
 from moe_groups.tags import is_expert_parameter, shape_of
 
 NoDecay: TypeAlias = Callable[[str, torch.Tensor], bool]
 """``(qualified name, parameter) -> True`` where weight decay is to be 0."""
 
-Overrides: TypeAlias = Sequence[tuple[str, Mapping[str, Any]]]
+Overrides: TypeAlias = Sequence[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]]
 """Glob pattern to the options of the parameters it selects."""
 
 _NORM = re.compile(r"(^|\.)(\w*norm\d*|ln(_\w+|\d+)?)(\.|$)")
-_RESERVED = ("params", "param_names", "name", "moe", "expert_group_name", "expert_number")
 
 
+@checked
 def is_norm_or_bias(name: str, param: torch.Tensor) -> bool:
     """The usual ``no_decay`` rule: True for biases, norms and 1-D parameters.
 
@@ -64,31 +66,31 @@ class Rules:
     """Decay rule and overrides, applied to one parameter after the other.
 
     Raises:
-        InvalidArgumentError: an override is not a ``(pattern, options)`` pair, or sets a key
-            that the grouping sets.
+        InvalidArgumentError: an override sets a key that the grouping sets.
     """
 
     weight_decay: float | None = None
     no_decay: NoDecay | None = None
     overrides: Overrides = ()
+    _overrides: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list, init=False)
     _patterns: list[re.Pattern[str]] = field(default_factory=list, init=False)
     _matched: set[int] = field(default_factory=set, init=False)
     _agree: set[tuple[int, ...]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
-        if self.no_decay is not None and not callable(self.no_decay):
-            raise InvalidArgumentError(
-                f"no_decay={self.no_decay!r} is not callable: give a function of (name, parameter) "
-                "that says True where weight decay is to be 0, as is_norm_or_bias."
-            )
         items = self.overrides
-        self.overrides = list(items.items() if isinstance(items, Mapping) else items)
-        for index, item in enumerate(self.overrides):
-            self._patterns.append(compile_pattern(_pattern_of(index, item)))
+        self._overrides = list(items.items() if isinstance(items, Mapping) else items)
+        for pattern, options in self._overrides:
+            if reserved := [key for key in options if key in RESERVED]:
+                raise InvalidArgumentError(
+                    f"override {pattern!r} sets {reserved}, which the grouping itself sets: "
+                    "override hyperparameters only."
+                )
+            self._patterns.append(compile_pattern(pattern))
 
     @property
     def active(self) -> bool:
-        return self.no_decay is not None or bool(self.overrides)
+        return self.no_decay is not None or bool(self._overrides)
 
     def variant(
         self,
@@ -105,27 +107,32 @@ class Rules:
         matched = self._matching(names)
         self._matched.update(matched)
         self._check_conflict(matched, name, param)
-        no_decay = (
-            self.no_decay is not None
-            and "weight_decay" not in options
-            and bool(self.no_decay(name, param))
-        )
+        no_decay = False
+        if self.no_decay is not None and "weight_decay" not in options:
+            no_decay = self.no_decay(name, param)
+            check(f"no_decay({name!r}, ...)", no_decay, bool)
         return Variant(source, no_decay, matched)
+
+    def check_options(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse options of overrides that neither an optimizer nor the caller's groups have."""
+        own = {key for group in groups for key in group}
+        for pattern, options in self._overrides:
+            check_hyperparameters(f"override {pattern!r}", options, own)
 
     def options(self, variant: Variant, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of the groups of ``variant``: override over caller's group over defaults."""
-        options = {key: value for key, value in given.items() if key not in _RESERVED}
+        options = {key: value for key, value in given.items() if key not in RESERVED}
         if variant.no_decay:
             options["weight_decay"] = 0.0
         elif self.weight_decay is not None:
             options.setdefault("weight_decay", self.weight_decay)
         for index in variant.overrides:
-            options.update(self.overrides[index][1])
+            options.update(self._overrides[index][1])
         return options
 
     def check_all_matched(self, examples: Sequence[str]) -> None:
         """Raise OverrideError for patterns that selected nothing."""
-        missing = [p for i, (p, _) in enumerate(self.overrides) if i not in self._matched]
+        missing = [p for i, (p, _) in enumerate(self._overrides) if i not in self._matched]
         if missing:
             shown = ", ".join(map(repr, dict.fromkeys(examples))) or "parameters without names"
             raise OverrideError(
@@ -147,36 +154,22 @@ class Rules:
             return
         by_key: dict[str, int] = {}
         for index in matched:
-            for key, value in self.overrides[index][1].items():
+            for key, value in self._overrides[index][1].items():
                 other = by_key.setdefault(key, index)
-                before = self.overrides[other][1][key]
+                before = self._overrides[other][1][key]
                 if before != value:
                     raise OverrideError(
-                        f"overrides {self.overrides[other][0]!r} ({key}={before!r}) and "
-                        f"{self.overrides[index][0]!r} ({key}={value!r}) both select parameter "
+                        f"overrides {self._overrides[other][0]!r} ({key}={before!r}) and "
+                        f"{self._overrides[index][0]!r} ({key}={value!r}) both select parameter "
                         f"{name or tuple(shape_of(param))}: make one of the patterns narrower."
                     )
         self._agree.add(matched)
 
 
-def _pattern_of(index: int, item: object) -> str:
-    if not (
-        isinstance(item, tuple | list)
-        and len(item) == 2
-        and isinstance(item[0], str)
-        and isinstance(item[1], Mapping)
-    ):
-        raise InvalidArgumentError(
-            f"override {index} is {item!r}: expected (pattern, options), as in "
-            "('*.moe.*', {'lr': 1e-5})."
-        )
-    reserved = [key for key in item[1] if key in _RESERVED]
-    if reserved:
-        raise InvalidArgumentError(
-            f"override {item[0]!r} sets {reserved}, which the grouping itself sets: override "
-            "hyperparameters only."
-        )
-    return item[0]
+def describe_source(index: int, group: Mapping[str, Any]) -> str:
+    """How error messages call one of the caller's groups."""
+    name = group.get("name")
+    return f"group {index}" + (f" ({shown(name)})" if name is not None else "")
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from moe_groups._common.arguments import check_one_of, need
+from moe_groups._common.arguments import checked, need
 from moe_groups._deepspeed.engines import known_engines
 from moe_groups.checkpoints.guard.guard import Regroup, protect_checkpoints
 from moe_groups.engine.verification import verify
@@ -68,6 +68,7 @@ class MoETrainer(Trainer):
         ...                      group_options={"split_by": "expert"})    # doctest: +SKIP
     """
 
+    @checked
     def __init__(
         self,
         *args: Any,
@@ -75,7 +76,6 @@ class MoETrainer(Trainer):
         regroup: Regroup = "refuse",
         **kwargs: Any,
     ) -> None:
-        check_one_of("regroup", regroup, ("refuse", "auto", "off"))
         self.group_options, self.regroup = dict(group_options or {}), regroup
         if unknown := sorted(self.group_options.keys() - _OPTIONS):
             raise InvalidArgumentError(

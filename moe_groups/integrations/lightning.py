@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from moe_groups._common.arguments import check_one_of, need
+from moe_groups._common.arguments import checked, need
 
 need("lightning", "lightning", "curves in Lightning's loggers")
 
@@ -38,8 +38,8 @@ class GroupLearningRateMonitor(Callback):
         >>> trainer = Trainer(callbacks=[GroupLearningRateMonitor()])     # doctest: +SKIP
     """
 
+    @checked
     def __init__(self, by: Literal["layer", "expert"] = "layer") -> None:
-        check_one_of("by", by, ("layer", "expert"))
         self.by = by
         self.curves: dict[str, list[int]] = {}
         self._logged = -1

@@ -10,12 +10,19 @@ from typing import Any, TypeAlias
 
 import torch
 
-from moe_groups._deepspeed.engines import Engine, backward_scale, known_engines, runs_backward
+from moe_groups._common.arguments import NotNegative, check, checked
+from moe_groups._deepspeed.engines import (
+    InitializedEngine,
+    backward_scale,
+    known_engines,
+    runs_backward,
+)
 from moe_groups.errors import InvalidArgumentError
 
-Scale: TypeAlias = float | Callable[[], float]
+Scale: TypeAlias = NotNegative | Callable[[], float]
 
 
+@checked
 def attach_loss(
     hidden: torch.Tensor, loss: torch.Tensor, *, scale: Scale | None = None
 ) -> torch.Tensor:
@@ -68,16 +75,19 @@ class _Attached(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         factor = 0.0 if ctx.is_done else _value(ctx.scale)
         ctx.is_done = True
-        return gradient, torch.full_like(ctx.like, factor), None
+        return gradient, torch.ones_like(ctx.like) * float(factor), None
 
 
 def _value(scale: Scale | None) -> float:
     if scale is None:
         return gradient_scale(_engine())
-    return scale() if callable(scale) else scale
+    factor = scale() if callable(scale) else scale
+    check("scale", factor, NotNegative)
+    return factor
 
 
-def gradient_scale(engine: Engine) -> float:
+@checked
+def gradient_scale(engine: InitializedEngine) -> float:
     """The factor by which ``engine.backward(loss)`` multiplies the loss.
 
     The loss scale (fp16) divided by ``gradient_accumulation_steps``.

@@ -10,12 +10,13 @@ from typing import Literal, TypeAlias
 import torch
 from torch import distributed
 
-from moe_groups._common.arguments import check_one_of
+from moe_groups._common.arguments import checked
 from moe_groups.errors import InvalidArgumentError
 
 Balance: TypeAlias = Literal["batch", "sequence"]
 
 
+@checked
 def load_balancing_loss(
     probs: torch.Tensor,
     assigned: torch.Tensor,
@@ -53,7 +54,6 @@ def load_balancing_loss(
     Raises:
         InvalidArgumentError: shapes do not fit.
     """
-    check_one_of("balance", balance, ("batch", "sequence"))
     chosen = _as_mask(probs, assigned)
     counted = _as_weights(probs, mask)
     if balance == "sequence" and probs.dim() != 3:
@@ -81,6 +81,7 @@ def load_balancing_loss(
     return (losses * counts).sum() / counts.sum().clamp(min=1)
 
 
+@checked
 def router_z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The router z-loss, which keeps logits small: ``mean_t (logsumexp_e logits[t, e])**2``.
 
@@ -122,9 +123,12 @@ def _as_mask(probs: torch.Tensor, assigned: torch.Tensor) -> torch.Tensor:
             "one-hot mask as assigned.bool(); where every expert is chosen, nothing is balanced."
         )
     on_host = assigned.device.type == "cpu"  # reading a GPU's numbers would block
-    if on_host and assigned.numel() and int(assigned.max()) >= probs.shape[-1]:
+    largest = int(assigned.max()) if on_host and assigned.numel() else 0
+    if not 0 <= largest < probs.shape[-1]:
         raise InvalidArgumentError(
-            f"assigned names expert {int(assigned.max())}, but probs has {probs.shape[-1]}."
+            f"assigned names expert {largest}, but probs has {probs.shape[-1]}."
+            if largest > 0
+            else "assigned has no expert: all of it is negative, which stands for dropped."
         )
     chosen = probs.new_zeros(*probs.shape[:-1], probs.shape[-1] + 1, dtype=torch.float32)
     places = torch.where(assigned < 0, probs.shape[-1], assigned.long())

@@ -11,12 +11,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from moe_groups._common.arguments import NotNegative, check, checked
 from moe_groups.errors import InvalidArgumentError
 
 Carried: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Hidden states, and the sum of the losses so far: fp32, of one element."""
 
 
+@checked
 class CarryLoss(nn.Module):
     """A pipeline layer that adds its loss to the sum of its input and passes on both.
 
@@ -38,7 +40,9 @@ class CarryLoss(nn.Module):
 
     def __init__(self, block: nn.Module | Callable[..., nn.Module], *args: Any, **kwargs: Any):
         super().__init__()
-        self.block = block if isinstance(block, nn.Module) else block(*args, **kwargs)
+        made = block if isinstance(block, nn.Module) else block(*args, **kwargs)
+        check("block(...)", made, nn.Module)
+        self.block = made
 
     def forward(self, inputs: torch.Tensor | Carried) -> Carried:
         hidden, total = (inputs, None) if isinstance(inputs, torch.Tensor) else self._read(inputs)
@@ -71,6 +75,7 @@ class CarryLoss(nn.Module):
         )
 
 
+@checked
 class CarriedLoss:
     """A loss function for :class:`CarryLoss` layers: the result of ``loss_fn`` plus their sum.
 
@@ -79,7 +84,9 @@ class CarriedLoss:
         coefficient: weight of the sum of all layers' losses.
     """
 
-    def __init__(self, loss_fn: Callable[..., torch.Tensor], coefficient: float = 0.01) -> None:
+    def __init__(
+        self, loss_fn: Callable[..., torch.Tensor], coefficient: NotNegative = 0.01
+    ) -> None:
         self.loss_fn, self.coefficient = loss_fn, coefficient
 
     def __call__(self, outputs: Carried, labels: Any) -> torch.Tensor:
@@ -89,7 +96,9 @@ class CarriedLoss:
                 "of the pipeline in CarryLoss."
             )
         hidden, total = outputs
-        return self.loss_fn(hidden, labels) + self.coefficient * total
+        loss = self.loss_fn(hidden, labels)
+        check("loss_fn(...)", loss, torch.Tensor)
+        return loss + self.coefficient * total
 
 
 def carrying_problem(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from moe_groups._deepspeed.engines import Engine, send_to_monitor, stage_of
+from moe_groups._common.arguments import NotNegative, Positive, checked
+from moe_groups._deepspeed.engines import InitializedEngine, send_to_monitor, stage_of
 from moe_groups._deepspeed.layers import routed, routers_of
 from moe_groups.errors import InvalidArgumentError
 
@@ -59,6 +60,7 @@ class BalanceReport:
     aux: float
     layers: Mapping[str, LayerBalance]
 
+    @checked
     def as_dict(self, per_expert: bool = False) -> dict[str, float]:
         """Names and numbers for a logger; ``per_expert`` adds each expert's share."""
         values = {"loss/total": self.total, "loss/lm": self.lm, "loss/aux": self.aux}
@@ -74,6 +76,7 @@ class BalanceReport:
         return values
 
 
+@checked
 class LossTracker:
     """Collects losses and loads of all MoE layers; call :meth:`step` after each optimizer step.
 
@@ -101,16 +104,14 @@ class LossTracker:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: InitializedEngine,
         *,
-        coefficient: float,
-        interval: int = 50,
+        coefficient: NotNegative,
+        interval: Positive = 50,
         in_loss: bool = True,
-        experts: Mapping[str, int] | None = None,
+        experts: Mapping[str, Positive] | None = None,
         per_expert: bool = False,
     ) -> None:
-        if interval < 1:
-            raise InvalidArgumentError(f"interval is {interval}: give 1 or more steps.")
         self.engine, self.coefficient, self.interval = engine, coefficient, interval
         self.in_loss, self.per_expert = in_loss, per_expert
         found = routers_of(engine.module)

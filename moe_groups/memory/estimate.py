@@ -1,13 +1,15 @@
 """Predict what ``engine.step()`` allocates and holds, for groups or a plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+from moe_groups._common.arguments import Count, checked
 from moe_groups._common.text import show_bytes
 from moe_groups.errors import InvalidArgumentError
+from moe_groups.groups.inputs import made_groups
 from moe_groups.memory.step_config import StepConfig
-from moe_groups.tags import get_expert_tag, numel_of, parallel_group_of
+from moe_groups.tags import get_expert_tag, numel_of
 from moe_groups.topology import sharing_ranks, world_size
 
 if TYPE_CHECKING:
@@ -105,8 +107,9 @@ class Planned(Protocol):
         ...
 
 
+@checked
 def estimate_step_memory(
-    groups: Any, *, step: StepConfig | None = None, data_parallel_size: int | None = None
+    groups: Any, *, step: StepConfig | None = None, data_parallel_size: Count | None = None
 ) -> StepMemory:
     """Predict the memory of ``engine.step()`` on every rank, before any engine exists.
 
@@ -136,8 +139,8 @@ def estimate_step_memory(
         world = data_parallel_size or groups.data_parallel_size
         named = groups.sized()
     else:
+        named = _read(groups)
         world = data_parallel_world(data_parallel_size)
-        named = _read(getattr(groups, "param_groups", groups))
     return estimate(named, step or StepConfig(), world)
 
 
@@ -148,8 +151,6 @@ def data_parallel_world(size: int | None) -> int:
         InvalidArgumentError: neither is known.
     """
     if size is not None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise InvalidArgumentError(f"data_parallel_size={size!r} must be at least 1.")
         return size
     known = world_size()
     if known is not None:
@@ -161,27 +162,15 @@ def data_parallel_world(size: int | None) -> int:
 
 
 def _read(groups: Any) -> list[SizedGroup]:
-    """Name, sizes and parallel group of each group dict."""
+    """Name, sizes and parallel group of each group with something trainable."""
     found = []
-    for index, group in enumerate([groups] if isinstance(groups, Mapping) else groups):
-        if not isinstance(group, Mapping) or "params" not in group:
-            raise InvalidArgumentError(
-                f"group {index} is no group dict: give the groups, the optimizer over them before "
-                "deepspeed.initialize, or a plan."
-            )
-        params = [p for p in group["params"] if p.requires_grad and numel_of(p)]
+    for index, (group, members) in enumerate(made_groups(groups)):
+        params = [param for param in members if param.requires_grad and numel_of(param)]
         name = str(group.get("name") or f"group {index}")
-        tag = get_expert_tag(params[0], name) if params else None
-        if group.get("moe") and tag is None and params:
-            raise InvalidArgumentError(
-                f"group {name!r} holds a partition that DeepSpeed made of its parameters: estimate "
-                "before deepspeed.initialize."
-            )
-        parallel_group = tag.parallel_group if tag else None
-        if tag is None and group.get("moe"):
-            parallel_group = parallel_group_of(name)
         if params:
-            found.append((name, tuple(map(numel_of, params)), parallel_group))
+            tag = get_expert_tag(params[0], name)
+            sizes = tuple(map(numel_of, params))
+            found.append((name, sizes, tag.parallel_group if tag else None))
     return found
 
 

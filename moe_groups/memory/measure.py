@@ -6,6 +6,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
+from moe_groups._common.arguments import checked
 from moe_groups._common.garbage import no_garbage_collection
 from moe_groups._common.text import text_table
 from moe_groups.errors import InvalidArgumentError, MeasurementError
@@ -92,6 +93,7 @@ class MeasuredIteration:
         self._open: str | None = None
         self._ended = False
 
+    @checked
     @contextmanager
     def phase(self, name: str) -> Iterator[MeasuredPhase]:
         """Measure a part of the iteration by itself; names may repeat.
@@ -161,6 +163,7 @@ def _busy(use: MeasuredPhase) -> bool:
     return not use.before == use.peak == use.after
 
 
+@checked
 @contextmanager
 def measure_step_memory(device: torch.device | str | None = None) -> Iterator[MeasuredStep]:
     """Exact tensor memory of the code in the block, for example ``engine.step()``.
@@ -192,6 +195,7 @@ def measure_step_memory(device: torch.device | str | None = None) -> Iterator[Me
     memory.held = recordings[0].released
 
 
+@checked
 @contextmanager
 def measure_iteration_memory(
     device: torch.device | str | None = None,

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from moe_groups._common.arguments import LEVELS, SplitBy, check_one_of
+from moe_groups._common.arguments import (
+    Bytes,
+    Count,
+    NotNegative,
+    Positive,
+    SplitBy,
+    checked,
+    shown,
+)
 from moe_groups._common.text import parse_bytes, show_bytes
 from moe_groups.errors import InvalidArgumentError, PlanError
 from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
@@ -149,6 +157,7 @@ class ParamGroupPlan:
         """The predicted memory of the step with these groups."""
         return estimate_step_memory(self)
 
+    @checked
     def check_made_for(self, table: Table) -> None:
         """Raise PlanError unless the parameters in ``table`` are those of the plan."""
         if made_for(table) == self.made_for:
@@ -168,15 +177,16 @@ class ParamGroupPlan:
         return "\n".join(lines_)
 
 
+@checked
 def plan_param_groups(
     params: ParamsInput,
     *,
-    step_memory_budget: int | str = "auto",
-    max_groups: int | None = None,
+    step_memory_budget: Bytes = "auto",
+    max_groups: Positive | None = None,
     split_by: SplitBy = "parallel_group",
     step: StepConfig | None = None,
-    data_parallel_size: int | None = None,
-    weight_decay: float | None = None,
+    data_parallel_size: Count | None = None,
+    weight_decay: NotNegative | None = None,
     no_decay: NoDecay | None = None,
     overrides: Overrides | None = None,
 ) -> ParamGroupPlan:
@@ -207,10 +217,9 @@ def plan_param_groups(
         ...                          data_parallel_size=64)              # doctest: +SKIP
         >>> groups = create_moe_param_groups(model, plan=plan)           # doctest: +SKIP
     """
-    check_one_of("split_by", split_by, LEVELS)
-    if max_groups is not None and (step_memory_budget != "auto" or max_groups < 1):
+    if max_groups is not None and step_memory_budget != "auto":
         raise InvalidArgumentError(
-            f"max_groups={max_groups!r} must be at least 1, and goes without step_memory_budget."
+            f"max_groups={shown(max_groups)} goes without step_memory_budget: give one of them."
         )
     rules = (weight_decay, no_decay, overrides or ())
     given = read_input(params)
@@ -227,7 +236,7 @@ def make_group_plan(
     split_by: SplitBy,
     step: StepConfig | None,
     data_parallel_size: int | None,
-    budget: int | str,
+    budget: Bytes,
     max_groups: int | None = None,
 ) -> ParamGroupPlan:
     """:func:`plan_param_groups` for parameters that have been read."""
@@ -270,7 +279,7 @@ def _tiles(cut: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]] | None:
 
 
 def _choose(
-    curve: list["Candidate"], budget: int | str, max_groups: int | None, split_by: str, stock: int
+    curve: list["Candidate"], budget: Bytes, max_groups: int | None, split_by: str, stock: int
 ) -> "Candidate":
     if max_groups is not None:
         within = [candidate for candidate in curve if candidate.groups <= max_groups]

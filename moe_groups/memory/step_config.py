@@ -1,13 +1,12 @@
 """How a model will be stepped: DeepSpeed's wrapper, the optimizer, and the ranks."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 
-from moe_groups._common.arguments import OptimizerKind, check_one_of
+from moe_groups._common.arguments import FilePath, OptimizerKind, check_one_of, checked
 from moe_groups._deepspeed.step_settings import read_step_settings
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory.step_cost import MASTER, TEMPORARIES, StepSettings
@@ -15,6 +14,7 @@ from moe_groups.memory.step_cost import MASTER, TEMPORARIES, StepSettings
 _KINDS = {**TEMPORARIES, "FusedAdam": 0, "CPUAdam": 0}
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class StepConfig:
     """What the memory of ``engine.step()`` depends on besides the model and its groups.
@@ -139,7 +139,7 @@ class StepConfig:
     @classmethod
     def from_deepspeed(
         cls,
-        config: Mapping[str, Any] | str | os.PathLike[str],
+        config: Mapping[str, Any] | FilePath,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> "StepConfig":
         """Read it from a DeepSpeed config and the optimizer.

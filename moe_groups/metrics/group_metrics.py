@@ -5,19 +5,20 @@ from typing import Any
 import torch
 from torch import distributed
 
+from moe_groups._common.arguments import Positive, checked
 from moe_groups._deepspeed.around_step import (
     before_own_clipping,
     check_steps_partitions,
     clipping_divisor,
 )
-from moe_groups._deepspeed.engines import Engine, send_to_monitor
+from moe_groups._deepspeed.engines import SteppingEngine, send_to_monitor
 from moe_groups.engine.step_options import stepped_lr
-from moe_groups.errors import InvalidArgumentError
 from moe_groups.metrics.report import MetricsReport, make_report
 from moe_groups.metrics.rows import rows_of_all_ranks, stepped_tensors
 from moe_groups.metrics.sums import GRAD, PARAM, UPDATE, SteppedPieces, StepSums
 
 
+@checked
 class GroupMetrics:
     """Reports norms by layer and expert; call :meth:`step` after each ``engine.step()``.
 
@@ -46,14 +47,12 @@ class GroupMetrics:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: SteppingEngine,
         *,
-        interval: int = 50,
+        interval: Positive = 50,
         per_expert: bool = False,
         update_ratio: bool = True,
     ) -> None:
-        if interval < 1:
-            raise InvalidArgumentError(f"interval is {interval}: give 1 or more steps.")
         check_steps_partitions(engine, "GroupMetrics")
         self.engine, self.interval = engine, interval
         self.per_expert, self.update_ratio = per_expert, update_ratio

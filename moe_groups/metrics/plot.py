@@ -2,12 +2,11 @@
 
 import math
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_groups._common.arguments import check_one_of, need
+from moe_groups._common.arguments import FilePath, checked, need
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.metrics.report import METRICS, MetricsReport
+from moe_groups.metrics.report import Metric, MetricsReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +22,10 @@ _MOST = 32
 """Labels on an axis; of more cells only each second, fourth, ... is named."""
 
 
-def write_expert_map(report: MetricsReport, path: str | Path, metric: str = "update_ratio") -> None:
+@checked
+def write_expert_map(
+    report: MetricsReport, path: FilePath, metric: Metric = "update_ratio"
+) -> None:
     """Write a picture of one number of all experts: a row for each layer, a column for each expert.
 
     Colours are logarithmic. Experts that are not trained, or have a value of 0, stay white.
@@ -40,7 +42,6 @@ def write_expert_map(report: MetricsReport, path: str | Path, metric: str = "upd
     Example:
         >>> write_expert_map(report, "experts.png", "grad_norm")             # doctest: +SKIP
     """
-    check_one_of("metric", metric, METRICS)
     need("matplotlib", "plot", "pictures")
     figure = draw_expert_map(report, metric)
     try:
@@ -49,7 +50,7 @@ def write_expert_map(report: MetricsReport, path: str | Path, metric: str = "upd
         raise InvalidArgumentError(f"path={str(path)!r} cannot be written: {error}") from error
 
 
-def draw_expert_map(report: MetricsReport, metric: str) -> "Figure":
+def draw_expert_map(report: MetricsReport, metric: Metric) -> "Figure":
     """The picture as a figure of matplotlib."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure

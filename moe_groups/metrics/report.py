@@ -3,11 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
+from moe_groups._common.arguments import checked
 from moe_groups.metrics.rows import Row
 from moe_groups.metrics.sums import ELEMENTS, GRAD, LR, PARAM, UPDATE
 
-METRICS = ("lr", "grad_norm", "param_norm", "update_ratio")
+Metric: TypeAlias = Literal["lr", "grad_norm", "param_norm", "update_ratio"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 """Names of the numbers of a :class:`GroupStats` that are reported."""
 
 
@@ -66,6 +69,7 @@ class MetricsReport:
     dense: Mapping[str, GroupStats]
     layers: Mapping[str, LayerStats]
 
+    @checked
     def as_dict(self, per_expert: bool = False) -> dict[str, float]:
         """Names and numbers for a logger; ``per_expert`` adds those of each expert.
 

@@ -3,13 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from moe_groups._common.arguments import FilePath, checked
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups._deepspeed.engines import has_engine, is_pipeline, refresh_master_weights
+from moe_groups._deepspeed.engines import (
+    InitializedEngine,
+    has_engine,
+    is_pipeline,
+    refresh_master_weights,
+)
 from moe_groups.errors import CheckpointError, InvalidArgumentError
 from moe_groups.topology import Topology
 from moe_groups.weights.load_plan import LoadPlan, NamesGiven, plan_load
@@ -48,9 +53,10 @@ class LoadedExperts:
         return "\n".join(lines)
 
 
+@checked
 def load_experts(
-    model: Any,
-    directory: str | Path,
+    model: nn.Module | InitializedEngine,
+    directory: FilePath,
     *,
     strict: bool = True,
     layers: Mapping[str, str] | None = None,

@@ -53,13 +53,9 @@ def module_of(model: Any, name: str) -> nn.Module:
         name: of the function that needs its weights.
 
     Raises:
-        InvalidArgumentError: it is neither, or ZeRO-3 has its weights.
+        InvalidArgumentError: ZeRO-3 has its weights.
     """
-    module = model.module if is_engine(model) else model
-    if not isinstance(module, nn.Module):
-        raise InvalidArgumentError(
-            f"model is a {type(module).__name__}: give a module, or a DeepSpeed engine."
-        )
+    module: nn.Module = model.module if is_engine(model) else model
     if is_partitioned(module):
         raise InvalidArgumentError(
             f"ZeRO-3 keeps this model's parameters in parts: {name} works with ZeRO-1, ZeRO-2 and "

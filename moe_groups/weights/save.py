@@ -7,9 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import distributed, nn
 
-from moe_groups._common.arguments import check_one_of, need
+from moe_groups._common.arguments import Bytes, FilePath, checked, need
 from moe_groups._common.text import parse_bytes
-from moe_groups._deepspeed.engines import has_engine, is_pipeline, master_weights
+from moe_groups._deepspeed.engines import (
+    InitializedEngine,
+    has_engine,
+    is_pipeline,
+    master_weights,
+)
 from moe_groups._deepspeed.layers import layer_experts, layer_parallel_group, moe_layer_types
 from moe_groups._deepspeed.process_groups import expert_place, tensor_parallel_size
 from moe_groups.errors import InvalidArgumentError
@@ -29,16 +34,17 @@ from moe_groups.weights.names import (
 from moe_groups.weights.write import Job, Named, cut, write
 
 
+@checked
 def save_experts(
-    model: Any,
-    directory: str | Path,
+    model: nn.Module | InitializedEngine,
+    directory: FilePath,
     *,
-    family: str | Path,
+    family: FilePath,
     dtype: Literal["fp32"] | None = None,
     layers: Mapping[str, str] | None = None,
     matrices: Mapping[str, str] | None = None,
     router: str = ROUTER,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: Bytes = "5GB",
     topology: Topology | None = None,
 ) -> list[Path]:
     """Write the model's weights as safetensors with the names of a Hugging Face family.
@@ -74,7 +80,6 @@ def save_experts(
             ``safetensors`` is missing.
     """
     need("safetensors", "safetensors", "safetensors checkpoints")
-    check_one_of("dtype", dtype, (None, "fp32"))
     names = names_of(family)
     size = parse_bytes(max_shard_size, "max_shard_size")
     module = module_of(model, "save_experts")

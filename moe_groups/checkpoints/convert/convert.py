@@ -6,18 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_groups._common.arguments import FilePath, Positive, checked
 from moe_groups._common.own_folder import finished_file, own
 from moe_groups._common.progress import Progress
 from moe_groups.checkpoints.convert.job import Job
+from moe_groups.checkpoints.convert.model import regroup_lists
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.convert.target import check_same_parameters, read_target, size_in_groups
 from moe_groups.checkpoints.convert.workdir import Unfinished, writing
-from moe_groups.checkpoints.files import LATEST, check_whole, find_checkpoint, list_saved
+from moe_groups.checkpoints.files import (
+    LATEST,
+    SCHEDULER_FILES,
+    check_whole,
+    find_checkpoint,
+    list_saved,
+)
 from moe_groups.checkpoints.kept_state import Kept
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
-from moe_groups.errors import InvalidArgumentError
+from moe_groups.checkpoints.torch_file import read_torch_file, save
 
 _WORKERS = 4
 
@@ -39,14 +47,15 @@ class Regrouped:
     seconds: float
 
 
+@checked
 def regroup_checkpoint(
-    source: str | Path,
-    destination: str | Path,
-    to: str | Path | Layout,
+    source: FilePath,
+    destination: FilePath,
+    to: FilePath | Layout,
     *,
-    max_group_size: int | None = None,
+    max_group_size: Positive | None = None,
     tag: str | None = None,
-    workers: int | None = None,
+    workers: Positive | None = None,
     trust: bool = False,
     progress: Progress | None = None,
 ) -> Regrouped:
@@ -86,8 +95,6 @@ def regroup_checkpoint(
     Example:
         >>> regroup_checkpoint("run/checkpoints", "run/regrouped", "expert")  # doctest: +SKIP
     """
-    if workers is not None and workers < 1:
-        raise InvalidArgumentError(f"workers={workers!r} must be at least 1.")
     start = time.monotonic()
     files = find_checkpoint(source, tag, trust)
     check_whole(files)
@@ -122,7 +129,12 @@ def _finish(job: Job) -> None:
     )
     for path in files.beside():
         with finished_file(directory / path.name, directory) as part:
-            shutil.copy(path, part)
+            if path.match(SCHEDULER_FILES):
+                content = read_torch_file(path, files.trust)
+                regroup_lists(job.source, job.target, min(files.models), content)
+                save(content, part)
+            else:
+                shutil.copy(path, part)
     if not (directory / LATEST).is_dir():  # the tag of some trainers
         with finished_file(directory / LATEST, directory) as part:
             part.write_text(files.tag)

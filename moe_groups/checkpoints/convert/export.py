@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from moe_groups._common.arguments import check_one_of, need
+from moe_groups._common.arguments import Bytes, FilePath, checked, need
 from moe_groups._common.text import parse_bytes
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.files import CheckpointFiles, check_whole, find_checkpoint
@@ -24,17 +24,18 @@ _EXPERT = re.compile(r"(.+)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(
 _ROUTER = re.compile(r"(.+)\.deepspeed_moe\.gate\.wg\.(.+)")
 
 
+@checked
 def export_checkpoint(
-    directory: str | Path,
-    destination: str | Path,
+    directory: FilePath,
+    destination: FilePath,
     *,
-    family: str | Path,
+    family: FilePath,
     dtype: Literal["fp32"] | None = None,
     tag: str | None = None,
     layers: Mapping[str, str] | None = None,
     matrices: Mapping[str, str] | None = None,
     router: str = ROUTER,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: Bytes = "5GB",
 ) -> list[Path]:
     """Write the weights in a checkpoint as safetensors with the names of a Hugging Face family.
 
@@ -63,7 +64,6 @@ def export_checkpoint(
         InvalidArgumentError: an argument is out of range, or ``safetensors`` is missing.
     """
     need("safetensors", "safetensors", "safetensors checkpoints")
-    check_one_of("dtype", dtype, (None, "fp32"))
     names, size = names_of(family), parse_bytes(max_shard_size, "max_shard_size")
     files = find_checkpoint(directory, tag)
     check_whole(files)

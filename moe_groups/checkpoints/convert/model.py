@@ -2,21 +2,116 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.layout import Layout, Rank
-from moe_groups.checkpoints.torch_file import read_torch_file, save
+from moe_groups.checkpoints.torch_file import read_torch_file, reading, save
 from moe_groups.errors import CheckpointError
 
-_LISTS = re.compile(r"(^|_)(lrs|last_lr|lr_lambdas|momentums)$")
-"""Entries of torch's schedulers that have one value for each group."""
+_BY_GROUP = re.compile(r"(^|_)(lrs?|lr_lambdas|momentums|moms)$")
+"""Entries of torch's, DeepSpeed's and Lightning's schedulers with one value for each group."""
+_NOT_BY_GROUP = re.compile(r"(^|_)(milestones|betas)$")
+_SCHEDULER = re.compile(r"sched", re.IGNORECASE)
+_SCHEDULER_ENTRIES = {"base_lrs", "_last_lr", "last_epoch", "last_batch_iteration"}
+_NOT_LOADED_BY_GROUP = ("module", "optimizer", "ds_config")
 
-_SCHEDULER = "lr_scheduler"
+SCHEDULER = "lr_scheduler"
 _SHAPES = "param_shapes"
 _WORLD = "dp_world_size"
+
+
+class GroupList(NamedTuple):
+    """A list with one value for each group, in the state of a scheduler or of the caller.
+
+    Attributes:
+        where: path to it, for messages.
+        holder: dict that has it.
+        key: its key there.
+        known: its name says that it has a value for each group; else only its length does.
+    """
+
+    where: str
+    holder: dict[Any, Any]
+    key: Any
+    known: bool
+
+
+def group_lists(content: Any, groups: int) -> list[GroupList]:
+    """The lists for so many groups in what a checkpoint holds beside weights and optimizer states.
+
+    Those of the running scheduler, and of what the caller saved in ``client_state``, as Lightning
+    does with its ``lr_schedulers``.
+    """
+    return list(_group_lists(content, groups, "", False, set()))
+
+
+def _group_lists(
+    content: Any, groups: int, where: str, inside: bool, seen: set[int]
+) -> Iterator[GroupList]:
+    """``inside`` of a scheduler's state a list can be one for groups whatever its name is."""
+    if not isinstance(content, dict | list | tuple) or id(content) in seen:
+        return
+    seen.add(id(content))
+    if not isinstance(content, dict):  # of schedulers
+        for index, item in enumerate(content):
+            yield from _group_lists(item, groups, f"{where}[{index}]", inside, seen)
+        return
+    inside |= not _SCHEDULER_ENTRIES.isdisjoint(content)
+    for key, value in content.items():
+        name, path = str(key), f"{where}.{key}".lstrip(".")
+        if not where and name in _NOT_LOADED_BY_GROUP:
+            continue
+        listed = isinstance(value, list | tuple) and len(value) == groups
+        if listed and _BY_GROUP.search(name):
+            yield GroupList(path, content, key, True)
+        elif listed and inside and all(map(_is_number, value)):
+            if not _NOT_BY_GROUP.search(name):
+                yield GroupList(path, content, key, False)
+        else:
+            scheduler = inside or bool(_SCHEDULER.search(name))
+            yield from _group_lists(value, groups, path, scheduler, seen)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | torch.Tensor)
+
+
+def regroup_lists(source: RegroupSource, target: Layout, model: int, content: Any) -> None:
+    """Give each list one value for each new group, in place.
+
+    Raises:
+        CheckpointError: groups with different values would become one, or nothing tells whether a
+            list is one for groups.
+    """
+    rank = Rank(model, 0)
+    index_of = {id(group): index for index, group in enumerate(source.layout.of(rank))}
+    homes = [
+        (group.name, [index_of[id(home)] for home in source.homes(group)])
+        for group in target.of(rank)
+    ]
+    for where, holder, key, known in group_lists(content, len(index_of)):
+        values = holder[key]
+        if not known:
+            raise CheckpointError(
+                f"{where} in the checkpoint has {len(values)} numbers, as many as it has groups, "
+                "and nothing says whether each belongs to a group. Converting would be a guess."
+            )
+        entries = []
+        for name, places in homes:
+            found = [values[place] for place in places]
+            if other := [entry for entry in found if entry != found[0]]:
+                raise CheckpointError(
+                    f"group {name!r} of the new groups would hold parameters with {found[0]} and "
+                    f"{other[0]} in the learning-rate schedule ({where}): their old groups cannot "
+                    "become one."
+                )
+            entries.append(found[0])
+        holder[key] = type(values)(entries)
 
 
 def write_model(source: RegroupSource, target: Layout, model: int, path: Path) -> None:
@@ -29,46 +124,16 @@ def write_model(source: RegroupSource, target: Layout, model: int, path: Path) -
             would become one.
         OSError: the file cannot be written.
     """
-    content = read_torch_file(source.files.models[model], source.files.trust)
-    rank = Rank(model, 0)
-    if content.get(_SCHEDULER) is not None:
-        content[_SCHEDULER] = _regroup_lists(source, target, rank, content[_SCHEDULER])
-    if content.get(_SHAPES) is not None:
-        content[_SHAPES] = _shapes(target, rank, content[_SHAPES])
+    file = source.files.models[model]
+    content = read_torch_file(file, source.files.trust)
+    with reading(file):
+        shapes = content.get(_SHAPES)
+    regroup_lists(source, target, model, content)
+    if shapes is not None:
+        content[_SHAPES] = _shapes(target, Rank(model, 0), shapes)
     if _WORLD in content:
         content[_WORLD] = target.data_parallel_size
     save(content, path)
-
-
-def _regroup_lists(source: RegroupSource, target: Layout, rank: Rank, value: Any) -> Any:
-    """A scheduler's state with one value for each new group in its lists."""
-    if isinstance(value, list | tuple):  # of schedulers in a scheduler
-        return type(value)(_regroup_lists(source, target, rank, item) for item in value)
-    if not isinstance(value, Mapping):
-        return value
-    groups = len(source.layout.of(rank))
-    return {
-        key: _one_for_each(source, target, rank, item)
-        if _LISTS.search(str(key)) and isinstance(item, list | tuple) and len(item) == groups
-        else _regroup_lists(source, target, rank, item)
-        for key, item in value.items()
-    }
-
-
-def _one_for_each(
-    source: RegroupSource, target: Layout, rank: Rank, values: list[Any] | tuple[Any, ...]
-) -> Any:
-    index_of = {id(group): index for index, group in enumerate(source.layout.of(rank))}
-    entries = []
-    for group in target.of(rank):
-        found = [values[index_of[id(home)]] for home in source.homes(group)]
-        if other := [entry for entry in found if entry != found[0]]:
-            raise CheckpointError(
-                f"group {group.name!r} of the new groups would hold parameters with {found[0]} and "
-                f"{other[0]} in the learning-rate schedule: their old groups cannot become one."
-            )
-        entries.append(found[0])
-    return type(values)(entries)
 
 
 def _shapes(target: Layout, rank: Rank, old: list[Mapping[str, Any]]) -> list[Any]:

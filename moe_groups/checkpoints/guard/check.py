@@ -17,6 +17,7 @@ from moe_groups.checkpoints.files import (
     check_tag,
     check_whole,
     find_checkpoint,
+    no_such_tag,
     read_latest,
 )
 from moe_groups.checkpoints.guard.engine_layout import own_groups
@@ -39,8 +40,9 @@ class Finding:
     """What one rank sees.
 
     Attributes:
-        kind: "same" (names may differ); "absent" (there is no such checkpoint, as DeepSpeed will
-            say); "unknown" (nothing says what the groups were); "other" groups; another "world".
+        kind: "same" (names may differ); "absent" (no file says which checkpoint is the latest, for
+            which DeepSpeed returns None); "unknown" (nothing says what the groups were); "other"
+            groups; another "world".
         tag: of the checkpoint that this rank would load.
         step: of this rank's optimizer state.
         unstated: records that could not be compared, as they state no CRC-32.
@@ -61,6 +63,7 @@ def checked(
     tag: str | None,
     *,
     optimizer: bool,
+    by_position: bool,
     data: bool,
     convert: bool,
     scratch_dir: Path | None,
@@ -69,6 +72,7 @@ def checked(
 
     Args:
         optimizer: optimizer states are loaded too.
+        by_position: something is loaded by the position of the groups: those, or a scheduler's.
         data: compare the bytes of all files that are loaded with their CRC-32.
         convert: turn a checkpoint of other groups into one of the engine's, in ``scratch_dir``.
 
@@ -77,7 +81,7 @@ def checked(
         CheckpointError: it is damaged, or ranks do not see the same.
     """
     findings = on_all_ranks(
-        lambda: _examine(engine, load_dir, tag, optimizer, data), "Nothing was loaded."
+        lambda: _examine(engine, load_dir, tag, optimizer, by_position, data), "Nothing was loaded."
     )
     if problem := _problem(load_dir, findings):
         raise CheckpointError(f"{problem} Nothing was loaded.")
@@ -100,8 +104,8 @@ def checked(
             return
     if tag is not None and "unknown" in kinds:
         warn(
-            f"{load_dir / tag} has no {FILE_NAME}, and {wrapper_name(engine)} does not "
-            "write which parameters its groups hold: it is loaded by position, right only if the "
+            f"{load_dir / tag} has no {FILE_NAME}, and no file that says which parameters the "
+            f"groups of {wrapper_name(engine)} held: it is loaded by position, right only if the "
             "groups are the same.",
             CheckpointWarning,
         )
@@ -150,7 +154,12 @@ def _problem(load_dir: Path, findings: list[Finding]) -> str | None:
 
 
 def _examine(
-    engine: Engine, load_dir: Path, tag: str | None, optimizer: bool, data: bool
+    engine: Engine,
+    load_dir: Path,
+    tag: str | None,
+    optimizer: bool,
+    by_position: bool,
+    data: bool,
 ) -> Finding:
     """This rank's view.
 
@@ -163,12 +172,12 @@ def _examine(
         return Finding("absent")
     check_tag(tag)
     if not (load_dir / tag).is_dir():
-        return Finding("absent", tag=tag)
+        raise no_such_tag(load_dir, tag)
     files = find_checkpoint(load_dir, tag, trust=True)
     share = _share(engine)
     check_whole(files, share, optimizer)
     unstated = sum(map(check_crcs, files.states(optimizer)[share])) if data else 0
-    found = _compare(engine, files) if optimizer else Finding("same")
+    found = _compare(engine, files, optimizer) if by_position else Finding("same")
     return replace(found, tag=tag, unstated=unstated)
 
 
@@ -179,9 +188,10 @@ def _share(engine: Engine) -> slice:
     return slice(distributed.get_rank(), None, distributed.get_world_size())
 
 
-def _compare(engine: Engine, files: CheckpointFiles) -> Finding:
+def _compare(engine: Engine, files: CheckpointFiles, optimizer: bool) -> Finding:
     rank, running = own_groups(engine)
-    maps = wrapper_name(engine) in WRAPPERS
+    # For a scheduler alone, the optimizer states need not be there.
+    maps = wrapper_name(engine) in WRAPPERS and (optimizer or bool(files.shards))
     if files.manifest.is_file():
         manifest = read_manifest(files.manifest)
         found = _by_manifest(manifest, rank, running)

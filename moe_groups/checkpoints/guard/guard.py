@@ -9,19 +9,19 @@ from typing import Any, Literal, TypeAlias
 
 from torch import distributed
 
-from moe_groups._common.arguments import check_one_of
+from moe_groups._common.arguments import FilePath, checked
 from moe_groups._common.own_folder import is_plain
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed.checkpoints import checkpoint_tag
+from moe_groups._deepspeed.checkpoints import checkpoint_tag, writes_later
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups._deepspeed.engines import Engine, is_engine
+from moe_groups._deepspeed.engines import Engine, SteppingEngine
 from moe_groups.checkpoints.files import check_tag, list_files, list_saved
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout, with_options_of
 from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, write_manifest
-from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
+from moe_groups.errors import CheckpointError, CheckpointWarning
 from moe_groups.tags import LABELS
 
 _GUARD = "_moe_groups_guard"
@@ -46,11 +46,12 @@ class Guard:
     gathered: bool = False
 
 
+@checked
 def protect_checkpoints(
-    engine: Engine,
+    engine: SteppingEngine,
     *,
     regroup: Regroup = "refuse",
-    scratch_dir: str | Path | None = None,
+    scratch_dir: FilePath | None = None,
     check_data: bool = False,
 ) -> None:
     """Choose what happens to the engine's checkpoints; all ranks call it alike.
@@ -81,12 +82,6 @@ def protect_checkpoints(
         >>> protect_checkpoints(engine, regroup="auto")                   # doctest: +SKIP
         >>> engine.load_checkpoint("checkpoints")                         # doctest: +SKIP
     """
-    check_one_of("regroup", regroup, ("refuse", "auto", "off"))
-    if not is_engine(engine) or not hasattr(engine.optimizer, "param_groups"):
-        raise InvalidArgumentError(
-            "protect_checkpoints takes an engine that deepspeed.initialize made with an optimizer, "
-            f"not {type(engine).__name__}."
-        )
     support_our_groups(moe=True)
     scratch = None if scratch_dir is None else Path(scratch_dir)
     guard = Guard(regroup, scratch, check_data)
@@ -125,7 +120,7 @@ def guarded_save(
     folder, writes = Path(save_dir) / tag, _writes(engine)
     if guard is not None:
         on_all_ranks(lambda: check_tag(tag))
-    if guard is None or engine.checkpoint_engine.is_decoupled():
+    if guard is None or writes_later(engine):
         if writes and is_plain(tag):  # what an older save said of this folder no longer holds
             for name in (FILE_NAME, UNFINISHED):
                 with contextlib.suppress(OSError):
@@ -237,11 +232,16 @@ def guarded_load(
     call = inspect.signature(load).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
-    if guard is None or guard.regroup == "off" or engine.load_universal_checkpoint():
+    if guard is None or guard.regroup == "off":
         return load(*args, **kwargs)
+    optimizer, scheduler = _loads_optimizer(engine, given), _loads_scheduler(engine, given)
+    if engine.load_universal_checkpoint() and engine.zero_optimization():
+        from moe_groups.checkpoints.guard.universal import checked_universal
+
+        with checked_universal(engine, Path(given["load_dir"]), given["tag"], scheduler):
+            return load(*args, **kwargs)
     from moe_groups.checkpoints.guard.check import checked
 
-    optimizer = _loads_state(engine, given)
     names = _names(engine) if optimizer else []
     load_dir, tag = given["load_dir"], given["tag"]
     convert, tag = guard.regroup == "auto", None if tag is None else str(tag)
@@ -251,6 +251,7 @@ def guarded_load(
         folder,
         tag,
         optimizer=optimizer,
+        by_position=optimizer or scheduler,
         data=guard.check_data,
         convert=convert,
         scratch_dir=guard.scratch_dir,
@@ -264,13 +265,25 @@ def guarded_load(
     return path, client_state
 
 
-def _loads_state(engine: Engine, given: Mapping[str, Any]) -> bool:
+def _loads_optimizer(engine: Engine, given: Mapping[str, Any]) -> bool:
     """Does this call put optimizer state into groups?"""
     return bool(
         given["load_optimizer_states"]
         and not given["load_module_only"]
         and hasattr(engine.optimizer, "param_groups")
     )
+
+
+def _loads_scheduler(engine: Engine, given: Mapping[str, Any]) -> bool:
+    """Does this call put values of groups into a scheduler, which has them by position?"""
+    if given["load_module_only"] or not given["load_lr_scheduler_states"]:
+        return False
+    if not hasattr(engine.lr_scheduler, "state_dict"):
+        return False
+    from moe_groups.checkpoints.convert.model import SCHEDULER, group_lists
+
+    groups = len(getattr(engine.optimizer, "param_groups", ()))
+    return bool(group_lists({SCHEDULER: engine.lr_scheduler.state_dict()}, groups))
 
 
 _NAMES = ("name", *LABELS)

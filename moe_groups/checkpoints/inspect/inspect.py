@@ -4,9 +4,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from moe_groups._common.arguments import FilePath, Positive, checked
 from moe_groups._common.progress import Progress, ProgressSum, in_order
 from moe_groups.checkpoints.expert_names import ExpertPlaces
 from moe_groups.checkpoints.files import STATES, find_checkpoint
@@ -22,19 +22,19 @@ from moe_groups.checkpoints.inspect.report import (
     SavedGroup,
 )
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout
-from moe_groups.errors import InvalidArgumentError
 from moe_groups.topology import ep_size_of
 
 _KINDS: tuple[ProblemKind, ...] = get_args(ProblemKind)
 _MOST_WORKERS = 8
 
 
+@checked
 def inspect_checkpoint(
-    directory: str | Path,
+    directory: FilePath,
     tag: str | None = None,
     *,
     data: bool = True,
-    workers: int | None = None,
+    workers: Positive | None = None,
     trust: bool = False,
     progress: Progress | None = None,
 ) -> CheckpointReport:
@@ -66,8 +66,6 @@ def inspect_checkpoint(
         >>> [problem.text for problem in report.problems]                 # doctest: +SKIP
         []
     """
-    if workers is not None and workers < 1:
-        raise InvalidArgumentError(f"workers={workers!r} must be at least 1.")
     expected = expect(find_checkpoint(directory, tag, trust))
     places = find_places(expected.layout)
     shards = {path: rank for rank, path in expected.files.shards.items()}

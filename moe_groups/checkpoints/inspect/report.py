@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from moe_groups._common.arguments import checked
 from moe_groups._common.text import show_bytes
 
 ProblemKind: TypeAlias = Literal[
@@ -174,6 +175,7 @@ class CheckpointReport:
             return f"{len(self.problems):,} problem{'s' * (len(self.problems) > 1)}:"
         return "no problems" + ("" if self.data else " (tensors were not read)")
 
+    @checked
     def lines(self, most: int | None = 20) -> list[str]:
         """The problems' sentences, not more than ``most``."""
         shown = [f"  {problem.text}" for problem in self.problems[:most]]

@@ -445,7 +445,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "DeepCompile": (lambda: start_dense(compile={"deepcompile": True}), "Leave out the call, or"),
     "Muon": (start_muon, "Muon needs the whole gradient of each parameter"),
     "no optimizer": (start_without_optimizer, "it has no optimizer"),
-    "no engine": (lambda: object(), "takes an engine that deepspeed.initialize made, not object"),
+    "no engine": (
+        lambda: object(),
+        "engine=<object> must be an engine",
+    ),
 }
 
 

@@ -62,6 +62,12 @@ def test_scheduler_with_one_rate_for_all_is_found() -> None:
         assert any("given (in group 'dense.override.1') was lr=0.02" in line for line in problems)
 
 
+def test_scheduler_that_replaces_all_rates_is_found() -> None:
+    swept = {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-3}}
+    for problems in run_on_ranks(2, with_scheduler, swept):
+        assert any("LRRangeTest replaced lr=" in line for line in problems)
+
+
 def after_load(folder: Path) -> list[list[str]]:
     found = []
     for wrapper in ("zero1", "zero2", "bf16"):

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from moe_groups import MoE, protect_checkpoints, verify
+from moe_groups import MoE, create_moe_param_groups, protect_checkpoints, verify
+from moe_groups._deepspeed.engines import stepped_groups
 from moe_groups.checkpoints.manifest import read_manifest
 from moe_groups.errors import CheckpointMismatchError
 from moe_groups.integrations.lightning import GroupLearningRateMonitor
@@ -169,6 +170,47 @@ def test_a_checkpoint_of_other_groups_is_converted(tmp_path: Path) -> None:
     for same, converted in run_on_ranks(2, regroup, str(tmp_path / "saved")):
         assert converted == same
         assert len(converted) == 2
+
+
+class Routed(Module):
+    """The rates of some groups differ, and a scheduler holds one value for each group."""
+
+    def __init__(self, split: str, *overrides: Any, regroup: Any = None) -> None:
+        super().__init__(split, regroup)
+        self.overrides = list(overrides)
+
+    def configure_optimizers(self) -> Any:
+        made = create_moe_param_groups(self, split_by=self.split, overrides=self.overrides)  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(made, lr=1e-3)
+        halve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": halve, "interval": "step"}}
+
+    def on_train_end(self) -> None:
+        names = {id(param): name for name, param in self.named_parameters()}
+        stepped = stepped_groups(self.trainer.strategy.model)
+        self.rates = {names[id(p)]: group["lr"] for group, params in stepped for p in params}
+
+
+def rates_of_schedules(folder: str) -> list[Any]:
+    router: Any = ("*.gate.*", {"lr": 1e-5})
+    embed: Any = ("model.inp*", {})
+    runner, first = trainer(1), Routed("module", router)
+    fit(runner, first)
+    runner.save_checkpoint(folder)
+    fit(trainer(2), whole := Routed("module", router))
+    found = [whole.rates]
+    # As many groups as before, and fewer.
+    for overrides in ((embed, router), (router,)):
+        resumed = Routed("parallel_group", *overrides, regroup="auto")
+        fit(trainer(2), resumed, first=2, ckpt_path=folder)
+        found.append(resumed.rates)
+    return found
+
+
+def test_a_schedule_of_other_groups_is_converted(tmp_path: Path) -> None:
+    for whole, *converted in run_on_ranks(2, rates_of_schedules, str(tmp_path / "saved")):
+        assert len(set(whole.values())) == 2
+        assert converted == [whole, whole]
 
 
 def log_rates(by: Any) -> tuple[set[str], list[dict[str, float]]]:

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from moe_groups import LossTracker, MoE
@@ -141,10 +142,17 @@ def test_drops_loads_and_monitor(tmp_path: Path) -> None:
     assert 0 < first[0]["dropped/moe"] < 1
 
 
+def engine_around(model: nn.Module) -> Any:
+    """Has what the tracker looks at."""
+    engine = mock.Mock(spec=DeepSpeedEngine, module=model, device="cpu", global_steps=1)
+    engine.monitor = mock.Mock(enabled=False)
+    return engine
+
+
 def refusals() -> list[str]:
     found = []
     for interval in (1, 0):
-        engine = mock.Mock(module=nn.Linear(2, 2), device="cpu")  # only the model is looked at
+        engine = engine_around(nn.Linear(2, 2))
         with pytest.raises(InvalidArgumentError) as error:
             LossTracker(engine, coefficient=1, interval=interval)
         found.append(str(error.value))
@@ -154,12 +162,11 @@ def refusals() -> list[str]:
 def test_refusals() -> None:
     none, interval = run_on_ranks(2, refusals)[0]
     assert "no MoE layer" in none
-    assert "interval is 0" in interval
+    assert "interval=0 must be an integer of at least 1" in interval
 
 
 def own_router() -> Any:
-    engine = mock.Mock(module=nn.Linear(2, 2), device="cpu", global_steps=1)
-    engine.monitor.enabled = False
+    engine = engine_around(nn.Linear(2, 2))
     tracker = LossTracker(engine, coefficient=0.1, interval=1, experts={"router": 3})
     rank = torch.distributed.get_rank()
     loss, counts = torch.tensor([1.0 + rank]), torch.tensor([rank, 2, 1])
@@ -191,7 +198,7 @@ class OneLabel(nn.Module):
 
 def one_label_on_two_stages() -> str:
     model = PipelineModule([LayerSpec(OneLabel), LayerSpec(OneLabel)], num_stages=2)
-    engine = mock.Mock(module=model, device="cpu")
+    engine = engine_around(model)
     with pytest.raises(InvalidArgumentError) as error:
         LossTracker(engine, coefficient=1)
     return str(error.value)

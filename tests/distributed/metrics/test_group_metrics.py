@@ -378,5 +378,5 @@ def refused() -> list[str]:
 def test_refusals() -> None:
     wrapper, module, interval = run_on_ranks(2, refused)[0]
     assert "not with FP16_UnfusedOptimizer" in wrapper
-    assert "not TinyMoE" in module
-    assert "interval is 0" in interval
+    assert "engine=<TinyMoE> must be an engine" in module
+    assert "interval=0 must be an integer of at least 1" in interval

@@ -251,7 +251,7 @@ def test_a_pattern_marks_no_layer_of_another_size() -> None:
 
 @pytest.mark.parametrize("arguments", [{"pattern": 5}, {"ep_size": 2}])
 def test_a_pattern_is_a_string_and_goes_with_ep_size(arguments: dict[str, Any]) -> None:
-    with pytest.raises(InvalidArgumentError, match="tag_experts"):
+    with pytest.raises(InvalidArgumentError, match=r"pattern=5 must|tag_experts"):
         tag_experts(TinyMoE(DeepSpeedMoE), **arguments)
 
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from moe_groups import ExpertTag, MoE, create_moe_param_groups, is_norm_or_bias, set_expert_tag
+from moe_groups import (
+    ExpertTag,
+    MoE,
+    create_moe_param_groups,
+    is_norm_or_bias,
+    plan_param_groups,
+    set_expert_tag,
+    split_for_muon,
+)
 from moe_groups.errors import InvalidArgumentError, OverrideError
 from tests.support.models import HIDDEN, MoEBlock
 
@@ -215,11 +223,56 @@ def test_override_wins_over_the_callers_group_and_that_over_defaults() -> None:
         (("*", {"params": []}), "params"),
         (("*", {"moe": True, "lr": 0.1}), "moe"),
         (("*", {"name": "x"}), "name"),
-        ("*", "override 0"),
-        (("*", 0.1), "override 0"),
-        ((3, {"lr": 0.1}), "override 0"),
+        ("*", r"overrides\[0\]='\*' must be 2 values: a string, a dict"),
+        (("*", 0.1), r"overrides\[0\]\[1\]=0.1 must be a dict"),
+        ((3, {"lr": 0.1}), r"overrides\[0\]\[0\]=3 must be a string"),
     ],
 )
 def test_overrides_that_cannot_be_used(override: Any, culprit: str) -> None:
     with pytest.raises(InvalidArgumentError, match=culprit):
         create_moe_param_groups(nn.Linear(4, 4), overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1e-3}, "lr=-0.001 must be finite and at least 0"),
+        ({"lr": float("nan")}, "lr=nan must be"),
+        ({"lr": 10**400}, "lr=10000.* must be"),
+        ({"lr": "1e-3"}, "lr='1e-3' must be a finite number or a tensor"),
+        ({"lr": True}, "lr=True must be"),
+        ({"lr": torch.tensor(-1.0)}, "must be finite and at least 0"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) must be below 1"),
+        ({"amsgrad": "False"}, "amsgrad='False' must be True or False"),
+        ({"lerning_rate": 1e-4}, "'lerning_rate', which no optimizer reads: use 'lr'"),
+        ({"wieght_decay": 0.0}, "use 'weight_decay'"),
+        ({"LR": 1e-4}, "use 'lr'"),
+    ],
+)
+def test_options_that_no_optimizer_can_use(options: dict[str, Any], message: str) -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(InvalidArgumentError, match=f"override '\\*'.*{message}"):
+        create_moe_param_groups(model, overrides=[("*", options)])
+    with pytest.raises(InvalidArgumentError, match=f"group 0.*{message}"):
+        create_moe_param_groups({"params": model.named_parameters(), **options})
+    with pytest.raises(InvalidArgumentError, match=message):
+        plan_param_groups(model, overrides=[("*", options)], data_parallel_size=2)
+    with pytest.raises(InvalidArgumentError, match=f"muon.*{message}"):
+        split_for_muon(model, muon=options, adam={})
+
+
+def test_keys_of_ones_own() -> None:
+    """An override may set what group dicts have, and what an imported optimizer takes."""
+    model, scaled = nn.Linear(4, 4), [("*", {"lr_scale": 0.5})]
+    with pytest.raises(InvalidArgumentError, match="'lr_scale', which no optimizer reads"):
+        create_moe_param_groups(model, overrides=scaled)
+    given = {"params": model.named_parameters(), "lr_scale": 1.0}
+    assert create_moe_param_groups(given, overrides=scaled)[0]["lr_scale"] == 0.5
+
+    class Lookahead(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float, slow_steps: int = 5) -> None:
+            super().__init__(params, lr)
+
+    slow = create_moe_param_groups(model, overrides=[("*", {"slow_steps": 6})])
+    assert Lookahead(slow, lr=0.1).param_groups[0]["slow_steps"] == 6

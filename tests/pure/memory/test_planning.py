@@ -284,12 +284,12 @@ def test_a_plan_goes_without_other_arguments() -> None:
     [
         ({"step_memory_budget": "2 bananas"}, "'2 bananas' is not a size"),
         ({"step_memory_budget": 0}, "=0 is not a size"),
-        ({"max_groups": 0}, "max_groups=0 must be at least 1"),
+        ({"max_groups": 0}, "max_groups=0 must be an integer of at least 1"),
         ({"max_groups": 3, "step_memory_budget": "1MiB"}, "without step_memory_budget"),
-        ({"split_by": "layer"}, "split_by='layer' is unknown"),
+        ({"split_by": "layer"}, "split_by='layer' must be"),
         ({"data_parallel_size": 3}, "multiple of 2"),
         ({"data_parallel_size": None}, "pass data_parallel_size"),
-        ({"data_parallel_size": 0}, "at least 1"),
+        ({"data_parallel_size": 0}, "must be an integer from 1"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

@@ -119,8 +119,8 @@ def test_optimizers_and_frozen_parameters() -> None:
     ("options", "message"),
     [
         ({"zero_stage": 3}, "zero_stage=3 is unknown: use one of 1, 2"),
-        ({"optimizer": "sgd"}, "optimizer='sgd' is unknown"),
-        ({"grad_accum_dtype": "fp16"}, "grad_accum_dtype='fp16' is unknown"),
+        ({"optimizer": "sgd"}, "optimizer='sgd' must be"),
+        ({"grad_accum_dtype": "fp16"}, "grad_accum_dtype='fp16' must be"),
         ({"compact_gradients": True, "bf16_optimizer": True}, "compact_gradients=True is for"),
         ({"compact_gradients": True, "optimizer": "CPUAdam"}, "compact_gradients=True is for"),
         ({"bf16_optimizer": True, "optimizer": "CPUAdam"}, "needs ZeRO-1 or ZeRO-2"),
@@ -182,7 +182,7 @@ def test_read_off_a_deepspeed_config(config: dict[str, Any], expected: StepConfi
         (ZERO | BF16 | {"data_types": {"grad_accum_dtype": "fp16"}}, "grad_accum_dtype='fp16'"),
         (ZERO | BF16 | {"data_types": {"grad_accum_dtype": "fp31"}}, "grad_accum_dtype cannot be"),
         (ZERO | BF16 | {"compile": 3}, "compile of the DeepSpeed config is 3"),
-        ([], "give a dict or a file"),
+        ([], "must be a dict or a path"),
         ("/nowhere/ds.json", "DeepSpeed config cannot be read.*No such file"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.lr_schedules import LRRangeTest, WarmupLR
 from hypothesis import given, settings, strategies as st
 
 from moe_groups import MoE
@@ -286,6 +287,87 @@ def test_lists_of_the_lr_scheduler_follow_the_groups(source: Path, place: Path) 
     assert content["client"] == {"epoch": 3}
 
 
+def keep_in_client_state(source: Path, state: Any) -> None:
+    (path,) = source.glob("*/mp_rank_00_model_states.pt")
+    torch.save(torch.load(path) | state, path)
+
+
+SCHEDULERS = torch.optim.lr_scheduler
+MANY_LISTS: dict[str, Callable[[Any], Any]] = {
+    "lambda": lambda own: SCHEDULERS.LambdaLR(own, [lambda t: 1.0, lambda t: 0.5]),
+    "cyclic": lambda own: SCHEDULERS.CyclicLR(own, [0.1, 0.2], [0.3, 0.4]),
+    "plateau": lambda own: SCHEDULERS.ReduceLROnPlateau(own, min_lr=[0.1, 0.2]),
+    "milestones": lambda own: SCHEDULERS.MultiStepLR(own, [3, 5]),
+    "chained": lambda own: SCHEDULERS.SequentialLR(
+        own, [SCHEDULERS.ConstantLR(own) for _ in range(3)], milestones=[2, 4]
+    ),
+    "one cycle": lambda own: SCHEDULERS.OneCycleLR(own, [0.1, 0.2], total_steps=9),
+    "deepspeed": lambda own: WarmupLR(own, [0.0, 0.1], [0.2, 0.3]),
+    "range": lambda own: LRRangeTest(own, [0.2, 0.3]),
+}
+
+
+@pytest.mark.parametrize("name", MANY_LISTS)
+def test_schedulers_in_a_client_state_follow_the_groups(
+    name: str, source: Path, place: Path
+) -> None:
+    """Wherever a trainer keeps them: as Lightning does, by name, in a file beside the tag."""
+
+    def state_for(groups: list[int]) -> dict[str, Any]:
+        params = [
+            {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.1 + 0.1 * group}
+            for group in groups
+        ]
+        scheduler = MANY_LISTS[name](torch.optim.SGD(params, momentum=0.9))
+        return {k: v for k, v in vars(scheduler).items() if k not in ("optimizer", "anneal_func")}
+
+    saved = plain(state_for([0, 1]))
+    state = {"lr_schedulers": [saved], "mine": {"warm": saved}, "epoch": 3}
+    keep_in_client_state(source, state)
+    torch.save(saved, source / "scheduler.pt")
+    regroup_checkpoint(source, place / "b", MANY)
+    found = torch.load(place / "b/global_step7/mp_rank_00_model_states.pt")
+    wanted = spread(saved)
+    assert found["lr_schedulers"] == [wanted]
+    assert found["mine"] == {"warm": wanted}
+    assert found["epoch"] == 3
+    assert torch.load(place / "b/scheduler.pt") == wanted
+
+
+def plain(value: Any) -> Any:
+    """Numbers, strings and what holds them, as schedulers save them."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if not callable(v)}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value if not callable(v)] or [None] * len(value)
+    return plain(value.state_dict()) if hasattr(value, "state_dict") else value
+
+
+def spread(state: Any) -> Any:
+    """A scheduler's state with the values of two groups for those of five."""
+    if isinstance(state, list):
+        return [spread(item) for item in state]
+    if not isinstance(state, dict):
+        return state
+    kept = ("_milestones", "milestones", "_schedule_phases")
+    return {
+        key: [value[0]] * 2 + [value[1]] * 3
+        if isinstance(value, list) and len(value) == 2 and key not in kept
+        else spread(value)
+        for key, value in state.items()
+    }
+
+
+def test_numbers_that_may_be_those_of_groups_are_refused(source: Path, place: Path) -> None:
+    """A scheduler of somebody's own has a list with as many entries as there are groups."""
+    keep_in_client_state(source, {"my_sched": {"floors": [0.1, 0.2]}, "history": [1.0, 2.0]})
+    refused(source, place, MANY, r"my_sched\.floors in the checkpoint has 2 numbers")
+    keep_in_client_state(source, {"my_sched": {"floors": [0.1, 0.2, 0.3]}})
+    regroup_checkpoint(source, place / "c", MANY)
+    found = torch.load(place / "c/global_step7/mp_rank_00_model_states.pt")
+    assert (found["my_sched"], found["history"]) == ({"floors": [0.1, 0.2, 0.3]}, [1.0, 2.0])
+
+
 def refused(source: Path, place: Path, to: Any, words: str) -> None:
     """The call raises, says so, changes nothing and leaves no destination."""
     before = everything(source)
@@ -390,7 +472,7 @@ def test_a_name_is_no_folder_that_is_called_so(
 
 @pytest.mark.parametrize("workers", [0, -1])
 def test_no_workers(source: Path, place: Path, workers: int) -> None:
-    with pytest.raises(InvalidArgumentError, match=f"workers={workers} must be at least 1"):
+    with pytest.raises(InvalidArgumentError, match=f"workers={workers} must be an integer"):
         regroup_checkpoint(source, place / "new", MANY, workers=workers)
     assert not (place / "new.incomplete").exists()
 

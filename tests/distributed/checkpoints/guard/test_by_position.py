@@ -1,0 +1,158 @@
+"""What DeepSpeed loads by the position of groups beside optimizer states: values of schedulers, and
+the groups of universal checkpoints. And tags that are not there.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.checkpoint import ds_to_universal
+
+from moe_groups import create_moe_param_groups, protect_checkpoints
+from moe_groups._deepspeed.engines import stepped_groups
+from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
+from tests.support.ranks import run_on_ranks
+from tests.support.training import GroupsOf, largest_difference, start, train, weights
+
+ROUTER = ("*.gate.*", {"lr": 1e-5})
+
+
+def groups(split: str, *overrides: tuple[str, dict[str, float]]) -> GroupsOf:
+    """Groups with a rate of their own each."""
+    return lambda model: create_moe_param_groups(model, split_by=split, overrides=list(overrides))  # type: ignore[arg-type]
+
+
+def halved(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+
+def rates(engine: Any) -> dict[str, float]:
+    """The learning rate that each parameter is stepped with, by name."""
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    stepped = stepped_groups(engine)
+    return {names[id(param)]: group["lr"] for group, members in stepped for param in members}
+
+
+def schedule_into_other_groups(wrapper: str, folder: Path, states: bool) -> list[Any]:
+    """What a load without conversion says, and the rates after one with."""
+    first = start(wrapper, groups("expert", ROUTER), lr_scheduler=halved)
+    train(first, 3)
+    first.save_checkpoint(str(folder), tag="saved")
+    expected = rates(first)
+
+    def other() -> Any:
+        # As many groups as before, and others.
+        return start(wrapper, groups("parallel_group", ("inp.*", {}), ROUTER), lr_scheduler=halved)
+
+    told: list[Any] = []
+    engine = other()
+    before = weights(engine)
+    for options in ({}, {"load_lr_scheduler_states": False}):
+        try:
+            engine.load_checkpoint(
+                str(folder), tag="saved", load_optimizer_states=states, **options
+            )
+            told.append("loaded")
+        except CheckpointMismatchError:
+            told.append("refused")
+            assert largest_difference(weights(engine), before) == 0
+    engine = other()
+    protect_checkpoints(engine, regroup="auto")
+    try:
+        engine.load_checkpoint(str(folder), tag="saved", load_optimizer_states=states)
+        told.append(engine.lr_scheduler.last_epoch == 3)
+        # Without optimizer states the groups get their rates in the next step.
+        assert not states or rates(engine) == expected
+        train(engine, 1)
+        told.append(rates(engine) == {name: lr / 2 for name, lr in expected.items()})
+    except CheckpointError:
+        told.append("not converted")
+    return told
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("wrapper", ["zero2", "bf16", "fp32"])
+def test_schedules_follow_the_groups(wrapper: str, states: bool, tmp_path: Path) -> None:
+    wanted: list[Any] = ["refused", "refused" if states else "loaded"]
+    wanted += ["not converted"] if wrapper == "fp32" else [True, True]
+    found = run_on_ranks(2, schedule_into_other_groups, wrapper, tmp_path, states)
+    assert found == [wanted] * 2
+
+
+def universal(wrapper: str, folder: Path) -> list[Any]:
+    """Load a universal checkpoint into more groups, into as many others, and into the same."""
+    options = {"ep_size": 1}
+    first = start(wrapper, groups("module", ROUTER), model_options=options)
+    train(first, 3)
+    first.save_checkpoint(str(folder / "saved"), tag="t")
+    saved = weights(first)
+    if torch.distributed.get_rank() == 0:
+        arguments = Namespace(
+            input_folder=str(folder / "saved" / "t"),
+            output_folder=str(folder / "universal" / "t"),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+        ds_to_universal.main(arguments)
+        (folder / "universal" / "latest_universal").write_text("t")
+    torch.distributed.barrier()
+
+    def load(split: str, tag: str | None = None, **rates_of: float) -> Any:
+        overrides = [("*.gate.*", dict(rates_of))] if rates_of else []
+        cfg: dict[str, Any] = {"checkpoint": {"load_universal": True}}
+        engine = start(wrapper, groups(split, *overrides), model_options=options, **cfg)
+        own = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
+        before = weights(engine)
+        try:
+            engine.load_checkpoint(str(folder / "universal"), tag=tag)
+        except CheckpointError as error:
+            assert largest_difference(weights(engine), before) == 0
+            return str(error)
+        assert largest_difference(weights(engine), saved) == 0
+        now = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
+        return now == own
+
+    with pytest.warns(CheckpointWarning, match="keep the options"):
+        fewer = load("parallel_group", lr=1e-4)
+    return [load("expert", lr=1e-5), load("module", tag="absent"), fewer, load("module", lr=1e-5)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapper", ["zero1", "zero2", "bf16"])
+def test_universal_checkpoints(wrapper: str, tmp_path: Path) -> None:
+    for more, absent, fewer, same in run_on_ranks(2, universal, wrapper, tmp_path):
+        assert "it has 4 groups, the run has 10" in more
+        assert "has no checkpoint 'absent': its checkpoints are 't'" in absent
+        assert fewer is True
+        assert same is True
+
+
+def absent_tags(folder: Path) -> list[str]:
+    engine = start("zero1", groups("module"))
+    engine.save_checkpoint(str(folder), tag="step1")
+    engine.save_checkpoint(str(folder), tag="step2")
+    told = []
+    for options in ({"tag": "step3"}, {"tag": "step3", "load_module_only": True}):
+        with pytest.raises(CheckpointError) as caught:
+            engine.load_checkpoint(str(folder), **options)
+        told.append(str(caught.value))
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        (folder / "latest").write_text("gone")
+    torch.distributed.barrier()
+    with pytest.raises(CheckpointError) as caught:
+        engine.load_checkpoint(str(folder))
+    assert engine.load_checkpoint(str(folder / "empty")) == (None, None)
+    return [*told, str(caught.value)]
+
+
+def test_a_tag_that_is_not_there(tmp_path: Path) -> None:
+    for *given, latest in run_on_ranks(2, absent_tags, tmp_path):
+        for told in given:
+            assert "no checkpoint 'step3': its checkpoints are 'step2', 'step1'." in told
+        assert "no checkpoint 'gone'" in latest
