@@ -40,8 +40,8 @@ class Finding:
     """What one rank sees.
 
     Attributes:
-        kind: "same" (names may differ); "absent" (no file says which checkpoint is the latest, for
-            which DeepSpeed returns None); "unknown" (nothing says what the groups were); "other"
+        kind: "same" (names may differ); "absent" (there is no such checkpoint; without a tag,
+            DeepSpeed returns None); "unknown" (nothing says what the groups were); "other"
             groups; another "world".
         tag: of the checkpoint that this rank would load.
         step: of this rank's optimizer state.
@@ -85,6 +85,8 @@ def checked(
     )
     if problem := _problem(load_dir, findings):
         raise CheckpointError(f"{problem} Nothing was loaded.")
+    if findings[0].kind == "absent" and findings[0].tag is not None:
+        raise no_such_tag(load_dir, findings[0].tag)
     where = f"{load_dir} ({findings[0].tag})"
     _check_optimizer(where, kept_by(engine.basic_optimizer), findings)
     if unstated := sum(finding.unstated for finding in findings):
@@ -103,10 +105,12 @@ def checked(
                 yield directory
             return
     if tag is not None and "unknown" in kinds:
+        name = wrapper_name(engine)
+        why = "it has no optimizer states" if name in WRAPPERS else f"{name} does not write"
+        why += " which parameters its groups hold" * (name not in WRAPPERS)
         warn(
-            f"{load_dir / tag} has no {FILE_NAME}, and no file that says which parameters the "
-            f"groups of {wrapper_name(engine)} held: it is loaded by position, right only if the "
-            "groups are the same.",
+            f"{load_dir / tag} has no {FILE_NAME}, and {why}: it is loaded by position, right only "
+            "if the groups are the same.",
             CheckpointWarning,
         )
     yield load_dir
@@ -172,7 +176,7 @@ def _examine(
         return Finding("absent")
     check_tag(tag)
     if not (load_dir / tag).is_dir():
-        raise no_such_tag(load_dir, tag)
+        return Finding("absent", tag=tag)
     files = find_checkpoint(load_dir, tag, trust=True)
     share = _share(engine)
     check_whole(files, share, optimizer)

@@ -413,11 +413,7 @@ def parts_that_need_no_groups(folder: Path, off: bool) -> list[Any]:
     for options in ({"load_module_only": True}, {"load_optimizer_states": False}):
         path, state = engine.load_checkpoint(str(folder), **options)
         found.append((path, sorted(state), snapshot(engine)))
-    for missing, tag in ((folder / "missing", None), (folder, "missing")):
-        try:
-            found.append(engine.load_checkpoint(str(missing), tag=tag))
-        except Exception as error:
-            found.append((type(error).__name__, str(error)))
+    found.append(engine.load_checkpoint(str(folder / "missing")))
     return found
 
 
@@ -430,7 +426,7 @@ def compare_with_off(folder: Path) -> list[bool]:
 
 def test_other_loads_are_deepspeeds(tmp_path: Path) -> None:
     """Weights alone, no optimizer states, missing checkpoints: as without this library."""
-    assert run_on_ranks(2, compare_with_off, tmp_path) == [[True] * 4] * 2
+    assert run_on_ranks(2, compare_with_off, tmp_path) == [[True] * 3] * 2
 
 
 def off_and_on(folder: Path) -> tuple[bool, bool, str | None, str | None]:
@@ -538,5 +534,5 @@ def wrong_arguments() -> list[str]:
 def test_arguments_of_protect_checkpoints() -> None:
     for found in run_on_ranks(2, wrong_arguments):
         assert "regroup='on'" in found[0]
-        assert "not DeepSpeedZeroOptimizer" in found[1]
-        assert "not NoneType" in found[2]
+        assert "engine=<DeepSpeedZeroOptimizer> must be an engine" in found[1]
+        assert "engine=None must be an engine" in found[2]
