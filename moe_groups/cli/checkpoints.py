@@ -31,8 +31,7 @@ otherwise can go on from it. No model and no process group is needed, and SRC is
 
 _EXPORT = """\
 Write the weights in a checkpoint as safetensors that transformers loads, with no model; or
-(--dtype fp32) the master weights of ZeRO-1, ZeRO-2 or BF16_Optimizer. Files are unpickled, as
-when DeepSpeed loads them: only for checkpoints that you trust."""
+(--dtype fp32) the master weights of ZeRO-1, ZeRO-2 or BF16_Optimizer."""
 
 _TRUST = "read objects of any class, as DeepSpeed does: can run any code of their author"
 _PLAN = """\
@@ -99,6 +98,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("--family", required=True, help="mixtral, qwen3_moe, ..., or a checkpoint")
     parser.add_argument("--dtype", choices=("fp32",), help="the master weights (the model's)")
     parser.add_argument("--tag", help="of the checkpoint (what the file latest says)")
+    parser.add_argument("--trust", action="store_true", help=_TRUST)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -124,7 +124,12 @@ def _export(args: argparse.Namespace) -> None:
 
     with quiet():
         files = export_checkpoint(
-            args.directory, args.destination, family=args.family, dtype=args.dtype, tag=args.tag
+            args.directory,
+            args.destination,
+            family=args.family,
+            dtype=args.dtype,
+            tag=args.tag,
+            trust=args.trust,
         )
     print(f"wrote {args.destination}: {len(files):,} files and their index")
 

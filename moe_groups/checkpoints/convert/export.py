@@ -32,6 +32,7 @@ def export_checkpoint(
     family: FilePath,
     dtype: Literal["fp32"] | None = None,
     tag: str | None = None,
+    trust: bool = False,
     layers: Mapping[str, str] | None = None,
     matrices: Mapping[str, str] | None = None,
     router: str = ROUTER,
@@ -40,8 +41,8 @@ def export_checkpoint(
     """Write the weights in a checkpoint as safetensors with the names of a Hugging Face family.
 
     Like :func:`save_experts`, without an engine, a GPU or a process group. All files are compared
-    with their CRC-32 first; one file of the result is in memory at a time. Unpickles, as DeepSpeed
-    does: only for checkpoints that you trust.
+    with their CRC-32 first; one file of the result is in memory at a time. No code of the
+    checkpoint is run.
 
     Args:
         directory: what ``load_checkpoint`` is given.
@@ -50,6 +51,8 @@ def export_checkpoint(
         dtype: "fp32" for the master weights in the optimizer states of ZeRO-1, ZeRO-2 or
             BF16_Optimizer; None for the model's weights as they are.
         tag: of the checkpoint; None for the one in the file ``latest``.
+        trust: read objects of any class, as DeepSpeed does when it loads, which can run any code of
+            the checkpoint's author. Without, a file with such objects is refused.
         layers: as in :func:`save_experts`.
         matrices: as in :func:`save_experts`.
         router: as in :func:`save_experts`.
@@ -65,7 +68,7 @@ def export_checkpoint(
     """
     need("safetensors", "safetensors", "safetensors checkpoints")
     names, size = names_of(family), parse_bytes(max_shard_size, "max_shard_size")
-    files = find_checkpoint(directory, tag)
+    files = find_checkpoint(directory, tag, trust)
     check_whole(files)
     if len(files.models) != 1:
         raise CheckpointError(
@@ -97,7 +100,7 @@ def _weights(files: CheckpointFiles) -> Iterator[tuple[str, torch.Tensor]]:
     seen = set()
     experts = [path for path in files.states(optimizer=False) if path != model]
     for path in (model, *experts):
-        content = read_torch_file(path)
+        content = read_torch_file(path, files.trust)
         with reading(path):
             tensors: dict[str, Any] = content["module"] if path == model else content
             for name, tensor in tensors.items():
