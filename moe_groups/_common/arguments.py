@@ -164,19 +164,24 @@ def check_one_of(name: str, value: object, known: Sequence[object]) -> None:
         )
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
 _PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, Path, type(None))
+
+
+class _Short(reprlib.Repr):
+    def repr_instance(self, x: Any, level: int) -> str:
+        return super().repr_instance(x, level) if isinstance(x, _PLAIN) else f"<{type(x).__name__}>"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def shown(value: object) -> str:
     """A value in an error: shortened, and as its class where its ``repr`` could be long."""
     try:
-        if isinstance(value, _PLAIN):
-            return _SHORT.repr(value)
+        return _SHORT.repr(value)
     except ValueError:  # Python does not print integers of more than 4,300 digits
-        pass
-    return f"<{type(value).__name__}>"
+        return f"<{type(value).__name__}>"
 
 
 _NAMES = {
