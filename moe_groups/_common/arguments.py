@@ -119,15 +119,17 @@ def checked(public: _Public) -> _Public:
     by_position = [name for name, one in parameters.items() if one.kind in kinds]
 
     @functools.cache
-    def hints() -> dict[str, Any]:
-        return typing.get_type_hints(public, include_extras=True)
+    def hints() -> tuple[dict[str, Any], dict[str, type]]:
+        """All, and those for which ``isinstance`` is the whole test, which is quick."""
+        known = typing.get_type_hints(public, include_extras=True)
+        return known, {name: hint for name, hint in known.items() if _is_class(hint)}
 
     @functools.wraps(public)
     def function(*args: Any, **kwargs: Any) -> Any:
-        known = hints()
+        known, classes = hints()
         for name, value in zip(by_position, args, strict=False):
-            if name in known and type(value) is not known[name]:  # most are, and it is quick
-                check(name, value, known[name])
+            if not isinstance(value, classes.get(name, ())):
+                check(name, value, known.get(name, Any))
         for name, value in kwargs.items():
             check(name, value, known.get(name if name in parameters else options, Any))
         return public(*args, **kwargs)
@@ -227,6 +229,13 @@ def _problem(name: str, value: Any, hint: Any) -> _Problem | None:
         found = (_problem(f"{name}.{key}", getattr(value, key), kind) for key, kind in fields)
         return next(filter(None, found), None)
     return None
+
+
+def _is_class(hint: Any) -> bool:
+    """Does any instance of it fit? See :func:`_problem`."""
+    if not isinstance(hint, type) or get_origin(hint) is not None or hint is Any:
+        return False
+    return hint not in _TESTS and not hasattr(hint, "_fields")
 
 
 def _none_fits(name: str, value: Any, hints: tuple[Any, ...]) -> _Problem | None:

@@ -120,14 +120,14 @@ def no_such_tag(directory: Path, tag: str) -> CheckpointError:
     return CheckpointError(f"{directory} has no checkpoint {tag!r}: {there}.")
 
 
-def read_latest(directory: Path) -> str | None:
+def read_latest(directory: Path, file: str = LATEST) -> str | None:
     """The tag that the file ``latest`` names; None where there is no such file.
 
     Raises:
         CheckpointError: the file is empty or damaged, or what it holds is no tag.
         OSError: it cannot be read.
     """
-    path = directory / LATEST
+    path = directory / file
     if not path.is_file():
         return None
     try:

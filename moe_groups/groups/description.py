@@ -249,8 +249,7 @@ def _row(index: int, group: Mapping[str, Any], params: list[torch.Tensor], world
     tag = get_expert_tag(params[0]) if params else None
     name = tag.parallel_group if tag else parallel_group_of(str(group.get("name")))
     if moe and PARALLEL_GROUP.fullmatch(name):
-        known = len(expert_data_parallel_ranks(name)) or None
-        ranks = known or max(1, world // ep_size_of(name))
+        ranks = len(expert_data_parallel_ranks(name)) or max(1, world // ep_size_of(name))
         ep_rank = expert_parallel_rank(name)
         if number is not None and ep_rank is not None and tag is not None:
             number = tag.global_number(ep_rank)

@@ -106,8 +106,9 @@ def checked(
             return
     if tag is not None and "unknown" in kinds:
         name = wrapper_name(engine)
-        why = "it has no optimizer states" if name in WRAPPERS else f"{name} does not write"
-        why += " which parameters its groups hold" * (name not in WRAPPERS)
+        why = f"{name} does not write which parameters its groups hold"
+        if name in WRAPPERS:
+            why = "it has no optimizer states"
         warn(
             f"{load_dir / tag} has no {FILE_NAME}, and {why}: it is loaded by position, right only "
             "if the groups are the same.",

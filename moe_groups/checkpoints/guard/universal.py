@@ -14,7 +14,7 @@ from typing import Any
 from moe_groups._common.ranks import on_first_rank
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.engines import Engine
-from moe_groups.checkpoints.files import check_tag, no_such_tag
+from moe_groups.checkpoints.files import check_tag, no_such_tag, read_latest
 from moe_groups.checkpoints.torch_file import read_torch_file
 from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
 
@@ -75,10 +75,9 @@ def checked_universal(
 def _saved_names(load_dir: Path, tag: object) -> list[str | None] | None:
     """Of the groups in the checkpoint; None where no file says which one is the latest."""
     if tag is None:
-        latest = load_dir / _LATEST
-        if not latest.is_file():
-            return None
-        tag = latest.read_text().strip()
+        tag = read_latest(load_dir, _LATEST)
+    if tag is None:
+        return None
     check_tag(str(tag))
     if not (load_dir / str(tag)).is_dir():
         raise no_such_tag(load_dir, str(tag))
