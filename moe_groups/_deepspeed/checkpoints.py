@@ -1,8 +1,9 @@
 """How a wrapper lays out groups and names its files; the guards around saving and loading."""
 
 import functools
+import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from moe_groups._deepspeed.engines import engine_data_parallel_group, stepped_groups
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import expert_data_parallel_ranks
+from moe_groups._deepspeed.releases import need
 from moe_groups.tags import is_expert_parameter, numel_of, parallel_group_of
 
 
@@ -98,11 +100,28 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     """Compare the groups with the manifest before loading; then apply the loaded group options."""
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(self, *args, **kwargs)
+        call.apply_defaults()
+        _check_release(self, call.arguments)
         result = PORTS.load_checkpoint(self, functools.partial(original, self), args, kwargs)
         PORTS.checkpoint_loaded(self)
         return result
 
     return load_checkpoint
+
+
+def _check_release(engine: Any, given: Mapping[str, Any]) -> None:
+    """Refuse, before anything is read, what this DeepSpeed fails at."""
+    options = getattr(engine.optimizer, "param_groups", ())
+    if not any("expert_group_name" in group for group in options):
+        return  # DeepSpeed's own groups fail in its own words
+    need("pickled files", "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 if you trust the checkpoint")
+    states = given["load_optimizer_states"] and not given["load_module_only"]
+    if states and not engine.zero_optimization():
+        if engine.bfloat16_enabled():
+            need("bf16 states", "train with ZeRO-1")
+        elif not engine.fp16_enabled() and engine.has_moe_layers:
+            need("fp32 states", "load with load_optimizer_states=False, or train with ZeRO-1")
 
 
 def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:

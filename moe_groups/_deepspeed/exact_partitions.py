@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from moe_groups._deepspeed.patching import TESTED_VERSION
-from moe_groups.errors import InvalidArgumentError, UnsupportedDeepSpeedError
+from moe_groups._deepspeed.releases import EXACT_MEANS, need
+from moe_groups.errors import InvalidArgumentError
 
-EXACT = "_use_compact_grad_partition_buffer"
-EXACT_MEANS = (EXACT, "_build_compact_grad_partition_buffer", "_get_preflattened_grad_partition")
+EXACT = EXACT_MEANS[0]
 _OTHER_WRAPPERS = {
     "NoneType": "it has no optimizer",
     "DummyOptim": "it has no optimizer",
@@ -28,13 +27,8 @@ def keep_exact_partitions(engine: Any) -> None:
         UnsupportedDeepSpeedError: this DeepSpeed lacks the code.
     """
     optimizer = engine.optimizer
-    missing = [name for name in EXACT_MEANS if not callable(getattr(optimizer, name, None))]
-    if missing and type(optimizer).__name__ == "DeepSpeedZeroOptimizer":
-        raise UnsupportedDeepSpeedError(
-            f"this DeepSpeed's {type(optimizer).__name__} has no {missing[0]}, which "
-            f"compact_gradients needs: install deepspeed {TESTED_VERSION}, which this release was "
-            "tested with, or leave the call out."
-        )
+    if type(optimizer).__name__ == "DeepSpeedZeroOptimizer":
+        need("exact partitions", "leave compact_gradients out")
     if problem := _why_not_exact(engine, optimizer):
         raise InvalidArgumentError(f"compact_gradients cannot be used on this engine: {problem}.")
     if getattr(optimizer, EXACT) is _always or _is_exact(optimizer):

@@ -9,6 +9,7 @@ from moe_groups._common.warn import warn
 from moe_groups._deepspeed.engines import remember
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import register_names
+from moe_groups._deepspeed.releases import need
 from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
 from moe_groups.tags import is_expert_parameter
 
@@ -45,6 +46,8 @@ def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
     """Check and register the groups after the process groups exist, before the wrapper is made."""
 
     def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
+        from deepspeed.runtime.constants import BFLOAT16
+
         wrapper = original(self, basic_optimizer)
         moe = [g for g in basic_optimizer.param_groups if g.get("moe")]
         ours = [g["name"] for g in moe if "expert_group_name" in g]
@@ -55,6 +58,8 @@ def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
                 "reduces all parameters as dense ones. Build a layer with one of these, or set "
                 "param.allreduce = True to train the experts as dense parameters."
             )
+        if ours and wrapper == BFLOAT16:
+            need("BF16_Optimizer", 'set "data_types": {"grad_accum_dtype": "bf16"} for ZeRO-1')
         if self.has_moe_layers:
             _check_experts(self, basic_optimizer, wrapper)
         settle_muon(self, basic_optimizer)

@@ -112,6 +112,13 @@ def read_torch_file(path: Path, trust: bool = False) -> Any:
 
 def _read_data(path: Path) -> Any:
     """The content, where it is tensors, containers and objects of allowed classes."""
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        raise CheckpointError(
+            f"{path} was not read: torch {torch.__version__} cannot list the classes that a file "
+            "holds, and to read unknown ones can run any code. Install torch 2.6 or newer; or, if "
+            "you trust its author as you do when you load it, give trust=True (--trust on the "
+            "command line)."
+        )
     with _READING:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if unknown := sorted({*found} - _ALLOWED):

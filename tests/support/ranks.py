@@ -347,9 +347,9 @@ def forget_process_groups() -> None:
     _destroy_engines()
     for known in (
         groups._EXPERT_PARALLEL_GROUP,
-        groups._EXPERT_PARALLEL_GROUP_RANKS,
+        getattr(groups, "_EXPERT_PARALLEL_GROUP_RANKS", {}),  # since DeepSpeed 0.17
         groups._EXPERT_DATA_PARALLEL_GROUP,
-        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+        getattr(groups, "_EXPERT_DATA_PARALLEL_GROUP_RANKS", {}),
         groups._ALL_TO_ALL_GROUP,
     ):
         known.clear()

@@ -1,0 +1,93 @@
+"""What older releases of DeepSpeed lack, by feature: the only place that knows their numbers."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from packaging.version import Version
+
+from moe_groups._deepspeed.patching import deepspeed_version
+from moe_groups.errors import UnsupportedDeepSpeedError
+
+
+class Feature(NamedTuple):
+    """One thing that not all supported releases do.
+
+    Attributes:
+        lacks: what a release without it does instead, after "deepspeed 0.18.4".
+        since: the first release with it.
+        there: does the installed release have it?
+    """
+
+    lacks: str
+    since: str
+    there: Callable[[], bool]
+
+
+def _since(release: str) -> Callable[[], bool]:
+    return lambda: Version(deepspeed_version()) >= Version(release)
+
+
+def _exact_partitions() -> bool:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    return all(callable(getattr(DeepSpeedZeroOptimizer, name, None)) for name in EXACT_MEANS)
+
+
+def _bf16_optimizer() -> bool:
+    from deepspeed.runtime import constants
+
+    return getattr(constants, "DDP_BFLOAT16", None) != constants.BFLOAT16
+
+
+def _pickled_files() -> bool:
+    """0.16 says weights_only=False itself; before, torch 2.6 and newer take True."""
+    forced = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0") in ("1", "y", "yes", "true")
+    return forced or _since("0.16.0")() or Version(torch.__version__) < Version("2.6")
+
+
+EXACT_MEANS = (
+    "_use_compact_grad_partition_buffer",
+    "_build_compact_grad_partition_buffer",
+    "_get_preflattened_grad_partition",
+)
+FEATURES = {
+    "exact partitions": Feature("cannot keep exact gradient partitions", "0.19.8", _exact_partitions),
+    "BF16_Optimizer": Feature(
+        "steps with its fp16 optimizer where BF16_Optimizer is asked for", "0.18.5", _bf16_optimizer
+    ),
+    "fp32 states": Feature(
+        "cannot load the optimizer's state of an MoE model in fp32 without ZeRO",
+        "0.19.3",
+        _since("0.19.3"),
+    ),
+    "bf16 states": Feature(
+        "cannot load the optimizer's state of a bf16 model without ZeRO",
+        "0.18.5",
+        _since("0.18.5"),
+    ),
+    "pickled files": Feature(
+        "cannot read its own checkpoints with torch 2.6 or newer, which loads tensors only",
+        "0.16.0",
+        _pickled_files,
+    ),
+}
+
+
+def need(feature: str, or_else: str) -> None:
+    """Refuse to go on without ``feature``.
+
+    Args:
+        feature: one of :data:`FEATURES`.
+        or_else: what the user can do with this release.
+
+    Raises:
+        UnsupportedDeepSpeedError: the installed release lacks it.
+    """
+    lacks, since, there = FEATURES[feature]
+    if not there():
+        raise UnsupportedDeepSpeedError(
+            f"deepspeed {deepspeed_version()} {lacks}: install deepspeed {since} or newer, "
+            f"or {or_else}."
+        )
