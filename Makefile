@@ -3,7 +3,8 @@
 #             full disks and flipped bits; make test-numeric: those that depend on how the
 #             processor rounds, once more with the plainest instructions it has)
 # make lint   ruff, mypy and import-linter;  make docs: the site, into site/;  make bench: benchmarks
-# make compatibility   tests of each feature with several releases of DeepSpeed
+# make compatibility   tests of each feature in environments with other releases of Python, torch,
+#             DeepSpeed and transformers;  make contract: with the DeepSpeed of DEEPSPEED_SOURCE
 #
 # Each sets up what it needs in .venv. PYTHON chooses the interpreter, ARGS goes to the demo.
 
@@ -22,7 +23,7 @@ QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::Fu
 BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory large_world \
   regroup_checkpoint checkpoint_faults topologies checkpointing load_experts group_metrics
 
-.PHONY: demo test test-long test-numeric campaign lint docs bench compatibility clean
+.PHONY: demo test test-long test-numeric campaign lint docs bench compatibility contract clean
 # Two workers each: a rank mostly waits for the others. Files stay together, as each worker starts
 # its pools of ranks once. What is long counts on its time, and runs alone.
 PYTEST := $(BIN)/python -m pytest
@@ -63,6 +64,9 @@ bench: $(VENV)/.test
 
 compatibility: $(VENV)/.compatibility
 	$(BIN)/nox -f tests/noxfile.py
+
+contract: $(VENV)/.compatibility
+	$(BIN)/nox -f tests/noxfile.py -s contract
 
 # A killed process leaves a lock behind on which the next compilation would wait forever.
 .PHONY: unlock

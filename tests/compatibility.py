@@ -1,18 +1,22 @@
-"""Does this DeepSpeed do what is relied on? Runs tests of each feature and keeps the counts.
+"""What works in this environment? Runs the tests of each feature and keeps what became of them.
 
-    python -m tests.compatibility [FEATURE ...]
+    python -m tests.compatibility ROW ROOT [FEATURE ...]
 
-Adds the installed versions and the counts to ``benchmarks/results/compatibility.json``, and writes
-the table in ``docs/compatibility.md`` anew. Meant for an environment of each release of DeepSpeed
-(``tests/noxfile.py``).
+Puts the row, the installed versions and the outcomes into ``benchmarks/results/compatibility.json``
+of the repository ``ROOT`` and writes the tables of its ``docs/compatibility.md`` anew; with ``-``
+for ``ROOT`` only prints them. Exits with 1 if a test failed. ``tests/noxfile.py`` calls it in an
+environment for each row. A test that ends in ``UnsupportedDeepSpeedError`` counts as refused where
+DeepSpeed is older than the one in ``constraints.txt`` (``tests/conftest.py``).
 """
 
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,98 +24,149 @@ from xml.etree import ElementTree
 
 from tabulate import tabulate
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
-PAGE = ROOT / "docs" / "compatibility.md"
-BEGIN, END = "<!-- table -->\n", "<!-- end of table -->"
+from tests.support import ROOT
 
+BEGIN, END = "<!-- table -->\n", "<!-- end of table -->"
 FEATURES = {
+    "core": ["test_core.py"],
     "ways in": ["test_integration.py"],
-    "the contract": ["test_contract.py", "test_contract_step.py", "test_contract_collectives.py"],
+    "contract": ["test_contract.py", "test_contract_step.py", "test_contract_collectives.py"],
     "no hangs": ["test_no_hang.py"],
     "verify": ["test_verify.py"],
     "resume": ["test_resume.py"],
+    "compact gradients": ["test_compact_gradients.py", "-k", "test_trains_the_same and 2-zero"],
+    "options, freezing": ["test_expert_control.py"],
+    "metrics": ["test_group_metrics.py"],
+    "losses": ["test_loss_tracker.py", "test_attach_loss.py"],
+    "activations": ["test_checkpointing.py"],
+    "load, save experts": ["test_load_experts.py"],
     "HF Trainer": ["test_hf_trainer.py"],
     "Accelerate": ["test_accelerate.py"],
     "Lightning": ["test_lightning.py"],
     "PEFT": ["test_peft.py"],
     "AutoEP": ["test_autoep.py"],
 }
-"""Files in ``tests/distributed`` by feature."""
+"""Files in ``tests/distributed``, and options of pytest, by feature."""
 
-PACKAGES = ["deepspeed", "torch", "transformers", "accelerate", "lightning", "peft"]
+PACKAGES = ["torch", "deepspeed", "transformers", "accelerate", "peft", "lightning", "numpy"]
 
 
-def run_feature(files: list[str]) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, and the first lines of the errors."""
-    paths = [str(next((ROOT / "tests/distributed").rglob(name))) for name in files]
+def run_feature(name: str, arguments: list[str]) -> dict[str, Any]:
+    """How many tests passed, and the messages of those that were refused, skipped or failed."""
+    files = [argument for argument in arguments if argument.endswith(".py")]
+    paths = [str(path) for file in files for path in (ROOT / "tests/distributed").rglob(file)]
+    options = [argument for argument in arguments if argument not in files]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *paths, "-m", "not long", f"--junitxml={report}"]
-        # Compiled for one release: another one must not load it.
-        extensions = f"torch_extensions-{version('deepspeed')}"
-        environment = {**os.environ, "MOE_GROUPS_TEST_EXTENSIONS": extensions}
-        subprocess.run(command, cwd=ROOT, env=environment, check=False)
+        command = [sys.executable, "-m", "pytest", "-n", "2", "-m", "not long", "-q", *paths]
+        command += [*options, f"--junitxml={report}"]
+        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+        print(f"{name}: {done.stdout.strip().rpartition(chr(10))[2]}", flush=True)
+        if not report.exists():
+            return {"passed": 0, "failed": {"all": _last_line(done.stdout + done.stderr)}}
         cases = list(ElementTree.parse(report).iter("testcase"))
-    failed = [case for case in cases if case.find("failure") is not None or _broken(case)]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    return {
-        "passed": len(cases) - len(failed) - len(skipped),
-        "failed": sorted(case.attrib["name"] for case in failed),
-        "skipped": len(skipped),
-    }
-
-
-def _broken(case: ElementTree.Element) -> bool:
-    return case.find("error") is not None
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that are installed, and Python's."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found: dict[str, Any] = {"passed": 0, "refused": [], "skipped": [], "failed": {}}
+    for case in cases:
+        bad = [part for part in case if part.tag in ("failure", "error", "skipped")]
+        said = bad[0].attrib.get("message", "") if bad else ""
+        if not bad:
+            found["passed"] += 1
+        elif bad[0].tag != "skipped":
+            found["failed"][case.attrib["name"]] = _last_line(f"{said}\n{bad[0].text or ''}")
+        elif said.startswith("refused: "):
+            found["refused"].append(said.removeprefix("refused: "))
+        else:
+            found["skipped"].append(said)
     return found
 
 
-def write_page(results: list[dict[str, Any]]) -> None:
-    """Put the table of all runs between the marks of the page."""
-    columns = []
-    for result in sorted(results, key=lambda one: one["versions"]["deepspeed"], reverse=True):
-        cells = [result["versions"][name] for name in PACKAGES]
-        columns.append([*cells, *(_cell(result["features"].get(name)) for name in FEATURES)])
-    head, *rows = zip([*PACKAGES, *FEATURES], *columns, strict=True)
-    table = tabulate(rows, headers=head, tablefmt="github", disable_numparse=True)
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n" + table + "\n\n" + END + rest.partition(END)[2])
+def _last_line(text: str) -> str:
+    """The error in a report of a failed test: the last line that names one."""
+    named = re.findall(r"^E? *((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text, re.M)
+    return str(named[-1] if named else text.strip().rpartition("\n")[2])[:300]
 
 
-def _cell(counts: dict[str, Any] | None) -> str:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def tables(results: dict[str, dict[str, Any]]) -> str:
+    """Environments and outcomes; below them each refusal, skip and failure with its message."""
+    rows = [[row, *found["versions"].values()] for row, found in results.items()]
+    text = "### Environments\n\n" + _table(["", "Python", *PACKAGES], rows)
+    cells = [[name, *(_cell(found, name) for found in results.values())] for name in FEATURES]
+    text += "\n\n### Tests that pass\n\n" + _table(["", *results], cells)
+    for kind, title in (
+        ("refused", "Refused with this message"),
+        ("skipped", "Not run, for this reason"),
+        ("failed", "Failures"),
+    ):
+        if lines := _messages(results, kind):
+            text += f"\n\n### {title}\n\n" + "\n".join(lines)
+    return text
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return str(tabulate(rows, headers=head, tablefmt="github", disable_numparse=True))
+
+
+def _cell(found: dict[str, Any], feature: str) -> str:
+    counts = found["features"].get(feature)
     if counts is None:
         return "not run"
-    failed = len(counts["failed"])
-    if not failed and not counts["passed"]:
-        return "not there"
-    return f"{counts['passed']} of {counts['passed'] + failed}"
+    number = {key: len(counts.get(key, ())) for key in ("refused", "skipped", "failed")}
+    total = counts["passed"] + sum(number.values())
+    text = [f"{counts['passed']} of {total}"]
+    return ", ".join(text + [f"{count} {key}" for key, count in number.items() if count])
 
 
-def main() -> None:
+def _messages(results: dict[str, dict[str, Any]], kind: str) -> list[str]:
+    """Each message once, with the features and rows that it is from."""
+    places: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row, found in results.items():
+        for feature, counts in found["features"].items():
+            said = counts.get(kind, [])
+            for text in {*(said.values() if isinstance(said, dict) else said)}:
+                places[text][feature].append(row)
+    lines = []
+    for text, by_feature in places.items():
+        where = "; ".join(f"{feature} ({', '.join(at)})" for feature, at in by_feature.items())
+        lines.append(f"- {where}: `{text.replace('`', '')}`")
+    return lines
+
+
+def main() -> int:
+    row, root, *chosen = sys.argv[1:]
     found: dict[str, Any] = {"versions": versions(), "features": {}}
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    before = [one for one in results if one["versions"] == found["versions"]]
-    for name, files in FEATURES.items():
-        if name in (sys.argv[1:] or FEATURES):
-            found["features"][name] = run_feature(files)
-        elif before:
-            found["features"][name] = before[0]["features"][name]
-    mine = found["versions"]["deepspeed"]
-    results = [one for one in results if one["versions"]["deepspeed"] != mine] + [found]
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_page(results)
+    if unknown := {*chosen} - {*FEATURES}:
+        sys.exit(f"unknown features {sorted(unknown)}: there are {', '.join(FEATURES)}")
+    for name in chosen or FEATURES:
+        found["features"][name] = run_feature(name, FEATURES[name])
+    if root == "-" or chosen:
+        print(tables({row: found}))
+    else:
+        write(Path(root), row, found)
+    return int(any(counts["failed"] for counts in found["features"].values()))
+
+
+def write(root: Path, row: str, found: dict[str, Any]) -> None:
+    """Put ``found`` in the place of an earlier run of the row."""
+    path, page = root / "benchmarks/results/compatibility.json", root / "docs/compatibility.md"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[row] = found
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    before, _, rest = page.read_text().partition(BEGIN)
+    text = f"{before}{BEGIN}\n{tables(results)}\n\n{END}{rest.partition(END)[2]}"
+    page.write_text(text)
 
 
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())

@@ -1,36 +1,130 @@
-"""The tests that tell whether a release of DeepSpeed works, in an environment for each release.
+"""The library in environments that people have: builds each, and runs the tests of each feature.
 
-``make compatibility`` (``nox -f tests/noxfile.py``) runs all; each session writes what passed
-into ``benchmarks/results/compatibility.json``, and the table into ``docs/compatibility.md``. Other
-packages have the versions of ``constraints.txt``, which are the newest. DeepSpeed's own MoE tests
-run too (:mod:`tests.deepspeed_suite`), from GitHub or from the checkout ``DEEPSPEED_SOURCE``.
+    make compatibility                    # all rows
+    nox -f tests/noxfile.py -s "compatibility(oldest)" -- core
+
+``make compatibility`` installs a wheel of this library without overriding any pin, beside the
+releases of a row of :data:`ROWS`, in an environment that is deleted afterwards (torch with CUDA
+takes 5 GB). What passed, what was refused and what failed goes into
+``benchmarks/results/compatibility.json`` and the tables of ``docs/compatibility.md``. Names of
+features (:data:`tests.compatibility.FEATURES`) after ``--`` run only these.
+
+``nox -s contract`` tries DeepSpeed from a folder, a wheel or a version, ``DEEPSPEED_SOURCE``, in
+an environment with the versions of ``constraints.txt``: the tests of what we rely on in DeepSpeed,
+and DeepSpeed's own MoE tests with our layer in place of its.
 """
 
+import os
+import shutil
 from pathlib import Path
 
 import nox
 
 ROOT = Path(__file__).resolve().parent.parent
-RELEASES = ["0.17.6", "0.18.9", "0.19.8"]
-nox.options.envdir = str(ROOT / ".cache" / "nox")
+WORK = ROOT / ".cache" / "compatibility"
+FREE_BYTES = 12 * 2**30
+nox.options.envdir = str(WORK / "environments")
 nox.options.default_venv_backend = "venv"
-nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["compatibility"]
+
+TOOLS = ["transformers", "accelerate", "peft", "lightning", "safetensors"]
+NEWEST = ("3.12", [])
+"""A row: Python, and what is not the newest release that our own bounds allow."""
+ROWS = {
+    "newest": NEWEST,
+    "torch 2.9": ("3.11", ["torch==2.9.1"]),
+    "torch 2.6": ("3.11", ["torch==2.6.0"]),
+    "torch 2.4": ("3.11", ["torch==2.4.1"]),
+    "deepspeed 0.18.9": ("3.12", ["deepspeed==0.18.9"]),
+    "deepspeed 0.17.6": ("3.12", ["deepspeed==0.17.6"]),
+    "deepspeed 0.16.9": ("3.12", ["deepspeed==0.16.9"]),
+    "deepspeed 0.14.5": ("3.11", ["deepspeed==0.14.5"]),
+    "Python 3.10": ("3.10", []),
+    "Python 3.13": ("3.13", []),
+    "Python 3.14": ("3.14", []),
+    "beside LlamaFactory": (
+        "3.11",
+        ["torch==2.11.0", "deepspeed==0.18.4", "transformers==5.8.1"],
+    ),
+    "a year ago": (
+        "3.11",
+        [
+            *("torch==2.9.1", "deepspeed==0.18.2", "transformers==4.57.1"),
+            *("accelerate==1.11.0", "peft==0.18.0", "lightning==2.5.6"),
+        ],
+    ),
+    "oldest": (
+        "3.10",
+        [
+            *("torch==2.4.1", "deepspeed==0.14.5", "numpy==1.26.4", "transformers==4.57.1"),
+            *("accelerate==1.11.0", "peft==0.18.0", "lightning==2.5.6"),
+        ],
+    ),
+}
 
 
 @nox.session
-@nox.parametrize("deepspeed", RELEASES)
-def compatibility(session: nox.Session, deepspeed: str) -> None:
-    """Run the tests of :mod:`tests.compatibility` against one release."""
+@nox.parametrize(
+    ("python", "row"), [nox.param(at[0], row, id=row) for row, at in ROWS.items()]
+)
+def compatibility(session: nox.Session, row: str) -> None:
+    """Run the tests of :mod:`tests.compatibility` in the environment of one row."""
+    if shutil.disk_usage(ROOT).free < FREE_BYTES:
+        session.error(f"an environment needs {FREE_BYTES >> 30} GiB of free disk space")
+    pins = ROWS[row][1]
+    try:
+        install(session, pins)
+        folder = WORK / f"run-{row.replace(' ', '-')}"
+        copy_tests(folder)
+        session.chdir(folder)
+        # DeepSpeed before 0.16 cannot read its own checkpoints with torch 2.6 or newer without it.
+        trust = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"} if "deepspeed==0.14.5" in pins else {}
+        command = ["python", "-m", "tests.compatibility", row, str(ROOT), *session.posargs]
+        session.run(*command, env={"PYTHONPATH": ".", **trust})
+    finally:
+        session.chdir(ROOT)
+        shutil.rmtree(session.virtualenv.location, ignore_errors=True)
+
+
+def install(session: nox.Session, pins: list[str]) -> None:
+    """Install a wheel of ours beside ``pins``, by its own bounds."""
+    wheels = WORK / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
     session.chdir(ROOT)
-    pinned = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-    others = Path(session.create_tmp()).resolve() / "constraints.txt"
-    others.write_text("".join(line for line in pinned if not line.startswith("deepspeed==")))
-    project = nox.project.load_toml("pyproject.toml")["project"]
-    needed = [one for one in project["dependencies"] if not one.startswith("deepspeed")]
-    needed += project["optional-dependencies"]["test"]
-    session.install("-c", str(others), "setuptools", "wheel", "ninja", "psutil", "torch", "numpy")
-    session.install("--no-build-isolation", f"deepspeed=={deepspeed}")
-    session.install("-c", str(others), *needed)
-    session.install("--no-deps", "-e", ".")
-    session.run("python", "-m", "tests.compatibility")
+    session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), ".")
+    (wheel,) = wheels.glob("*.whl")
+    others = [pin for pin in pins if not pin.startswith("deepspeed")]
+    torch = next((pin for pin in pins if pin.startswith("torch=")), "torch<2.16")
+    numpy = next((pin for pin in pins if pin.startswith("numpy=")), "numpy")
+    # DeepSpeed's setup imports torch.
+    session.install("setuptools<81", "wheel", "ninja", "psutil", "packaging", torch, numpy)
+    deepspeed = next((pin for pin in pins if pin.startswith("deepspeed")), "deepspeed<0.20")
+    session.install("--no-build-isolation", deepspeed)
+    tests = ["pytest", "pytest-xdist", "hypothesis", "tqdm", "tabulate", "rich", "matplotlib"]
+    tools = [tool for tool in TOOLS if not any(pin.startswith(f"{tool}=") for pin in pins)]
+    session.install(str(wheel), *others, deepspeed, *tools, *tests)
+
+
+def copy_tests(folder: Path) -> None:
+    """Copy what tests need, without the package: they use the wheel."""
+    for name in ("tests", "docs", "benchmarks"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("README.md", "pyproject.toml", "constraints.txt", "Makefile", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+@nox.session
+def contract(session: nox.Session) -> None:
+    """Try the DeepSpeed of ``DEEPSPEED_SOURCE``."""
+    source = os.environ.get("DEEPSPEED_SOURCE") or session.error(
+        "set DEEPSPEED_SOURCE to a checkout or a wheel of DeepSpeed, or to a version: "
+        "DEEPSPEED_SOURCE=~/DeepSpeed make contract"
+    )
+    install(session, [])
+    given = source if Path(source).exists() else f"deepspeed=={source}"
+    session.install("--no-deps", "--no-build-isolation", "--force-reinstall", given)
+    copy_tests(WORK / "run-contract")
+    session.chdir(WORK / "run-contract")
+    session.run("python", "-m", "tests.compatibility", "contract", "-", *session.posargs)
     session.run("python", "-m", "tests.deepspeed_suite")
