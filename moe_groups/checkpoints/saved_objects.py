@@ -42,9 +42,10 @@ STAND_INS: dict[str, type] = {
     "deepspeed.utils.tensor_fragment.fragment_address": fragment_address,
 }
 _NAMES = {kind: name for name, kind in STAND_INS.items()}
+_Pickler: Any = pickle._Pickler
 
 
-class Pickler(pickle._Pickler):
+class Pickler(_Pickler):
     """Writes the names of DeepSpeed's classes in place of those of their stand-ins.
 
     It is Python's own implementation: the one in C looks up each name before it writes it.
