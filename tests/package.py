@@ -52,7 +52,7 @@ def _links(page: str, files: set[str]) -> Iterable[str]:
     """What is wrong with the links of the description."""
     folders = {str(parent) for name in files for parent in Path(name).parents}
     for link in re.findall(r"\]\(([^)]+)\)", page):
-        ours = re.fullmatch(r"https://github\.com/moe-groups/moe-groups/blob/v[^/]+/([^#]+).*", link)
+        ours = re.match(r"https://github\.com/moe-groups/moe-groups/blob/v[^/]+/([^#]+)", link)
         if not link.startswith("https://"):
             yield f"the description's link {link} is not absolute"
         elif ours and ours[1] not in files | folders:
