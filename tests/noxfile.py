@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".cache" / "compatibility"
 FREE_BYTES = 12 * 2**30
 nox.options.envdir = str(WORK / "environments")
-nox.options.default_venv_backend = "venv"
+nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["compatibility"]
 
 TOOLS = ["transformers", "accelerate", "peft", "lightning", "safetensors"]
@@ -91,7 +91,7 @@ def install(session: nox.Session, pins: list[str]) -> None:
     wheels = WORK / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     session.chdir(ROOT)
-    session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), ".")
+    session.run("uv", "build", "-q", "--wheel", "-o", str(wheels), external=True)
     (wheel,) = wheels.glob("*.whl")
     others = [pin for pin in pins if not pin.startswith("deepspeed")]
     torch = next((pin for pin in pins if pin.startswith("torch=")), "torch<2.16")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from packaging.version import Version
 
 from moe_groups._deepspeed.patching import deepspeed_version
 from moe_groups.errors import UnsupportedDeepSpeedError
@@ -26,7 +25,13 @@ class Feature(NamedTuple):
 
 
 def _since(release: str) -> Callable[[], bool]:
-    return lambda: Version(deepspeed_version()) >= Version(release)
+    return lambda: _at_least(deepspeed_version(), release)
+
+
+def _at_least(installed: str, release: str) -> bool:
+    from packaging.version import Version  # DeepSpeed needs it too; torch alone does not
+
+    return Version(installed) >= Version(release)
 
 
 def _exact_partitions() -> bool:
@@ -44,7 +49,7 @@ def _bf16_optimizer() -> bool:
 def _pickled_files() -> bool:
     """0.16 says weights_only=False itself; before, torch 2.6 and newer take True."""
     forced = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0") in ("1", "y", "yes", "true")
-    return forced or _since("0.16.0")() or Version(torch.__version__) < Version("2.6")
+    return forced or _since("0.16.0")() or not _at_least(torch.__version__, "2.6")
 
 
 EXACT_MEANS = (
