@@ -58,8 +58,8 @@ def run_feature(name: str, arguments: list[str]) -> dict[str, Any]:
     options = [argument for argument in arguments if argument not in files]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-n", "2", "-m", "not long", "-q", *paths]
-        command += [*options, f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-n", "2", "-m", "not long", *paths, *options]
+        command += ["-o", "addopts=-q --strict-markers", f"--junitxml={report}"]
         done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
         print(f"{name}: {done.stdout.strip().rpartition(chr(10))[2]}", flush=True)
         if not report.exists():
@@ -101,7 +101,8 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     """Environments and outcomes; below them each refusal, skip and failure with its message."""
     rows = [[row, *found["versions"].values()] for row, found in results.items()]
     text = "### Environments\n\n" + _table(["", "Python", *PACKAGES], rows)
-    cells = [[name, *(_cell(found, name) for found in results.values())] for name in FEATURES]
+    ran = [name for name in FEATURES if any(name in one["features"] for one in results.values())]
+    cells = [[name, *(_cell(found, name) for found in results.values())] for name in ran]
     text += "\n\n### Tests that pass\n\n" + _table(["", *results], cells)
     for kind, title in (
         ("refused", "Refused with this message"),

@@ -64,9 +64,7 @@ ROWS = {
 
 
 @nox.session
-@nox.parametrize(
-    ("python", "row"), [nox.param(at[0], row, id=row) for row, at in ROWS.items()]
-)
+@nox.parametrize(("python", "row"), [nox.param(at[0], row, id=row) for row, at in ROWS.items()])
 def compatibility(session: nox.Session, row: str) -> None:
     """Run the tests of :mod:`tests.compatibility` in the environment of one row."""
     if shutil.disk_usage(ROOT).free < FREE_BYTES:

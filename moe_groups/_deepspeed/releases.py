@@ -58,7 +58,9 @@ EXACT_MEANS = (
     "_get_preflattened_grad_partition",
 )
 FEATURES = {
-    "exact partitions": Feature("cannot keep exact gradient partitions", "0.19.8", _exact_partitions),
+    "exact partitions": Feature(
+        "cannot keep exact gradient partitions", "0.19.8", _exact_partitions
+    ),
     "BF16_Optimizer": Feature(
         "steps with its fp16 optimizer where BF16_Optimizer is asked for", "0.18.5", _bf16_optimizer
     ),
