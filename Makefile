@@ -4,7 +4,8 @@
 #             processor rounds, once more with the plainest instructions it has)
 # make lint   ruff, mypy and import-linter;  make docs: the site, into site/;  make bench: benchmarks
 # make compatibility   tests of each feature in environments with other releases of Python, torch,
-#             DeepSpeed and transformers;  make contract: with the DeepSpeed of DEEPSPEED_SOURCE
+#             DeepSpeed and transformers (make smoke: the core in the oldest and the newest);
+#             make contract: with the DeepSpeed of DEEPSPEED_SOURCE
 # make dist   the sdist and the wheel, into dist/, tried in a fresh environment
 #
 # Each sets up what it needs in .venv. PYTHON chooses the interpreter, ARGS goes to the demo.
@@ -24,7 +25,7 @@ QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::Fu
 BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory large_world \
   regroup_checkpoint checkpoint_faults topologies checkpointing load_experts group_metrics
 
-.PHONY: demo test test-long test-numeric campaign lint docs bench compatibility contract dist clean
+.PHONY: demo test test-long test-numeric campaign lint docs bench compatibility smoke contract dist clean
 # Two workers each: a rank mostly waits for the others. Files stay together, as each worker starts
 # its pools of ranks once. What is long counts on its time, and runs alone.
 PYTEST := $(BIN)/python -m pytest
@@ -65,6 +66,10 @@ bench: $(VENV)/.test
 
 compatibility: $(VENV)/.compatibility
 	$(BIN)/nox -f tests/noxfile.py
+
+# The oldest and the newest of each.
+smoke: $(VENV)/.compatibility
+	$(BIN)/nox -f tests/noxfile.py -s "compatibility(oldest)" "compatibility(newest)" -- core
 
 contract: $(VENV)/.compatibility
 	$(BIN)/nox -f tests/noxfile.py -s contract

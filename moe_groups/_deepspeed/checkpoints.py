@@ -116,6 +116,8 @@ def _check_release(engine: Any, given: Mapping[str, Any]) -> None:
     if not any("expert_group_name" in group for group in options):
         return  # DeepSpeed's own groups fail in its own words
     need("pickled files", "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 if you trust the checkpoint")
+    if given["load_module_only"] and type(engine.optimizer).__name__ == "BF16_Optimizer":
+        need("BF16 masters", "use ZeRO-1 or ZeRO-2")
     states = given["load_optimizer_states"] and not given["load_module_only"]
     if states and not engine.zero_optimization():
         if engine.bfloat16_enabled():

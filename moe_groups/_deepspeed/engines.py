@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_groups._common.arguments import Is
 from moe_groups._deepspeed.ports import PORTS
+from moe_groups._deepspeed.releases import need
 
 _GIVEN = "_moe_groups_given"
 
@@ -27,7 +28,6 @@ class Engine(Protocol):
     mpu: Any
     checkpoint_engine: Any
     seq_data_parallel_group: Any
-    torch_autocast_z0_gradscaler: Any
     param_names: Mapping[torch.Tensor, str]
     device: torch.device
     local_rank: int
@@ -188,8 +188,10 @@ def backward_scale(engine: Any) -> float:
         one = torch.ones((), requires_grad=True) * 1  # DeepSpeed scales tensors with a graph
     if hasattr(optimizer, "scale_if_loss"):
         one = optimizer.scale_if_loss(one)
-    elif engine.torch_autocast_z0_gradscaler:
-        one = engine.torch_autocast_z0_gradscaler.scale(one)
+    elif hasattr(optimizer, "loss_scale"):  # DeepSpeed before 0.18 scales in backward
+        one = one * optimizer.loss_scale
+    elif scaler := getattr(engine, "torch_autocast_z0_gradscaler", None):  # since DeepSpeed 0.17
+        one = scaler.scale(one)
     return float(one) / float(steps)
 
 
@@ -197,7 +199,12 @@ def refresh_master_weights(engine: Any) -> None:
     """Copy the model's weights into the wrapper's master weights, if it has any.
 
     DeepSpeed calls it after loading only weights (``load_checkpoint``, ``runtime/engine.py``).
+
+    Raises:
+        UnsupportedDeepSpeedError: this DeepSpeed would copy other parts of the weights.
     """
+    if type(engine.optimizer).__name__ == "BF16_Optimizer":
+        need("BF16 masters", "use ZeRO-1 or ZeRO-2, or load before deepspeed.initialize")
     refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
     if refresh is not None:
         refresh()

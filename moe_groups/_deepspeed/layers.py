@@ -96,7 +96,10 @@ def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(loss, assignments to each expert, how many were dropped)`` of a gate's outputs.
 
     ``TopKGate`` returns (loss, capacity, experts, indices, locations, weights, counts), and -1 as
-    the index of a dropped assignment (``sharded_moe.py``).
+    the index of a dropped assignment (``sharded_moe.py``). Before DeepSpeed 0.19 it is (loss,
+    weights, mask, counts), the mask True for what a capacity takes, [tokens, experts, capacity].
     """
-    loss, _, _, indices, _, _, counts = outputs
-    return loss, counts, counts.sum() - (indices >= 0).sum()
+    loss, taken, counts = outputs[0], outputs[-4 if len(outputs) == 7 else 2], outputs[-1]
+    taken = taken >= 0 if len(outputs) == 7 else taken
+    counts = counts.to(loss.device)  # before 0.15 on the CPU
+    return loss, counts, counts.sum() - taken.sum()

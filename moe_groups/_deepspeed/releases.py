@@ -74,6 +74,11 @@ FEATURES = {
         "0.18.5",
         _since("0.18.5"),
     ),
+    "BF16 masters": Feature(
+        "copies each weight of BF16_Optimizer into the wrong part of its master weights",
+        "0.16.4",
+        _since("0.16.4"),
+    ),
     "pickled files": Feature(
         "cannot read its own checkpoints with torch 2.6 or newer, which loads tensors only",
         "0.16.0",

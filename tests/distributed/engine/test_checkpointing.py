@@ -11,7 +11,6 @@ import torch
 from deepspeed.moe import mappings, sharded_moe
 from deepspeed.utils import groups
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from moe_groups import checkpoint_activations
 from moe_groups._deepspeed.contract import support_our_groups
@@ -105,6 +104,8 @@ def without_early_stop(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def selective(function: Callable[..., Any], *args: Any) -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
     def keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
         kept = op is torch.ops.aten.addmm.default  # not mm: the gate adds its noise in place
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -124,7 +125,9 @@ def autocast(way: Way) -> Way:
 
 
 def compare_combinations() -> dict[str, Compared]:
-    ways = (ours_in_ours, torchs_in_ours, ours_in_torchs, without_early_stop, selective)
+    ways = [ours_in_ours, torchs_in_ours, ours_in_torchs, without_early_stop]
+    if hasattr(torch.utils.checkpoint, "CheckpointPolicy"):  # since torch 2.5
+        ways.append(selective)
     return compare({way.__name__: way for way in ways}, k=2)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 
 from moe_groups import MoE, attach_loss
@@ -68,6 +69,8 @@ def gradients(
 )
 def test_gradients_of_the_sum(wrapper: str, scale: float | None, torch_style: bool) -> None:
     """ZeRO-2 with a loss scale, which stands for that of fp16."""
+    if torch_style and not hasattr(DeepSpeedEngine, "scale"):
+        pytest.skip("this DeepSpeed has no engine.scale, only engine.backward")
     found = run_on_ranks(2, gradients, Attached, wrapper, scale, torch_style)[0]
     expected = run_on_ranks(2, gradients, Added, wrapper, scale, torch_style)[0]
     assert set(found) == set(expected)
