@@ -10,12 +10,13 @@ from torch import distributed
 
 from moe_groups._common.own_folder import own
 from moe_groups._common.ranks import on_all_ranks, on_first_rank
+from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_rank
 from moe_groups._deepspeed.engines import Engine
 from moe_groups.checkpoints.convert.model import write_model
 from moe_groups.checkpoints.convert.shard import new_shard
 from moe_groups.checkpoints.convert.source import RegroupSource
-from moe_groups.checkpoints.convert.target import check_same_parameters, size_in_groups
+from moe_groups.checkpoints.convert.target import TrainedSince, check_parameters, size_in_groups
 from moe_groups.checkpoints.convert.workdir import check_space
 from moe_groups.checkpoints.files import (
     LATEST,
@@ -28,7 +29,7 @@ from moe_groups.checkpoints.guard.engine_layout import gather_layout
 from moe_groups.checkpoints.layout import Layout, Rank
 from moe_groups.checkpoints.read_layout import read_layout
 from moe_groups.checkpoints.torch_file import check_crcs, read_torch_file, save
-from moe_groups.errors import CheckpointError
+from moe_groups.errors import CheckpointError, CheckpointWarning
 
 
 @contextlib.contextmanager
@@ -42,7 +43,7 @@ def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None
             reach the files.
     """
     gathered = gather_layout(engine)
-    source, target, directory = on_first_rank(
+    source, target, directory, since = on_first_rank(
         lambda: _begin(load_dir, tag, gathered, scratch_dir), "Nothing was loaded."
     )
 
@@ -55,6 +56,8 @@ def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None
 
     try:
         on_all_ranks(convert, "Nothing was loaded.")
+        if str(since) and distributed.get_rank() == 0:
+            warn(f"converting {load_dir / tag}: {since}.", CheckpointWarning)
         yield directory
     finally:
         distributed.barrier()
@@ -64,11 +67,11 @@ def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None
 
 def _begin(
     load_dir: Path, tag: str, target: Layout | None, scratch_dir: Path | None
-) -> tuple[Layout, Layout, Path]:
+) -> tuple[Layout, Layout, Path, TrainedSince]:
     assert target is not None
     files = find_checkpoint(load_dir, tag, trust=True)
     source = read_layout(files)
-    check_same_parameters(source, target)
+    since = check_parameters(RegroupSource(files, source), target)
     parent = load_dir if scratch_dir is None else scratch_dir
     directory = parent / f".moe_groups_{target.fingerprint()[:8]}_{uuid.uuid4().hex[:8]}"
     if directory.resolve().is_relative_to(files.folder.resolve()):
@@ -89,7 +92,7 @@ def _begin(
             f"{directory} cannot be written: {why} Give protect_checkpoints a scratch_dir that all "
             "ranks can write to, and that has room for the optimizer states."
         ) from error
-    return source, target, directory
+    return source, target, directory, since
 
 
 def _convert(

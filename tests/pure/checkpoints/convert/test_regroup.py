@@ -4,6 +4,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -434,11 +435,46 @@ def test_what_was_converted_can_be_inspected(kind: str, place: Path) -> None:
 
 def test_other_parameters_are_refused(source: Path, place: Path) -> None:
     other = grouped([[*DENSE, ("d.2", 3)]], [EXPERTS[:2]], 4, 2)
-    refused(source, place, other, r"e\.2 is in the checkpoint alone.*d\.2 is in the new groups")
+    refused(source, place, other, r"d\.2 .* was not trained .* no weight of 3 elements for it")
+    foreign = grouped([[("a", 3)]], [[("b", 3)]], 4, 2)
+    refused(source, place, foreign, "not of one model .*d.0 is in the checkpoint alone.*load_module")
     longer = grouped([[("d.0", 31), ("d.1", 7)]], [EXPERTS], 4, 2)
     refused(source, place, longer, r"d\.0.* has 31 elements, in the checkpoint it has 30")
     sharded = grouped([DENSE], [EXPERTS], 4, 4)
-    refused(source, place, sharded, "expert-")
+    refused(
+        source, place, sharded, "with experts of ep_size_2, the run has .* of ep_size_4.*load_module"
+    )
+
+
+def test_what_only_one_run_trains_is_dropped_or_starts_afresh(source: Path, place: Path) -> None:
+    """A thawed parameter has a group of its own, and the schedule of one like it."""
+    part = grouped([DENSE[:1]], [EXPERTS[:2]], 4, 2)
+    done = regroup_checkpoint(source, place / "part", part)
+    assert done.since == (("d.1", "e.2"), ())
+    wanted = state_of(source, ONE)
+    kept = state_of(place / "part", part)
+    assert len(kept) == 5 and same(kept, {key: wanted[key] for key in kept})
+    weight = torch.arange(7.0).bfloat16()
+    schedule = {"base_lrs": [0.3, 0.4], "last_epoch": 7}
+    save_again(
+        place / "part/global_step7/mp_rank_00_model_states.pt",
+        lambda found: found.update(module={"d.1": weight}, lr_scheduler=schedule),
+    )
+    (place / "part/global_step7/moe_groups.json").unlink()
+    refused(place / "part", place, grouped([DENSE], [EXPERTS[:2]], 4, 2), r"overrides=\[\('d.1', {}")
+    apart = grouped([DENSE[:1], DENSE[1:]], [EXPERTS[:2]], 4, 2)
+    groups = [replace(group, options={"moe": bool(group.ep_rank)}) for group in apart.groups]
+    apart = replace(apart, groups=tuple(groups))
+    done = regroup_checkpoint(place / "part", place / "apart", apart)
+    assert done.since == ((), ("d.1",))
+    assert "started afresh, from saved weights, what was not trained before: d.1" in str(done.since)
+    found = state_of(place / "apart", apart)
+    assert same(found.pop((0, None, None, "d.1")), {"fp32": weight.float()})
+    assert same(found, kept)
+    content = torch.load(place / "apart/global_step7/mp_rank_00_model_states.pt")
+    assert content["lr_scheduler"]["base_lrs"] == [0.3, 0.3, 0.4]
+    assert [*content["param_shapes"][1].values()] == [torch.Size([7])]
+    assert inspect_checkpoint(place / "apart").problems == ()
 
 
 def test_what_is_no_state_of_groups_is_refused(source: Path, place: Path) -> None:
