@@ -4,7 +4,7 @@ import shlex
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import distributed
 
@@ -30,6 +30,8 @@ from moe_groups.errors import CheckpointMismatchError
 
 _SHOWN = 8
 
+Kind = Literal["regrouped", "trained", "experts", "model"]
+"""As a verdict; "experts" are those of another expert-parallel size."""
 Known: TypeAlias = Mapping[int, Collection[str]]
 """Names of all parameters of each model-parallel rank's model, frozen ones too."""
 
@@ -66,10 +68,10 @@ def _refusal(
 ) -> CheckpointMismatchError | None:
     files = find_checkpoint(load_dir, tag, trust=True)
     saved = read_layout(files)
-    lines, verdict = differences(saved, run.layout, known)
-    convertible = verdict != "model"
+    lines, kind = differences(saved, run.layout, known)
+    convertible = kind in ("regrouped", "trained")
     why = "Converting does not help"
-    if verdict == "trained" and convertible:
+    if kind == "trained":
         convertible = bool(files.shards) and run.wrapper in WRAPPERS
         if convertible and (problem := fresh_problem(RegroupSource(files, saved), run.layout)):
             convertible, why = False, problem
@@ -87,6 +89,8 @@ def _refusal(
             f"--to {shlex.quote(target)}\n"
             'or convert while loading: moe_groups.protect_checkpoints(engine, regroup="auto").'
         )
+    elif kind == "model":
+        way_out = f"Nothing was loaded. {why}: it is of another model, or of other parallel sizes."
     else:
         way_out = (
             f"Nothing was loaded. {why}; load_module_only=True loads the weights alone, into fresh "
@@ -99,15 +103,15 @@ def _refusal(
     return CheckpointMismatchError(message, lines, target)
 
 
-def differences(saved: Layout, running: Layout, known: Known) -> tuple[list[str], Verdict]:
-    """What differs, a headline first, and of what kind it is; "model" cannot be converted."""
+def differences(saved: Layout, running: Layout, known: Known) -> tuple[list[str], Kind]:
+    """What differs, a headline first, and of what kind it is."""
     if saved.model_ranks != running.model_ranks:
         return [
             f"it was saved by {len(saved.model_ranks)} model-parallel ranks, the run has "
             f"{len(running.model_ranks)}"
         ], "model"
     if line := other_expert_parallel_size(saved, running):
-        return [line], "model"
+        return [line], "experts"
     worlds = saved.data_parallel_size, running.data_parallel_size
     lines = []
     if worlds[0] != worlds[1]:
@@ -131,7 +135,9 @@ def differences(saved: Layout, running: Layout, known: Known) -> tuple[list[str]
             "state of what was there"
         )
     lines += told or dict.fromkeys(_other_ranks(saved, running))
-    return lines, next((v for v in ("model", "trained") if v in verdicts), "regrouped")
+    if "model" in verdicts:
+        return lines, "model"
+    return lines, "trained" if "trained" in verdicts else "regrouped"
 
 
 def _other_ranks(saved: Layout, running: Layout) -> Iterator[str]:

@@ -463,7 +463,7 @@ def test_what_only_one_run_trains_is_dropped_or_starts_afresh(source: Path, plac
     (place / "part/global_step7/moe_groups.json").unlink()
     refused(place / "part", place, grouped([DENSE], [EXPERTS[:2]], 4, 2), r"overrides=\[\('d.1', {}")
     apart = grouped([DENSE[:1], DENSE[1:]], [EXPERTS[:2]], 4, 2)
-    groups = [replace(group, options={"moe": bool(group.ep_rank)}) for group in apart.groups]
+    groups = [replace(group, options={"moe": bool(group.parallel_group)}) for group in apart.groups]
     apart = replace(apart, groups=tuple(groups))
     done = regroup_checkpoint(place / "part", place / "apart", apart)
     assert done.since == ((), ("d.1",))
