@@ -13,13 +13,14 @@ from moe_groups._common.ranks import on_all_ranks, on_first_rank
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_rank
 from moe_groups._deepspeed.engines import Engine
-from moe_groups.checkpoints.convert.model import write_model
+from moe_groups.checkpoints.convert.model import group_lists, regroup_lists, write_model
 from moe_groups.checkpoints.convert.shard import new_shard
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.convert.target import TrainedSince, check_parameters, size_in_groups
 from moe_groups.checkpoints.convert.workdir import check_space
 from moe_groups.checkpoints.files import (
     LATEST,
+    SCHEDULER_FILES,
     STATES,
     CheckpointFiles,
     find_checkpoint,
@@ -71,7 +72,9 @@ def _begin(
     assert target is not None
     files = find_checkpoint(load_dir, tag, trust=True)
     source = read_layout(files)
-    since = check_parameters(RegroupSource(files, source), target)
+    regroup_source = RegroupSource(files, source)
+    since = check_parameters(regroup_source, target)
+    _check_beside(regroup_source, target)
     parent = load_dir if scratch_dir is None else scratch_dir
     directory = parent / f".moe_groups_{target.fingerprint()[:8]}_{uuid.uuid4().hex[:8]}"
     if directory.resolve().is_relative_to(files.folder.resolve()):
@@ -93,6 +96,25 @@ def _begin(
             "ranks can write to, and that has room for the optimizer states."
         ) from error
     return source, target, directory, since
+
+
+def _check_beside(source: RegroupSource, target: Layout) -> None:
+    """Refuse schedulers that a trainer reads by itself, by position, once this load returned."""
+    files = source.files
+    for path in files.beside():
+        if not path.match(SCHEDULER_FILES):
+            continue
+        content = read_torch_file(path, files.trust)
+        lists = group_lists(content, len(source.layout.of(Rank(min(files.models), 0))))
+        saved = [list(own.holder[own.key]) for own in lists]
+        regroup_lists(source, target, min(files.models), content)
+        if saved != [list(own.holder[own.key]) for own in lists]:
+            raise CheckpointError(
+                f"{path} has a value for each group of the checkpoint ({lists[0].where}), which "
+                "Trainer and Accelerate load by position: they cannot be converted while loading. "
+                "Convert the checkpoint and load the result (moe-groups regroup-checkpoint), or "
+                "remove that file if nothing reads it."
+            )
 
 
 def _convert(
