@@ -15,7 +15,7 @@ from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_tag, writes_later
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups._deepspeed.engines import Engine, SteppingEngine
+from moe_groups._deepspeed.engines import Engine, SteppingEngine, refresh_master_weights
 from moe_groups.checkpoints.files import check_tag, list_files, list_saved
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout, with_options_of
 from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
@@ -252,6 +252,7 @@ def guarded_load(
         tag,
         optimizer=optimizer,
         by_position=optimizer or scheduler,
+        client=given["load_lr_scheduler_states"] and not given["load_module_only"],
         data=guard.check_data,
         convert=convert,
         scratch_dir=guard.scratch_dir,
@@ -260,6 +261,9 @@ def guarded_load(
         path, client_state = load(*call.args, **call.kwargs)
     if optimizer:
         _restore_names(engine, names)
+    elif path is not None and not engine.zero_optimization():
+        # Of other wrappers DeepSpeed refreshes them after load_module_only alone.
+        refresh_master_weights(engine)
     if path is not None:  # of the converted checkpoint, which is gone
         path = str(path).replace(str(directory), str(load_dir), 1)
     return path, client_state
@@ -286,7 +290,8 @@ def _loads_scheduler(engine: Engine, given: Mapping[str, Any]) -> bool:
     return bool(group_lists({SCHEDULER: engine.lr_scheduler.state_dict()}, groups))
 
 
-_NAMES = ("name", *LABELS)
+_NAMES = ("name", *LABELS, "decoupled_weight_decay")
+"""What belongs to the run: labels, and what makes Adam of torch's AdamW or the reverse."""
 
 
 def _names(engine: Engine) -> list[dict[str, Any]]:
@@ -295,7 +300,7 @@ def _names(engine: Engine) -> list[dict[str, Any]]:
 
 
 def _restore_names(engine: Engine, names: list[dict[str, Any]]) -> None:
-    """DeepSpeed takes the names from the checkpoint; those of the run are registered."""
+    """DeepSpeed takes all options from the checkpoint; the run's own names are registered."""
     for group, own in zip(engine.optimizer.param_groups, names, strict=True):
         for key in _NAMES:
             group.pop(key, None)

@@ -137,6 +137,8 @@ def loads_of_others(wrapper: str, folder: Path) -> list[str]:
         problems.append(f"without a manifest: {error}")
     engine = stepping(wrapper, torch.optim.Adam)
     assert error_of(engine, folder) is None
+    if any(group["decoupled_weight_decay"] for group in engine.optimizer.param_groups):
+        problems.append("Adam became AdamW")
     problems += [key for key, was in reference.items() if not equal(was, weights(engine)[key])]
     return problems
 
