@@ -21,7 +21,7 @@ from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layo
 from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, write_manifest
-from moe_groups.errors import CheckpointError, CheckpointWarning
+from moe_groups.errors import CheckpointError, CheckpointWarning, MoEGroupsError
 from moe_groups.tags import LABELS
 
 _GUARD = "_moe_groups_guard"
@@ -191,9 +191,12 @@ def _write(engine: Engine, layout: Layout, folder: Path, finished: bool) -> list
         write_manifest(manifest, folder / FILE_NAME)
         if finished:
             problems += _missing_weights(layout, folder)
-    except Exception as error:  # DeepSpeed's files are complete, and the other ranks go on
+    # Options of groups may be of any class. DeepSpeed's files are complete, and the other ranks
+    # wait for this one, so that even a bug of ours must not end the save; it is named.
+    except Exception as error:
+        named = "" if isinstance(error, MoEGroupsError | OSError) else f"{type(error).__name__}: "
         problems.append(
-            f"{folder} was saved, but {FILE_NAME} could not be written ({error}){_WITHOUT}"
+            f"{folder} was saved, but {FILE_NAME} could not be written ({named}{error}){_WITHOUT}"
         )
     return problems
 
