@@ -103,8 +103,8 @@ def load_experts(
         What was loaded, and what was not.
 
     Raises:
-        CheckpointError: a file is missing, damaged or (``check_data``) changed; names, shapes, dtypes or numbers of
-            experts do not fit. Nothing has been changed.
+        CheckpointError: a file is missing, damaged or (``check_data``) changed; names, shapes,
+            dtypes or numbers of experts do not fit. Nothing has been changed.
         InvalidArgumentError: an argument does not fit the model, the rank's experts are not
             known, or the package ``safetensors`` is missing.
         UnsupportedDeepSpeedError: this DeepSpeed lacks a function that is needed.
@@ -180,8 +180,8 @@ def _check_data(plan: LoadPlan, files: SafetensorsFiles) -> None:
     )
     if total := sum(unstated):
         warn(
-            f"{total:,} tensors of {files.directory} state no CRC-32, as save_experts did not write "
-            "them: whether they changed cannot be told.",
+            f"{total:,} tensors of {files.directory} state no CRC-32, as save_experts did not "
+            "write them: whether they changed cannot be told.",
             CheckpointWarning,
         )
 

@@ -52,7 +52,7 @@ class Regrouped:
     files: int
     bytes: int
     seconds: float
-    since: TrainedSince = TrainedSince()
+    since: TrainedSince
 
 
 @checked

@@ -4,7 +4,8 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,6 +59,8 @@ class RegroupSource:
         }
         self._shards: OrderedDict[Rank, tuple[Shard, dict[int, int]]] = OrderedDict()
         self._old_groups: dict[int, list[FlatGroup]] = {}
+        self._layers: dict[tuple[int, str], str] = {}
+        self._last: tuple[Path, dict[str, Any]] | None = None
         self._steps = SameStep()
         self._lock = threading.RLock()
 
@@ -142,23 +145,43 @@ class RegroupSource:
         Raises:
             CheckpointError: it is not in the files, or has another size there.
         """
-        files, model, name = self.files, target.model_rank, param.name
-        paths, dense = [files.models[model]] if model in files.models else [], True
-        if target.parallel_group is not None:  # the file of all ranks has one rank's experts
-            match, dense = _EXPERT.fullmatch(name), False
-            name = f"{match[1]}{param.expert}{match[2]}" if match else name
-            file = f"layer_*_expert_{param.expert}_mp_rank_{model:02d}_model{STATES}"
-            paths = sorted(files.folder.glob(file))
-        for path in paths:
-            content = read_torch_file(path, files.trust)
-            with reading(path):
-                found = (content["module"] if dense else content).get(name)
-            if isinstance(found, torch.Tensor) and found.numel() == param.numel:
-                return found.detach()
+        model, name = target.model_rank, param.name
+        if target.parallel_group is None:
+            path = self.files.models.get(model)
+            found = self._weights(path).get("module", {}).get(name) if path else None
+        else:  # the file of all ranks has one rank's experts
+            match = _EXPERT.fullmatch(name)
+            own = f"{match[1]}{param.expert}{match[2]}" if match else name
+            found = self._expert(model, name, own, param.expert)
+        if isinstance(found, torch.Tensor) and found.numel() == param.numel:
+            return found.detach()
         raise CheckpointError(
             f"{param.name} (group {target.name!r} of the new groups) was not trained by the run "
-            f"that saved {files.folder}, which has no weight of {param.numel} elements for it."
+            f"that saved {self.files.folder}, which has no weight of {param.numel} elements for it."
         )
+
+    def _expert(self, model: int, name: str, own: str, number: int | None) -> Any:
+        """The tensor called ``own`` in the files of an expert; all of a layer have one number."""
+        layer = self._layers.get((model, name), "*")
+        file = f"layer_{layer}_expert_{number}_mp_rank_{model:02d}_model{STATES}"
+        folder = self.files.folder
+        for path in sorted(folder.glob(file)) if layer == "*" else [folder / file]:
+            found = self._weights(path).get(own) if path.is_file() else None
+            if found is not None:
+                self._layers[model, name] = path.name.split("_")[1]
+                return found
+        return None
+
+    def _weights(self, path: Path) -> dict[str, Any]:
+        """A file of weights; the last one is kept, as parameters of an expert come together."""
+        with self._lock:
+            if self._last is None or self._last[0] != path:
+                content = read_torch_file(path, self.files.trust)
+                with reading(path):
+                    if not isinstance(content.get("module", {}), dict):
+                        raise TypeError("its module is no dict")
+                self._last = path, content
+            return self._last[1]
 
     def place(self, group: FlatGroup, data_rank: int) -> tuple[Shard, int]:
         """A rank's file, and the number that the group has in it."""

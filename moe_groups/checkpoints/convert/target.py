@@ -1,7 +1,6 @@
 """The groups that a checkpoint is converted to: those of a file, or by name."""
 
 import glob
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,7 +147,9 @@ def fresh_problem(source: RegroupSource, target: Layout) -> str | None:
 
 def _patterns(names: list[str], others: set[str]) -> list[str]:
     """Globs for these names and no other."""
-    prefix = os.path.commonprefix(names)
+    first, last = min(names), max(names)
+    differs = (at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    prefix = first[: next(differs, len(first))]
     if len(names) > 1 and prefix and not any(name.startswith(prefix) for name in others):
         return [f"{glob.escape(prefix)}*"]
     return [glob.escape(name) for name in names]

@@ -54,7 +54,8 @@ def refuse(engine: Engine, load_dir: Path, tag: str, convert: bool) -> None:
     distributed.gather_object((rank.model, names), everyone if first else None)
 
     def find() -> CheckpointMismatchError | None:
-        assert layout is not None and everyone is not None  # on the first rank
+        assert layout is not None  # on the first rank
+        assert everyone is not None
         known = {model: names for model, names in everyone if names is not None}
         return _refusal(describe_run(engine, layout), known, load_dir, tag, convert)
 

@@ -50,10 +50,10 @@ def schedule_into_other_groups(wrapper: str, folder: Path, states: bool) -> list
         return start(wrapper, split, lr_scheduler=scheduler)
 
     told: list[Any] = []
-    engine, without = other(), other(None)  # whose caller steps the one in the client state
-    before = weights(engine)
+    first, without = other(), other(None)  # whose caller steps the one in the client state
+    before = weights(first)
     own = {"load_lr_scheduler_states": False}
-    for engine, options in ((engine, {}), (without, {}), (without, own), (engine, own)):
+    for engine, options in ((first, {}), (without, {}), (without, own), (first, own)):
         try:
             engine.load_checkpoint(
                 str(folder), tag="saved", load_optimizer_states=states, **options
@@ -154,7 +154,9 @@ def absent_tags(folder: Path) -> list[str]:
     with collected() as warned:
         assert engine.load_checkpoint(str(folder / "empty")) == (None, None)
     first = torch.distributed.get_rank() == 0
-    assert [text.split(":")[0] for text, _ in warned] == [f"{folder}/empty has no file latest"] * first
+    assert [text.split(":")[0] for text, _ in warned] == [
+        f"{folder}/empty has no file latest"
+    ] * first
     return [*told, str(caught.value)]
 
 

@@ -49,7 +49,9 @@ def without_mapping(wrapper: str, folder: Path) -> dict[str, Any]:
     engine = started(wrapper, groups_by("module"))
     engine.load_checkpoint(str(folder), load_optimizer_states=False)
     found["masters"] = all(
-        equal(master.to(engine.module.inp.weight.dtype), dict(engine.module.named_parameters())[name])
+        equal(
+            master.to(engine.module.inp.weight.dtype), dict(engine.module.named_parameters())[name]
+        )
         for name, master in weights(engine).items()
     )
     forget_manifest(folder)

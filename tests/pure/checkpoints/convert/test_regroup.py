@@ -437,13 +437,23 @@ def test_other_parameters_are_refused(source: Path, place: Path) -> None:
     other = grouped([[*DENSE, ("d.2", 3)]], [EXPERTS[:2]], 4, 2)
     refused(source, place, other, r"d\.2 .* was not trained .* no weight of 3 elements for it")
     foreign = grouped([[("a", 3)]], [[("b", 3)]], 4, 2)
-    refused(source, place, foreign, "not of one model .*d.0 is in the checkpoint alone.*load_module")
+    refused(
+        source, place, foreign, "not of one model .*d.0 is in the checkpoint alone.*load_module"
+    )
     longer = grouped([[("d.0", 31), ("d.1", 7)]], [EXPERTS], 4, 2)
     refused(source, place, longer, r"d\.0.* has 31 elements, in the checkpoint it has 30")
     sharded = grouped([DENSE], [EXPERTS], 4, 4)
     refused(
-        source, place, sharded, "with experts of ep_size_2, the run has .* of ep_size_4.*load_module"
+        source,
+        place,
+        sharded,
+        "with experts of ep_size_2, the run has .* of ep_size_4.*load_module",
     )
+
+
+def _forget_steps(content: dict[str, Any]) -> None:
+    for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+        del state["step"]
 
 
 def test_what_only_one_run_trains_is_dropped_or_starts_afresh(source: Path, place: Path) -> None:
@@ -453,7 +463,8 @@ def test_what_only_one_run_trains_is_dropped_or_starts_afresh(source: Path, plac
     assert done.since == (("d.1", "e.2"), ())
     wanted = state_of(source, ONE)
     kept = state_of(place / "part", part)
-    assert len(kept) == 5 and same(kept, {key: wanted[key] for key in kept})
+    assert len(kept) == 5
+    assert same(kept, {key: wanted[key] for key in kept})
     weight = torch.arange(7.0).bfloat16()
     schedule = {"base_lrs": [0.3, 0.4], "last_epoch": 7}
     save_again(
@@ -461,7 +472,19 @@ def test_what_only_one_run_trains_is_dropped_or_starts_afresh(source: Path, plac
         lambda found: found.update(module={"d.1": weight}, lr_scheduler=schedule),
     )
     (place / "part/global_step7/moe_groups.json").unlink()
-    refused(place / "part", place, grouped([DENSE], [EXPERTS[:2]], 4, 2), r"overrides=\[\('d.1', {}")
+    refused(
+        place / "part", place, grouped([DENSE], [EXPERTS[:2]], 4, 2), r"overrides=\[\('d.1', {}"
+    )
+    shutil.copytree(place / "part", place / "momentum")
+    for path in (place / "momentum").glob("*/*optim_states.pt"):  # of SGD, which counts no steps
+        save_again(path, _forget_steps)
+    one = grouped([DENSE], [EXPERTS[:2]], 4, 2)
+    regroup_checkpoint(place / "momentum", place / "one", one)
+    found = state_of(place / "one", one)
+    zeros = torch.zeros(7)
+    fresh = {"fp32": weight.float(), "exp_avg": zeros, "exp_avg_sq": zeros}
+    assert same(found.pop((0, None, None, "d.1")), fresh)
+    assert same(found, kept)
     apart = grouped([DENSE[:1], DENSE[1:]], [EXPERTS[:2]], 4, 2)
     groups = [replace(group, options={"moe": bool(group.parallel_group)}) for group in apart.groups]
     apart = replace(apart, groups=tuple(groups))
