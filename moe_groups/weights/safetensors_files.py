@@ -68,7 +68,7 @@ def crc_of(name: str, tensor: torch.Tensor) -> int:
     """CRC-32 of a tensor's bytes, and of what the header says of it."""
     about = f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return zlib.crc32(memoryview(data.numpy()), zlib.crc32(about))
+    return zlib.crc32(data.numpy().data, zlib.crc32(about))
 
 
 class SafetensorsFiles:

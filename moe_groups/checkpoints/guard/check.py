@@ -70,6 +70,7 @@ def checked(
     client: bool,
     data: bool,
     convert: bool,
+    own_schedules: bool,
     scratch_dir: Path | None,
 ) -> Iterator[Path]:
     """The directory to load from; all ranks enter together, and all raise if one has to.
@@ -81,6 +82,7 @@ def checked(
             values by the position of the groups too.
         data: compare the bytes of all files that are loaded with their CRC-32.
         convert: turn a checkpoint of other groups into one of the engine's, in ``scratch_dir``.
+        own_schedules: the caller fits a schedule beside a converted checkpoint to its groups.
 
     Raises:
         CheckpointMismatchError: the checkpoint was saved with other groups, parameters or ranks.
@@ -114,7 +116,8 @@ def checked(
         if convert:
             from moe_groups.checkpoints.guard.convert_on_load import regrouped
 
-            with regrouped(engine, load_dir, tag, scratch_dir) as directory:
+            beside = not own_schedules
+            with regrouped(engine, load_dir, tag, scratch_dir, beside) as directory:
                 yield directory
             return
     if tag is not None and "unknown" in kinds:

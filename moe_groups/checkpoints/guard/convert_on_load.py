@@ -34,10 +34,15 @@ from moe_groups.errors import CheckpointError, CheckpointWarning
 
 
 @contextlib.contextmanager
-def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None) -> Iterator[Path]:
+def regrouped(
+    engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None, beside: bool
+) -> Iterator[Path]:
     """A directory with the checkpoint in the engine's groups, while the context is open.
 
     All ranks enter and leave together. The weights of experts are links to the source.
+
+    Args:
+        beside: refuse a scheduler's file beside the checkpoint that would get other values.
 
     Raises:
         CheckpointError: on all ranks, if the checkpoint cannot be converted, or a rank does not
@@ -45,7 +50,7 @@ def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None
     """
     gathered = gather_layout(engine)
     source, target, directory, since = on_first_rank(
-        lambda: _begin(load_dir, tag, gathered, scratch_dir), "Nothing was loaded."
+        lambda: _begin(load_dir, tag, gathered, scratch_dir, beside), "Nothing was loaded."
     )
 
     def convert() -> None:
@@ -67,14 +72,15 @@ def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None
 
 
 def _begin(
-    load_dir: Path, tag: str, target: Layout | None, scratch_dir: Path | None
+    load_dir: Path, tag: str, target: Layout | None, scratch_dir: Path | None, beside: bool
 ) -> tuple[Layout, Layout, Path, TrainedSince]:
     assert target is not None
     files = find_checkpoint(load_dir, tag, trust=True)
     source = read_layout(files)
     regroup_source = RegroupSource(files, source)
     since = check_parameters(regroup_source, target)
-    _check_beside(regroup_source, target)
+    if beside:
+        _check_beside(regroup_source, target)
     parent = load_dir if scratch_dir is None else scratch_dir
     directory = parent / f".moe_groups_{target.fingerprint()[:8]}_{uuid.uuid4().hex[:8]}"
     if directory.resolve().is_relative_to(files.folder.resolve()):

@@ -36,12 +36,14 @@ class Guard:
         regroup: see :func:`protect_checkpoints`.
         scratch_dir: where a converted checkpoint is kept while it is loaded.
         check_data: compare the bytes of a checkpoint with their CRC-32 before it is loaded.
+        own_schedules: who loads fits a schedule beside a converted checkpoint to the groups.
         layout: of all ranks, on the ranks that write it; gathered at the first save.
     """
 
     regroup: Regroup = "refuse"
     scratch_dir: Path | None = None
     check_data: bool = False
+    own_schedules: bool = False
     layout: Layout | None = None
     gathered: bool = False
 
@@ -258,6 +260,7 @@ def guarded_load(
         client=given["load_lr_scheduler_states"] and not given["load_module_only"],
         data=guard.check_data,
         convert=convert,
+        own_schedules=guard.own_schedules,
         scratch_dir=guard.scratch_dir,
     ) as directory:
         given["load_dir"] = str(directory)

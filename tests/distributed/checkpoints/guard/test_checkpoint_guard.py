@@ -172,7 +172,7 @@ def thawed(*rules: tuple[str, dict[str, float]]) -> GroupsOf:
 ALL_EXPERTS = tuple(f"blocks.{block}.{EXPERTS}" for block in (0, 1))
 CHANGES: dict[str, tuple[GroupsOf, GroupsOf]] = {
     "frozen": (groups_by("module"), partly_frozen(FROZEN, "expert")),
-    "thawed": (partly_frozen(FROZEN), thawed(("inp", {}))),
+    "thawed": (partly_frozen(FROZEN), thawed(("inp.*", {}))),
     "experts frozen": (groups_by("module"), partly_frozen(ALL_EXPERTS)),
     "experts thawed": (partly_frozen(ALL_EXPERTS), groups_by("expert")),
 }

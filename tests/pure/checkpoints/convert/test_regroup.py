@@ -488,6 +488,9 @@ def test_what_only_one_run_trains_is_dropped_or_starts_afresh(source: Path, plac
     apart = grouped([DENSE[:1], DENSE[1:]], [EXPERTS[:2]], 4, 2)
     groups = [replace(group, options={"moe": bool(group.parallel_group)}) for group in apart.groups]
     apart = replace(apart, groups=tuple(groups))
+    other = [replace(group, options={"lr": index}) for index, group in enumerate(apart.groups)]
+    words = r"'dense.1' were not trained, and the .* schedule \(lr_scheduler.base_lrs\) has nothing"
+    refused(place / "part", place, replace(apart, groups=tuple(other)), words)
     done = regroup_checkpoint(place / "part", place / "apart", apart)
     assert done.since == ((), ("d.1",))
     assert "started afresh, from saved weights, what was not trained before: d.1" in str(done.since)
