@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.lr_schedules import LRRangeTest, WarmupLR
 from hypothesis import given, settings, strategies as st
 
-from moe_groups import MoE
+from moe_groups import MoE, cli
 from moe_groups.checkpoints.convert.convert import regroup_checkpoint
 from moe_groups.checkpoints.files import find_checkpoint
 from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
@@ -456,9 +456,16 @@ def _forget_steps(content: dict[str, Any]) -> None:
         del state["step"]
 
 
-def test_what_only_one_run_trains_is_dropped_or_starts_afresh(source: Path, place: Path) -> None:
+def test_what_only_one_run_trains_is_dropped_or_starts_afresh(
+    source: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A thawed parameter has a group of its own, and the schedule of one like it."""
     part = grouped([DENSE[:1]], [EXPERTS[:2]], 4, 2)
+    write_manifest(Manifest(part, "zero"), place / "part.json")
+    paths = [str(place / name) for name in ("a", "told", "part.json")]
+    assert cli.main(["regroup-checkpoint", *paths[:2], "--to", paths[2]]) == 0
+    said = "dropped the optimizer state of what no group has now: d.1, e.2\n"
+    assert capsys.readouterr().out.endswith(said)
     done = regroup_checkpoint(source, place / "part", part)
     assert done.since == (("d.1", "e.2"), ())
     wanted = state_of(source, ONE)
