@@ -157,7 +157,8 @@ class RegroupSource:
             return found.detach()
         raise CheckpointError(
             f"{param.name} (group {target.name!r} of the new groups) was not trained by the run "
-            f"that saved {self.files.folder}, which has no weight of {param.numel} elements for it."
+            f"that saved {self.files.folder}, which has no weight of {param.numel} elements for it "
+            "(exclude_frozen_parameters leaves frozen ones out)."
         )
 
     def _expert(self, model: int, name: str, own: str, number: int | None) -> Any:

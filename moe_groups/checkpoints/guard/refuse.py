@@ -26,7 +26,7 @@ from moe_groups.checkpoints.layout_diff import (
 from moe_groups.checkpoints.manifest import Manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
 from moe_groups.checkpoints.shard import WRAPPERS
-from moe_groups.errors import CheckpointMismatchError
+from moe_groups.errors import CheckpointError, CheckpointMismatchError
 
 _SHOWN = 8
 
@@ -74,7 +74,13 @@ def _refusal(
     why = "Converting does not help"
     if kind == "trained":
         convertible = bool(files.shards) and run.wrapper in WRAPPERS
-        if convertible and (problem := fresh_problem(RegroupSource(files, saved), run.layout)):
+        problem = None
+        try:
+            if convertible:
+                problem = fresh_problem(RegroupSource(files, saved), run.layout)
+        except CheckpointError as error:  # a weight is not there
+            kind, problem = "model", str(error).rstrip(".")
+        if problem:
             convertible, why = False, problem
     if convertible and convert:
         return None
@@ -91,7 +97,7 @@ def _refusal(
             'or convert while loading: moe_groups.protect_checkpoints(engine, regroup="auto").'
         )
     elif kind == "model":
-        way_out = f"Nothing was loaded. {why}: it is of another model, or of other parallel sizes."
+        way_out = f"Nothing was loaded. {why}: the model or its parallel sizes are others."
     else:
         way_out = (
             f"Nothing was loaded. {why}; load_module_only=True loads the weights alone, into fresh "

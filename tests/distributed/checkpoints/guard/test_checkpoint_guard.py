@@ -261,6 +261,13 @@ def unconvertible(wrapper: str, folder: Path) -> list[str]:
             if not equal(master.bfloat16(), loaded[key])
         ]
         train(engine, 1)
+    reference = started(wrapper, part)
+    reference.save_checkpoint(str(folder / "without"), exclude_frozen_parameters=True)
+    engine = started(wrapper, thawed(("inp.*", {})))
+    protect_checkpoints(engine, regroup="auto")
+    error = error_of(engine, folder / "without")
+    assert isinstance(error, CheckpointMismatchError), error
+    assert "has no weight of 256 elements for it (exclude_frozen_parameters" in str(error)
     return problems
 
 
