@@ -1,6 +1,6 @@
 """The groups that a checkpoint is converted to: those of a file, or by name."""
 
-import glob
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,23 +136,30 @@ def fresh_problem(source: RegroupSource, target: Layout) -> str | None:
     if not shared:
         return None
     others = {name for *_, name in keys_of_params(target)} - shared.keys()
-    rule = ", ".join(f"({pattern!r}, {{}})" for pattern in _patterns([*shared], others))
+    patterns = _patterns([*shared], others)
+    way = f"..., overrides=[{', '.join(f'({pattern!r}, {{}})' for pattern in patterns)}]"
+    if len(patterns) > _SHOWN:  # each rule makes a group
+        way = "[{'params': [the others]}, {'params': [these]}]"
     return (
         f"{_some([*shared], _SHOWN)} was not trained before, and in group {name!r} would share the "
         f"step counter ({steps:g}) of what was: Adam would not correct the bias of its moments, "
         "and step several times too far. Give it a group of its own with "
-        f"create_moe_param_groups(..., overrides=[{rule}]), and convert"
+        f"create_moe_param_groups({way}), and convert"
     )
 
 
 def _patterns(names: list[str], others: set[str]) -> list[str]:
-    """Globs for these names and no other."""
-    first, last = min(names), max(names)
-    differs = (at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    prefix = first[: next(differs, len(first))]
-    if len(names) > 1 and prefix and not any(name.startswith(prefix) for name in others):
-        return [f"{glob.escape(prefix)}*"]
-    return [glob.escape(name) for name in names]
+    """Globs for these names and no other: of modules that have nothing else, and of parameters."""
+    mixed = {path for name in others for path in _above(name)}
+    found = ([path for path in _above(name) if path not in mixed] for name in names)
+    pure = [f"{paths[0]}.*" if paths else name for paths, name in zip(found, names, strict=True)]
+    return list(dict.fromkeys(re.sub(r"[[?]", r"[\g<0>]", pattern) for pattern in pure))
+
+
+def _above(name: str) -> list[str]:
+    """Paths of the modules that hold a parameter, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _some(names: list[str], shown: int) -> str:
