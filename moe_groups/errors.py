@@ -83,7 +83,7 @@ class CheckpointMismatchError(CheckpointError):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint cannot be compared, or was saved without its manifest or some weights."""
+    """A checkpoint cannot be compared, lacks something, is not there, or was converted in part."""
 
 
 class CostlyGroupsWarning(UserWarning):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
-from moe_groups.errors import CheckpointError
+from moe_groups.errors import CheckpointError, MoEGroupsError
 
 T = TypeVar("T")
 
@@ -22,7 +22,8 @@ def on_all_ranks(work: Callable[[], T], outcome: str = "") -> list[T]:
 
     Raises:
         CheckpointError: that of the first rank on which ``work`` raised. Another type of error
-            becomes its cause, with the traceback, on that rank, and its text on the others.
+            becomes its cause, with the traceback, on that rank, and its text on the others; what is
+            neither ours nor the system's is called unexpected, as it may be a bug of this library.
     """
     value, problem = _tried(work)
     found: list[Any] = [None] * distributed.get_world_size()
@@ -50,7 +51,8 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, CheckpointError | None]:
         return None, error
     except Exception as error:  # the other ranks would wait for this one for ever
         rank = distributed.get_rank()
-        problem = CheckpointError(f"rank {rank}: {type(error).__name__}: {error}.")
+        what = "" if isinstance(error, MoEGroupsError | OSError) else "unexpected "
+        problem = CheckpointError(f"rank {rank}: {what}{type(error).__name__}: {error}.")
         problem.__cause__ = error
         return None, problem
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from moe_groups.checkpoints.layout import FlatGroup, FlatParam
+from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout
 
-Verdict = Literal["same", "renamed", "regrouped", "model"]
+Verdict = Literal["same", "renamed", "regrouped", "trained", "model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,8 @@ class Difference:
     Attributes:
         verdict: "same"; "renamed" (every element is in its place, groups have other names);
             "regrouped" (the same parameters in other places, which converting can repair);
-            "model" (other parameters, or of other sizes).
+            "trained" (some are in the groups of one side alone, as where they were frozen since);
+            "model" (parameters of other sizes).
         lines: one for each thing that differs; empty for "same".
     """
 
@@ -27,7 +28,8 @@ class Difference:
 def compare_groups(saved: Sequence[FlatGroup], running: Sequence[FlatGroup]) -> Difference:
     """Compare one rank's groups, both in the order of its optimizer."""
     if other := list(_other_parameters(saved, running)):
-        return Difference("model", tuple(other))
+        sizes = any(resized for _, resized in other)
+        return Difference("model" if sizes else "trained", tuple(line for line, _ in other))
     if [_rows(group) for group in saved] != [_rows(group) for group in running]:
         return Difference("regrouped", tuple(_moves(saved, running)))
     renamed = [
@@ -42,20 +44,23 @@ def _rows(group: FlatGroup) -> tuple[tuple[str, int, int], ...]:
     return group.place()[-1]  # type: ignore[no-any-return]
 
 
-def _other_parameters(saved: Sequence[FlatGroup], running: Sequence[FlatGroup]) -> Iterator[str]:
+def _other_parameters(
+    saved: Sequence[FlatGroup], running: Sequence[FlatGroup]
+) -> Iterator[tuple[str, bool]]:
+    """Lines, and whether each is of a parameter with another size."""
     old = {param.name: param for group in saved for param in group.params}
     new = {param.name: param for group in running for param in group.params}
     for name in old:
         if name not in new:
-            yield f"{name} is in the checkpoint, but no group of the engine steps it"
+            yield f"{name} is in the checkpoint, but no group of the engine steps it", False
     for name, other in new.items():
         one = old.get(name)
         if one is None:
-            yield f"{name} is stepped by the engine, but is not in the checkpoint"
+            yield f"{name} is stepped by the engine, but is not in the checkpoint", False
             continue
         shapes = one.shape is not None and other.shape is not None and one.shape != other.shape
         if shapes or one.numel != other.numel:
-            yield f"{name} was saved with {_size(one)}, the model has {_size(other)}"
+            yield f"{name} was saved with {_size(one)}, the model has {_size(other)}", True
 
 
 def _size(param: FlatParam) -> str:
@@ -108,3 +113,32 @@ def moved_parameters(saved: Sequence[FlatGroup], running: Sequence[FlatGroup]) -
     ]
     moved = sum(places[0].get(name) != place for name, place in places[1].items())
     return moved, len(places[1])
+
+
+Key: TypeAlias = tuple[int, str | None, int | None, str]
+"""Whose a parameter is: model-parallel rank, parallel group, place in the EP group, name."""
+
+
+def keys_of_params(layout: Layout) -> set[Key]:
+    """Of all trained parameters."""
+    return {
+        (group.model_rank, group.parallel_group, group.ep_rank, param.name)
+        for group in layout.groups
+        for param in group.params
+    }
+
+
+def other_expert_parallel_size(saved: Layout, running: Layout) -> str | None:
+    """What says that experts are on other ranks than before; None where they are not.
+
+    Experts that are trained on one side alone do not count: they have no state to convert.
+    """
+    was = {(model, name): key for model, key, _, name in keys_of_params(saved)}
+    now = {(model, name): key for model, key, _, name in keys_of_params(running)}
+    if all(was[place] == now[place] for place in was.keys() & now.keys()):
+        return None
+    before, after = (
+        ", ".join(sorted({key for key in of.values() if key})) or "no parallel group"
+        for of in (was, now)
+    )
+    return f"it was saved with experts of {before}, the run has experts of {after}"

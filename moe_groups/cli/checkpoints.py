@@ -152,4 +152,6 @@ def _regroup(args: argparse.Namespace) -> int:
         f"wrote {done.destination}: {done.files:,} files, {show_bytes(done.bytes)} in "
         f"{done.seconds:,.1f} s"
     )
+    if since := str(done.since):
+        print(since)
     return 0

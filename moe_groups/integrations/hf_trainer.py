@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from moe_groups._common.arguments import checked, need
 from moe_groups._deepspeed.engines import known_engines
-from moe_groups.checkpoints.guard.guard import Regroup, protect_checkpoints
+from moe_groups.checkpoints.guard.guard import Regroup, guard_of, protect_checkpoints
 from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.weights.save import with_all_experts
@@ -133,6 +133,9 @@ class MoETrainer(Trainer):
         for engine in known_engines():
             if mine is not None and engine.optimizer is mine:
                 protect_checkpoints(engine, regroup=self.regroup)
+                guard = guard_of(engine)
+                assert guard is not None
+                guard.own_schedules = True  # in _load_optimizer_and_scheduler
                 verify(engine)
         return scheduler
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from moe_groups._common.arguments import FilePath, checked
+from moe_groups._common.ranks import on_all_ranks
+from moe_groups._common.warn import warn
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.engines import (
     InitializedEngine,
@@ -15,7 +17,7 @@ from moe_groups._deepspeed.engines import (
     is_pipeline,
     refresh_master_weights,
 )
-from moe_groups.errors import CheckpointError, InvalidArgumentError
+from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
 from moe_groups.topology import Topology
 from moe_groups.weights.load_plan import LoadPlan, NamesGiven, plan_load
 from moe_groups.weights.local_experts import find_local_experts, module_of, note_places
@@ -63,6 +65,7 @@ def load_experts(
     matrices: Mapping[str, str] | None = None,
     router: str = ROUTER,
     topology: Topology | None = None,
+    check_data: bool = False,
 ) -> LoadedExperts:
     """Load a dense checkpoint into a model; each rank reads only its own experts.
 
@@ -92,13 +95,16 @@ def load_experts(
         topology: the ranks, if not DeepSpeed's default: with tensor or pipeline parallelism, or
             ``use_data_before_expert_parallelism``. Not needed after ``deepspeed.initialize``,
             which refuses experts of another rank.
+        check_data: first compare the bytes that each rank loads with the CRC-32 that
+            :func:`save_experts` and :func:`export_checkpoint` write, so that one changed bit is
+            refused on all ranks. Files of others state none, which a warning says.
 
     Returns:
         What was loaded, and what was not.
 
     Raises:
-        CheckpointError: a file is missing or damaged; names, shapes, dtypes or numbers of
-            experts do not fit. Nothing has been changed.
+        CheckpointError: a file is missing, damaged or (``check_data``) changed; names, shapes,
+            dtypes or numbers of experts do not fit. Nothing has been changed.
         InvalidArgumentError: an argument does not fit the model, the rank's experts are not
             known, or the package ``safetensors`` is missing.
         UnsupportedDeepSpeedError: this DeepSpeed lacks a function that is needed.
@@ -116,6 +122,8 @@ def load_experts(
         plan = plan_load(files, module, local, given)
         unused = sorted(set(files.tensors) - plan.used)
         _refuse(plan, unused, strict, files.directory)
+        if check_data:
+            _check_data(plan, files)
         if local and model is module:
             support_our_groups(moe=True)  # so that deepspeed.initialize checks the places
         read = _copy(plan, files)
@@ -159,6 +167,23 @@ def _refuse(plan: LoadPlan, unused: list[str], strict: bool, directory: Path) ->
         f"{directory} does not fit the model; nothing has been loaded.{advice}\n  "
         + "\n  ".join(shown)
     )
+
+
+def _check_data(plan: LoadPlan, files: SafetensorsFiles) -> None:
+    """All ranks raise if one reads what was changed."""
+    names = sorted({piece.tensor for _, piece in plan.copies})
+    ranks = distributed.is_initialized()
+    unstated = (
+        on_all_ranks(lambda: files.check_data(names), "Nothing was loaded.")
+        if ranks
+        else [files.check_data(names)]
+    )
+    if total := sum(unstated):
+        warn(
+            f"{total:,} tensors of {files.directory} state no CRC-32, as save_experts did not "
+            "write them: whether they changed cannot be told.",
+            CheckpointWarning,
+        )
 
 
 @torch.no_grad()

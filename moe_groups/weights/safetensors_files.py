@@ -1,6 +1,9 @@
 """A Hugging Face checkpoint of safetensors files: its contents, and slices of its tensors."""
 
 import contextlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -53,6 +56,21 @@ class StoredTensor(NamedTuple):
         return both_float or known.get(self.dtype) == dtype
 
 
+_CRC = "crc32"
+
+
+def stated_crcs(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """An entry of a file's metadata that tells whether its tensors were changed."""
+    return {_CRC: json.dumps({name: crc_of(name, tensor) for name, tensor in tensors.items()})}
+
+
+def crc_of(name: str, tensor: torch.Tensor) -> int:
+    """CRC-32 of a tensor's bytes, and of what the header says of it."""
+    about = f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return zlib.crc32(data.numpy().data, zlib.crc32(about))
+
+
 class SafetensorsFiles:
     """The tensors of a checkpoint by name; each is read when it is needed.
 
@@ -73,6 +91,7 @@ class SafetensorsFiles:
         self.directory = Path(directory)
         self.tensors: dict[str, StoredTensor] = {}
         self._open: dict[str, Any] = {}
+        self._crcs: dict[str, Mapping[str, Any]] = {}
         self._files = contextlib.ExitStack()
         index = _read_index(self.directory)
         try:
@@ -102,6 +121,27 @@ class SafetensorsFiles:
         tensor: torch.Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
         return tensor
 
+    def check_data(self, names: Iterable[str]) -> int:
+        """Compare tensors with the CRC-32 that our files state; reads all of their bytes.
+
+        Returns:
+            Tensors that state none, as in files of others.
+
+        Raises:
+            CheckpointError: a tensor was changed.
+        """
+        unstated = 0
+        for name in names:
+            file = self.tensors[name].file
+            if name not in self._crcs[file]:
+                unstated += 1
+            elif self._crcs[file][name] != crc_of(name, self.read(name)):
+                raise CheckpointError(
+                    f"{self.directory / file}: {name} is not what was written (its CRC-32 is "
+                    "another one): download or copy the file again."
+                )
+        return unstated
+
     def _read_header(self, file: str) -> None:
         from safetensors import SafetensorError, safe_open
 
@@ -117,6 +157,7 @@ class SafetensorsFiles:
                 f"{path} {problem}: download or copy the checkpoint again."
             ) from error
         self._open[file] = opened
+        self._crcs[file] = _stated(path, (opened.metadata() or {}).get(_CRC, "{}"))
         for name in opened.keys():  # noqa: SIM118  (no mapping)
             part = opened.get_slice(name)
             self.tensors[name] = StoredTensor(tuple(part.get_shape()), part.get_dtype(), file)
@@ -128,6 +169,16 @@ class SafetensorsFiles:
                 f"{self.directory / INDEX} says that {wrong[0]} is in {index[wrong[0]]}, but it is "
                 f"not there{_more(wrong)}: the index and the files are of different checkpoints."
             )
+
+
+def _stated(path: Path, text: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: its list of CRC-32 is damaged: download or copy the file again."
+        ) from error
+    return found if isinstance(found, dict) else {}
 
 
 def _more(names: list[str]) -> str:

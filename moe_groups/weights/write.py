@@ -12,7 +12,7 @@ from torch import distributed
 from moe_groups._common.own_folder import finished_file
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups.errors import CheckpointError
-from moe_groups.weights.safetensors_files import INDEX
+from moe_groups.weights.safetensors_files import INDEX, stated_crcs
 
 
 class Later(NamedTuple):
@@ -131,4 +131,4 @@ def _write_shard(path: Path, shard: Planned) -> None:
     made = {k: later.make() if isinstance(later, Later) else later for k, later in shard.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in made.items()}
     with finished_file(path, path.parent) as part:
-        save_file(tensors, part, metadata={"format": "pt"})
+        save_file(tensors, part, metadata={"format": "pt", **stated_crcs(tensors)})

@@ -12,7 +12,12 @@ from moe_groups._common.progress import Progress
 from moe_groups.checkpoints.convert.job import Job
 from moe_groups.checkpoints.convert.model import regroup_lists
 from moe_groups.checkpoints.convert.source import RegroupSource
-from moe_groups.checkpoints.convert.target import check_same_parameters, read_target, size_in_groups
+from moe_groups.checkpoints.convert.target import (
+    TrainedSince,
+    check_parameters,
+    read_target,
+    size_in_groups,
+)
 from moe_groups.checkpoints.convert.workdir import Unfinished, writing
 from moe_groups.checkpoints.files import (
     LATEST,
@@ -39,12 +44,15 @@ class Regrouped:
         files: number of files in it.
         bytes: of all files.
         seconds: that it took.
+        since: names of parameters that only one of the two runs trains: ``since.dropped`` and
+            ``since.fresh``.
     """
 
     destination: Path
     files: int
     bytes: int
     seconds: float
+    since: TrainedSince
 
 
 @checked
@@ -100,17 +108,19 @@ def regroup_checkpoint(
     check_whole(files)
     layout = read_layout(files)
     target = read_target(to, files, layout, max_group_size)
-    check_same_parameters(layout, target)
+    regroup_source = RegroupSource(files, layout)
+    since = check_parameters(regroup_source, target)
     copied = [*files.others(), *files.beside()]
     size = size_in_groups(files, layout, target) + sum(path.stat().st_size for path in copied)
     with Unfinished(files, Path(destination), target, size) as work:
-        job = Job(files, RegroupSource(files, layout), target, work.path)
+        job = Job(files, regroup_source, target, work.path)
         job.run(workers or _WORKERS, progress)
         with writing(work.path):
             _finish(job)
         work.publish()
     sizes = [path.stat().st_size for path in work.destination.rglob("*") if path.is_file()]
-    return Regrouped(Path(destination), len(sizes), sum(sizes), time.monotonic() - start)
+    seconds = time.monotonic() - start
+    return Regrouped(Path(destination), len(sizes), sum(sizes), seconds, since)
 
 
 def _finish(job: Job) -> None:

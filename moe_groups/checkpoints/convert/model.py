@@ -91,7 +91,7 @@ def regroup_lists(source: RegroupSource, target: Layout, model: int, content: An
     rank = Rank(model, 0)
     index_of = {id(group): index for index, group in enumerate(source.layout.of(rank))}
     homes = [
-        (group.name, [index_of[id(home)] for home in source.homes(group)])
+        (group.name, [index_of[id(home)] for home in source.models_for(group, target)])
         for group in target.of(rank)
     ]
     for where, holder, key, known in group_lists(content, len(index_of)):
@@ -104,6 +104,13 @@ def regroup_lists(source: RegroupSource, target: Layout, model: int, content: An
         entries = []
         for name, places in homes:
             found = [values[place] for place in places]
+            if not found:
+                raise CheckpointError(
+                    f"the parameters of group {name!r} were not trained, and the learning-rate "
+                    f"schedule ({where}) has nothing for a group with its hyperparameters. Load "
+                    "with those of another group (overrides with an empty dict keep it apart), and "
+                    "set its own afterwards."
+                )
             if other := [entry for entry in found if entry != found[0]]:
                 raise CheckpointError(
                     f"group {name!r} of the new groups would hold parameters with {found[0]} and "
@@ -130,16 +137,20 @@ def write_model(source: RegroupSource, target: Layout, model: int, path: Path) -
         shapes = content.get(_SHAPES)
     regroup_lists(source, target, model, content)
     if shapes is not None:
-        content[_SHAPES] = _shapes(target, Rank(model, 0), shapes)
+        content[_SHAPES] = _shapes(source, target, Rank(model, 0), shapes)
     if _WORLD in content:
         content[_WORLD] = target.data_parallel_size
     save(content, path)
 
 
-def _shapes(target: Layout, rank: Rank, old: list[Mapping[str, Any]]) -> list[Any]:
+def _shapes(
+    source: RegroupSource, target: Layout, rank: Rank, old: list[Mapping[str, Any]]
+) -> list[Any]:
     """``param_shapes`` in the order of the new groups (read by ``zero_to_fp32.py``)."""
     known = {name: shape for group in old for name, shape in group.items()}
+    groups = target.of(rank)
+    for group in groups:
+        known |= {param.name: source.weight(group, param).shape for param in source.fresh(group)}
     return [
-        OrderedDict((param.name, known[param.name]) for param in group.params)
-        for group in target.of(rank)
+        OrderedDict((param.name, known[param.name]) for param in group.params) for group in groups
     ]

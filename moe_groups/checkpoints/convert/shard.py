@@ -39,10 +39,12 @@ def new_shard(source: RegroupSource, target: Layout, rank: Rank) -> dict[str, An
     groups = target.of(rank)
     for index, group in enumerate(groups):
         size = group.filled(rank.data) if lean else group.partition
-        master.append(_flat(source, group, rank, None, size))
+        first, at = (source.saved(group) or [(like, 0)])[0]
+        dtype = source.tensor(first, at, None).dtype
+        master.append(_flat(source, group, rank, None, size, dtype))
         if state := _state(source, group, rank):
             states[index] = state
-        param_groups.append({**_options(source, group), "params": [index]})
+        param_groups.append({**_options(source, group, target), "params": [index]})
     optimizer = {
         **like.optimizer,
         STATE: {**like.optimizer[STATE], "state": states, "param_groups": param_groups},
@@ -57,16 +59,20 @@ def new_shard(source: RegroupSource, target: Layout, rank: Rank) -> dict[str, An
 
 
 def _flat(
-    source: RegroupSource, group: FlatGroup, rank: Rank, key: str | None, size: int
+    source: RegroupSource,
+    group: FlatGroup,
+    rank: Rank,
+    key: str | None,
+    size: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """A new partition: its parameters, and zeros between and behind them."""
-    dtype = source.tensor(*source.saved(group)[0], key).dtype
     runs: list[Run] = []
     at = 0
     for piece in fragments(group, rank.data):
         if piece.start > at:
             runs.append(Run(torch.zeros(piece.start - at, dtype=dtype), 0, piece.start - at))
-        for run in source.runs(group, piece, key):
+        for run in source.runs(group, piece, key, dtype):
             last = runs[-1] if runs else None
             if last and last.tensor is run.tensor and last.stop == run.start:
                 runs[-1] = last._replace(stop=run.stop)
@@ -98,8 +104,13 @@ def _joined(parts: list[torch.Tensor], size: int, dtype: torch.dtype) -> torch.T
 
 
 def _state(source: RegroupSource, group: FlatGroup, rank: Rank) -> dict[str, Any]:
-    """Optimizer state of a group: what has the size of a partition is laid out anew."""
+    """Optimizer state of a group: what has the size of a partition is laid out anew.
+
+    None for a group whose parameters were not trained: the optimizer makes it in the first step.
+    """
     saved = source.saved(group)
+    if not saved:
+        return {}
     if any(shard.options[index].get("use_muon") for shard, index in saved):
         raise CheckpointError(
             f"group {group.name!r} of the new groups would hold parameters that DeepSpeed's Muon "
@@ -119,22 +130,30 @@ def _state(source: RegroupSource, group: FlatGroup, rank: Rank) -> dict[str, Any
     state: dict[str, Any] = {}
     for key, value in olds[0].items():
         if isinstance(value, torch.Tensor) and value.dim() and value.numel() == partition:
-            state[key] = _flat(source, group, rank, key, group.partition)
+            state[key] = _flat(source, group, rank, key, group.partition, value.dtype)
         else:
             _check_equal(group, f"optimizer state {key!r}", [states[key] for states in olds])
             state[key] = _own(value)
     return state
 
 
-def _options(source: RegroupSource, group: FlatGroup) -> dict[str, Any]:
-    """Hyperparameters from the old groups, name and labels of the new one."""
-    olds = [shard.options[index] for shard, index in source.saved(group)]
+def _options(source: RegroupSource, group: FlatGroup, target: Layout) -> dict[str, Any]:
+    """Hyperparameters from the old groups, name and labels of the new one.
+
+    A group whose parameters were not trained, and that has hyperparameters of its own, keeps them.
+    """
+    places = (source.place(old, old.ranks[0]) for old in source.models_for(group, target))
+    olds = [shard.options[index] for shard, index in places]
+    if not olds:
+        olds = [{k: tuple(v) if isinstance(v, list) else v for k, v in group.options.items()}]
     for key in sorted(set().union(*olds) - set(_NAMES)):
         _check_equal(group, key, [old.get(key) for old in olds])
     names: dict[str, Any] = {"name": group.name}
     if group.parallel_group is not None:
         names |= {"moe": True, **group.labels}
     kept = {key: _own(value) for key, value in olds[0].items() if key not in _NAMES}
+    if not source.homes(group):
+        kept.pop("step", None)  # older optimizers of DeepSpeed count here
     return {**names, **kept}
 
 

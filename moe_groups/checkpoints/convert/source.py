@@ -1,20 +1,24 @@
 """Where in a checkpoint the state of each parameter is."""
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from moe_groups.checkpoints.files import CheckpointFiles
+from moe_groups.checkpoints.files import STATES, CheckpointFiles
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Piece, Rank, pieces
 from moe_groups.checkpoints.read_layout import check_states
 from moe_groups.checkpoints.shard import MASTER, SameStep, Shard, read_shard
-from moe_groups.checkpoints.torch_file import reading
+from moe_groups.checkpoints.torch_file import read_torch_file, reading
 from moe_groups.errors import CheckpointError
 
 _OPEN_SHARDS = 32
+_EXPERT = re.compile(r"(.+\.deepspeed_moe\.experts\.deepspeed_experts\.)\d+(\..+)")
+"""An expert of DeepSpeed's layer, of which each has a file of its own."""
 
 
 class Home(NamedTuple):
@@ -55,6 +59,8 @@ class RegroupSource:
         }
         self._shards: OrderedDict[Rank, tuple[Shard, dict[int, int]]] = OrderedDict()
         self._old_groups: dict[int, list[FlatGroup]] = {}
+        self._layers: dict[tuple[int, str], str] = {}
+        self._last: tuple[Path, dict[str, Any]] | None = None
         self._steps = SameStep()
         self._lock = threading.RLock()
 
@@ -93,34 +99,90 @@ class RegroupSource:
             self._steps.check(shard)
         return shard
 
-    def home(self, target: FlatGroup, param: FlatParam) -> Home:
-        """Where a parameter of a new group was.
+    def home(self, target: FlatGroup, param: FlatParam) -> Home | None:
+        """Where a parameter of a new group was; None for one that was not trained.
 
         Raises:
-            CheckpointError: it is not in the checkpoint, or has another size there.
+            CheckpointError: it has another size in the checkpoint.
         """
         key = target.model_rank, target.parallel_group, target.ep_rank, param.name
         home = self._homes.get(key)
-        where = f"{param.name} (group {target.name!r} of the new groups)"
-        if home is None:
+        if home is not None and home.param.numel != param.numel:
             raise CheckpointError(
-                f"{where} is not in the checkpoint: it was not trained, or belonged to other "
-                "process groups."
-            )
-        if home.param.numel != param.numel:
-            raise CheckpointError(
-                f"{where} has {param.numel} elements, in the checkpoint it has {home.param.numel}."
+                f"{param.name} (group {target.name!r} of the new groups) has {param.numel} "
+                f"elements, in the checkpoint it has {home.param.numel}."
             )
         return home
+
+    def fresh(self, target: FlatGroup) -> list[FlatParam]:
+        """The parameters of a new group that were not trained."""
+        return [param for param in target.params if self.home(target, param) is None]
 
     def homes(self, target: FlatGroup) -> list[FlatGroup]:
         """The old groups of a new group's parameters, each once."""
         found = self._old_groups.get(id(target))
         if found is None:
-            groups = (self.home(target, param).group for param in target.params)
-            found = list({id(group): group for group in groups}.values())
+            homes = (self.home(target, param) for param in target.params)
+            found = list({id(home.group): home.group for home in homes if home}.values())
             self._old_groups[id(target)] = found
         return found
+
+    def models_for(self, target: FlatGroup, layout: Layout) -> list[FlatGroup]:
+        """The old groups that give a new group its hyperparameters and its schedule.
+
+        Those of its parameters; for a group whose parameters were not trained those of the new
+        groups that have the same hyperparameters, if there are any.
+        """
+        if homes := self.homes(target):
+            return homes
+        alike = layout.of(Rank(target.model_rank, min(target.ranks)))
+        found = (self.homes(group) for group in alike if group.options == target.options)
+        return list({id(group): group for groups in found for group in groups}.values())
+
+    def weight(self, target: FlatGroup, param: FlatParam) -> torch.Tensor:
+        """The saved weight of a parameter that was not trained.
+
+        Raises:
+            CheckpointError: it is not in the files, or has another size there.
+        """
+        model, name = target.model_rank, param.name
+        if target.parallel_group is None:
+            path = self.files.models.get(model)
+            found = self._weights(path).get("module", {}).get(name) if path else None
+        else:  # the file of all ranks has one rank's experts
+            match = _EXPERT.fullmatch(name)
+            own = f"{match[1]}{param.expert}{match[2]}" if match else name
+            found = self._expert(model, name, own, param.expert)
+        if isinstance(found, torch.Tensor) and found.numel() == param.numel:
+            return found.detach()
+        raise CheckpointError(
+            f"{param.name} (group {target.name!r} of the new groups) was not trained by the run "
+            f"that saved {self.files.folder}, which has no weight of {param.numel} elements for it "
+            "(exclude_frozen_parameters leaves frozen ones out)."
+        )
+
+    def _expert(self, model: int, name: str, own: str, number: int | None) -> Any:
+        """The tensor called ``own`` in the files of an expert; all of a layer have one number."""
+        layer = self._layers.get((model, name), "*")
+        file = f"layer_{layer}_expert_{number}_mp_rank_{model:02d}_model{STATES}"
+        folder = self.files.folder
+        for path in sorted(folder.glob(file)) if layer == "*" else [folder / file]:
+            found = self._weights(path).get(own) if path.is_file() else None
+            if found is not None:
+                self._layers[model, name] = path.name.split("_")[1]
+                return found
+        return None
+
+    def _weights(self, path: Path) -> dict[str, Any]:
+        """A file of weights; the last one is kept, as parameters of an expert come together."""
+        with self._lock:
+            if self._last is None or self._last[0] != path:
+                content = read_torch_file(path, self.files.trust)
+                with reading(path):
+                    if not isinstance(content.get("module", {}), dict):
+                        raise TypeError("its module is no dict")
+                self._last = path, content
+            return self._last[1]
 
     def place(self, group: FlatGroup, data_rank: int) -> tuple[Shard, int]:
         """A rank's file, and the number that the group has in it."""
@@ -131,18 +193,32 @@ class RegroupSource:
         """For each old group of a new one a file that has it, and its number in that."""
         return [self.place(group, group.ranks[0]) for group in self.homes(target)]
 
-    def runs(self, target: FlatGroup, piece: Piece, key: str | None) -> Iterator[Run]:
+    def runs(
+        self, target: FlatGroup, piece: Piece, key: str | None, dtype: torch.dtype
+    ) -> Iterator[Run]:
         """Where the numbers of a piece of a new partition are.
+
+        A parameter that was not trained has its saved weight as master weight, and zeros.
 
         Args:
             target: the new group.
             piece: what of it.
             key: of the optimizer state; None for the master weights.
+            dtype: of what was not trained.
 
         Raises:
             CheckpointError: a file does not hold as many as its groups need.
         """
-        group, param = self.home(target, piece.param)
+        home = self.home(target, piece.param)
+        if home is None:
+            if key is None:
+                weight = self.weight(target, piece.param).flatten()
+                values = weight[piece.skip : piece.skip + piece.numel].to(dtype)
+            else:
+                values = torch.zeros(piece.numel, dtype=dtype)
+            yield Run(values, 0, piece.numel)
+            return
+        group, param = home
         for part in pieces(group, param, piece.skip, piece.skip + piece.numel):
             shard, index = self.place(group, part.rank)
             run = Run(self.tensor(shard, index, key), part.start, part.start + part.numel)

@@ -11,8 +11,11 @@ from torch import distributed
 
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
+from moe_groups._deepspeed.checkpoints import checkpoint_rank
 from moe_groups._deepspeed.engines import Engine, wrapper_name
+from moe_groups.checkpoints.convert.model import SCHEDULER, group_lists
 from moe_groups.checkpoints.files import (
+    LATEST,
     CheckpointFiles,
     check_tag,
     check_whole,
@@ -27,7 +30,7 @@ from moe_groups.checkpoints.layout import FlatGroup, Rank
 from moe_groups.checkpoints.layout_diff import compare_groups
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest
 from moe_groups.checkpoints.shard import WRAPPERS, read_shard, state_keys, step_of_shard
-from moe_groups.checkpoints.torch_file import check_crcs
+from moe_groups.checkpoints.torch_file import check_crcs, read_torch_file
 from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
 
 _SHOWN = 8
@@ -64,8 +67,10 @@ def checked(
     *,
     optimizer: bool,
     by_position: bool,
+    client: bool,
     data: bool,
     convert: bool,
+    own_schedules: bool,
     scratch_dir: Path | None,
 ) -> Iterator[Path]:
     """The directory to load from; all ranks enter together, and all raise if one has to.
@@ -73,20 +78,30 @@ def checked(
     Args:
         optimizer: optimizer states are loaded too.
         by_position: something is loaded by the position of the groups: those, or a scheduler's.
+        client: the caller may load schedules out of its own state in the checkpoint, which have
+            values by the position of the groups too.
         data: compare the bytes of all files that are loaded with their CRC-32.
         convert: turn a checkpoint of other groups into one of the engine's, in ``scratch_dir``.
+        own_schedules: the caller fits a schedule beside a converted checkpoint to its groups.
 
     Raises:
         CheckpointMismatchError: the checkpoint was saved with other groups, parameters or ranks.
         CheckpointError: it is damaged, or ranks do not see the same.
     """
     findings = on_all_ranks(
-        lambda: _examine(engine, load_dir, tag, optimizer, by_position, data), "Nothing was loaded."
+        lambda: _examine(engine, load_dir, tag, optimizer, by_position, client, data),
+        "Nothing was loaded.",
     )
     if problem := _problem(load_dir, findings):
         raise CheckpointError(f"{problem} Nothing was loaded.")
     if findings[0].kind == "absent" and findings[0].tag is not None:
         raise no_such_tag(load_dir, findings[0].tag)
+    if findings[0].tag is None and distributed.get_rank() == 0:
+        warn(
+            f"{load_dir} has no file {LATEST}: nothing is loaded, and load_checkpoint returns "
+            "(None, None). Give the tag, or the directory that has that file.",
+            CheckpointWarning,
+        )
     where = f"{load_dir} ({findings[0].tag})"
     _check_optimizer(where, kept_by(engine.basic_optimizer), findings)
     if unstated := sum(finding.unstated for finding in findings):
@@ -101,7 +116,8 @@ def checked(
         if convert:
             from moe_groups.checkpoints.guard.convert_on_load import regrouped
 
-            with regrouped(engine, load_dir, tag, scratch_dir) as directory:
+            beside = not own_schedules
+            with regrouped(engine, load_dir, tag, scratch_dir, beside) as directory:
                 yield directory
             return
     if tag is not None and "unknown" in kinds:
@@ -164,6 +180,7 @@ def _examine(
     tag: str | None,
     optimizer: bool,
     by_position: bool,
+    client: bool,
     data: bool,
 ) -> Finding:
     """This rank's view.
@@ -182,8 +199,20 @@ def _examine(
     share = _share(engine)
     check_whole(files, share, optimizer)
     unstated = sum(map(check_crcs, files.states(optimizer)[share])) if data else 0
+    by_position = by_position or (client and _has_schedule(engine, files))
     found = _compare(engine, files, optimizer) if by_position else Finding("same")
     return replace(found, tag=tag, unstated=unstated)
+
+
+def _has_schedule(engine: Engine, files: CheckpointFiles) -> bool:
+    """Does the caller's state have lists with a value for each saved group?"""
+    rank = Rank(*checkpoint_rank(engine))
+    order = read_manifest(files.manifest).layout.order if files.manifest.is_file() else {}
+    if rank not in order or rank.model not in files.models:
+        return False
+    content = read_torch_file(files.models[rank.model], files.trust)
+    own = {key: value for key, value in content.items() if key != SCHEDULER}
+    return any(found.known for found in group_lists(own, len(order[rank])))
 
 
 def _share(engine: Engine) -> slice:

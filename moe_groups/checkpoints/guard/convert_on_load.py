@@ -10,15 +10,17 @@ from torch import distributed
 
 from moe_groups._common.own_folder import own
 from moe_groups._common.ranks import on_all_ranks, on_first_rank
+from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_rank
 from moe_groups._deepspeed.engines import Engine
-from moe_groups.checkpoints.convert.model import write_model
+from moe_groups.checkpoints.convert.model import group_lists, regroup_lists, write_model
 from moe_groups.checkpoints.convert.shard import new_shard
 from moe_groups.checkpoints.convert.source import RegroupSource
-from moe_groups.checkpoints.convert.target import check_same_parameters, size_in_groups
+from moe_groups.checkpoints.convert.target import TrainedSince, check_parameters, size_in_groups
 from moe_groups.checkpoints.convert.workdir import check_space
 from moe_groups.checkpoints.files import (
     LATEST,
+    SCHEDULER_FILES,
     STATES,
     CheckpointFiles,
     find_checkpoint,
@@ -28,22 +30,27 @@ from moe_groups.checkpoints.guard.engine_layout import gather_layout
 from moe_groups.checkpoints.layout import Layout, Rank
 from moe_groups.checkpoints.read_layout import read_layout
 from moe_groups.checkpoints.torch_file import check_crcs, read_torch_file, save
-from moe_groups.errors import CheckpointError
+from moe_groups.errors import CheckpointError, CheckpointWarning
 
 
 @contextlib.contextmanager
-def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None) -> Iterator[Path]:
+def regrouped(
+    engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None, beside: bool
+) -> Iterator[Path]:
     """A directory with the checkpoint in the engine's groups, while the context is open.
 
     All ranks enter and leave together. The weights of experts are links to the source.
+
+    Args:
+        beside: refuse a scheduler's file beside the checkpoint that would get other values.
 
     Raises:
         CheckpointError: on all ranks, if the checkpoint cannot be converted, or a rank does not
             reach the files.
     """
     gathered = gather_layout(engine)
-    source, target, directory = on_first_rank(
-        lambda: _begin(load_dir, tag, gathered, scratch_dir), "Nothing was loaded."
+    source, target, directory, since = on_first_rank(
+        lambda: _begin(load_dir, tag, gathered, scratch_dir, beside), "Nothing was loaded."
     )
 
     def convert() -> None:
@@ -55,6 +62,8 @@ def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None
 
     try:
         on_all_ranks(convert, "Nothing was loaded.")
+        if str(since) and distributed.get_rank() == 0:
+            warn(f"converting {load_dir / tag}: {since}.", CheckpointWarning)
         yield directory
     finally:
         distributed.barrier()
@@ -63,12 +72,15 @@ def regrouped(engine: Engine, load_dir: Path, tag: str, scratch_dir: Path | None
 
 
 def _begin(
-    load_dir: Path, tag: str, target: Layout | None, scratch_dir: Path | None
-) -> tuple[Layout, Layout, Path]:
+    load_dir: Path, tag: str, target: Layout | None, scratch_dir: Path | None, beside: bool
+) -> tuple[Layout, Layout, Path, TrainedSince]:
     assert target is not None
     files = find_checkpoint(load_dir, tag, trust=True)
     source = read_layout(files)
-    check_same_parameters(source, target)
+    regroup_source = RegroupSource(files, source)
+    since = check_parameters(regroup_source, target)
+    if beside:
+        _check_beside(regroup_source, target)
     parent = load_dir if scratch_dir is None else scratch_dir
     directory = parent / f".moe_groups_{target.fingerprint()[:8]}_{uuid.uuid4().hex[:8]}"
     if directory.resolve().is_relative_to(files.folder.resolve()):
@@ -89,7 +101,26 @@ def _begin(
             f"{directory} cannot be written: {why} Give protect_checkpoints a scratch_dir that all "
             "ranks can write to, and that has room for the optimizer states."
         ) from error
-    return source, target, directory
+    return source, target, directory, since
+
+
+def _check_beside(source: RegroupSource, target: Layout) -> None:
+    """Refuse schedulers that a trainer reads by itself, by position, once this load returned."""
+    files = source.files
+    for path in files.beside():
+        if not path.match(SCHEDULER_FILES):
+            continue
+        content = read_torch_file(path, files.trust)
+        lists = group_lists(content, len(source.layout.of(Rank(min(files.models), 0))))
+        saved = [list(own.holder[own.key]) for own in lists]
+        regroup_lists(source, target, min(files.models), content)
+        if saved != [list(own.holder[own.key]) for own in lists]:
+            raise CheckpointError(
+                f"{path} has a value for each group of the checkpoint ({lists[0].where}), which "
+                "Trainer and Accelerate load by position: they cannot be converted while loading. "
+                "Convert the checkpoint and load the result (moe-groups regroup-checkpoint), or "
+                "remove that file if nothing reads it."
+            )
 
 
 def _convert(

@@ -106,7 +106,7 @@ def _own_groups_or_problem(
     """The others wait for this rank, whatever is wrong with it."""
     try:
         return *own_groups(engine), own_origin(engine), None
-    except Exception as error:
+    except Exception as error:  # the model's and its parameters' own code may raise anything
         return None, [], None, f"{type(error).__name__}: {error}"
 
 

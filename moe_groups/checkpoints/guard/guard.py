@@ -15,13 +15,13 @@ from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import checkpoint_tag, writes_later
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups._deepspeed.engines import Engine, SteppingEngine
+from moe_groups._deepspeed.engines import Engine, SteppingEngine, refresh_master_weights
 from moe_groups.checkpoints.files import check_tag, list_files, list_saved
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout, with_options_of
 from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, write_manifest
-from moe_groups.errors import CheckpointError, CheckpointWarning
+from moe_groups.errors import CheckpointError, CheckpointWarning, MoEGroupsError
 from moe_groups.tags import LABELS
 
 _GUARD = "_moe_groups_guard"
@@ -36,12 +36,14 @@ class Guard:
         regroup: see :func:`protect_checkpoints`.
         scratch_dir: where a converted checkpoint is kept while it is loaded.
         check_data: compare the bytes of a checkpoint with their CRC-32 before it is loaded.
+        own_schedules: who loads fits a schedule beside a converted checkpoint to the groups.
         layout: of all ranks, on the ranks that write it; gathered at the first save.
     """
 
     regroup: Regroup = "refuse"
     scratch_dir: Path | None = None
     check_data: bool = False
+    own_schedules: bool = False
     layout: Layout | None = None
     gathered: bool = False
 
@@ -191,9 +193,12 @@ def _write(engine: Engine, layout: Layout, folder: Path, finished: bool) -> list
         write_manifest(manifest, folder / FILE_NAME)
         if finished:
             problems += _missing_weights(layout, folder)
-    except Exception as error:  # DeepSpeed's files are complete, and the other ranks go on
+    # Options of groups may be of any class. DeepSpeed's files are complete, and the other ranks
+    # wait for this one, so that even a bug of ours must not end the save; it is named.
+    except Exception as error:
+        named = "" if isinstance(error, MoEGroupsError | OSError) else f"{type(error).__name__}: "
         problems.append(
-            f"{folder} was saved, but {FILE_NAME} could not be written ({error}){_WITHOUT}"
+            f"{folder} was saved, but {FILE_NAME} could not be written ({named}{error}){_WITHOUT}"
         )
     return problems
 
@@ -252,14 +257,19 @@ def guarded_load(
         tag,
         optimizer=optimizer,
         by_position=optimizer or scheduler,
+        client=given["load_lr_scheduler_states"] and not given["load_module_only"],
         data=guard.check_data,
         convert=convert,
+        own_schedules=guard.own_schedules,
         scratch_dir=guard.scratch_dir,
     ) as directory:
         given["load_dir"] = str(directory)
         path, client_state = load(*call.args, **call.kwargs)
     if optimizer:
         _restore_names(engine, names)
+    elif path is not None and not engine.zero_optimization():
+        # Of other wrappers DeepSpeed refreshes them after load_module_only alone.
+        refresh_master_weights(engine)
     if path is not None:  # of the converted checkpoint, which is gone
         path = str(path).replace(str(directory), str(load_dir), 1)
     return path, client_state
@@ -286,7 +296,8 @@ def _loads_scheduler(engine: Engine, given: Mapping[str, Any]) -> bool:
     return bool(group_lists({SCHEDULER: engine.lr_scheduler.state_dict()}, groups))
 
 
-_NAMES = ("name", *LABELS)
+_NAMES = ("name", *LABELS, "decoupled_weight_decay")
+"""What belongs to the run: labels, and what makes Adam of torch's AdamW or the reverse."""
 
 
 def _names(engine: Engine) -> list[dict[str, Any]]:
@@ -295,7 +306,7 @@ def _names(engine: Engine) -> list[dict[str, Any]]:
 
 
 def _restore_names(engine: Engine, names: list[dict[str, Any]]) -> None:
-    """DeepSpeed takes the names from the checkpoint; those of the run are registered."""
+    """DeepSpeed takes all options from the checkpoint; the run's own names are registered."""
     for group, own in zip(engine.optimizer.param_groups, names, strict=True):
         for key in _NAMES:
             group.pop(key, None)

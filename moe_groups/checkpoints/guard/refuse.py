@@ -2,22 +2,38 @@
 
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+from torch import distributed
 
 from moe_groups._common.ranks import on_first_rank
+from moe_groups._deepspeed.checkpoints import checkpoint_rank
 from moe_groups._deepspeed.engines import Engine
+from moe_groups.checkpoints.convert.source import RegroupSource
+from moe_groups.checkpoints.convert.target import fresh_problem
 from moe_groups.checkpoints.files import find_checkpoint
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout
 from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank
-from moe_groups.checkpoints.layout_diff import compare_groups, moved_parameters
+from moe_groups.checkpoints.layout_diff import (
+    Verdict,
+    compare_groups,
+    keys_of_params,
+    moved_parameters,
+    other_expert_parallel_size,
+)
 from moe_groups.checkpoints.manifest import Manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
 from moe_groups.checkpoints.shard import WRAPPERS
-from moe_groups.errors import CheckpointMismatchError
+from moe_groups.errors import CheckpointError, CheckpointMismatchError
 
 _SHOWN = 8
+
+Kind = Literal["regrouped", "trained", "experts", "model"]
+"""As a verdict; "experts" are those of another expert-parallel size."""
+Known: TypeAlias = Mapping[int, Collection[str]]
+"""Names of all parameters of each model-parallel rank's model, frozen ones too."""
 
 
 def refuse(engine: Engine, load_dir: Path, tag: str, convert: bool) -> None:
@@ -31,10 +47,17 @@ def refuse(engine: Engine, load_dir: Path, tag: str, convert: bool) -> None:
         CheckpointError: what the groups were cannot be read.
     """
     layout = gather_layout(engine)
+    rank = Rank(*checkpoint_rank(engine))
+    names = set(engine.param_names.values()) if rank.data == 0 else None
+    everyone: list[Any] | None = [None] * distributed.get_world_size()
+    first = distributed.get_rank() == 0
+    distributed.gather_object((rank.model, names), everyone if first else None)
 
     def find() -> CheckpointMismatchError | None:
         assert layout is not None  # on the first rank
-        return _refusal(describe_run(engine, layout), load_dir, tag, convert)
+        assert everyone is not None
+        known = {model: names for model, names in everyone if names is not None}
+        return _refusal(describe_run(engine, layout), known, load_dir, tag, convert)
 
     refusal = on_first_rank(find, "Nothing was loaded.")
     if refusal is not None:
@@ -42,11 +65,23 @@ def refuse(engine: Engine, load_dir: Path, tag: str, convert: bool) -> None:
 
 
 def _refusal(
-    run: Manifest, load_dir: Path, tag: str, convert: bool
+    run: Manifest, known: Known, load_dir: Path, tag: str, convert: bool
 ) -> CheckpointMismatchError | None:
     files = find_checkpoint(load_dir, tag, trust=True)
     saved = read_layout(files)
-    lines, convertible = differences(saved, run.layout)
+    lines, kind = differences(saved, run.layout, known)
+    convertible = kind in ("regrouped", "trained")
+    why = "Converting does not help"
+    if kind == "trained":
+        convertible = bool(files.shards) and run.wrapper in WRAPPERS
+        problem = None
+        try:
+            if convertible:
+                problem = fresh_problem(RegroupSource(files, saved), run.layout)
+        except CheckpointError as error:  # a weight is not there
+            kind, problem = "model", str(error).rstrip(".")
+        if problem:
+            convertible, why = False, problem
     if convertible and convert:
         return None
     convertible &= not (saved.problem() or run.layout.problem())
@@ -61,10 +96,12 @@ def _refusal(
             f"--to {shlex.quote(target)}\n"
             'or convert while loading: moe_groups.protect_checkpoints(engine, regroup="auto").'
         )
+    elif kind == "model":
+        way_out = f"Nothing was loaded. {why}: the model or its parallel sizes are others."
     else:
         way_out = (
-            "Nothing was loaded. Converting does not help; load_module_only=True loads the weights "
-            "alone."
+            f"Nothing was loaded. {why}; load_module_only=True loads the weights alone, into fresh "
+            "optimizer state."
         )
     shown = [*lines[: _SHOWN + 1]]
     if len(lines) > len(shown):
@@ -73,37 +110,41 @@ def _refusal(
     return CheckpointMismatchError(message, lines, target)
 
 
-def differences(saved: Layout, running: Layout) -> tuple[list[str], bool]:
-    """What differs, a headline first, and whether converting can repair it."""
+def differences(saved: Layout, running: Layout, known: Known) -> tuple[list[str], Kind]:
+    """What differs, a headline first, and of what kind it is."""
     if saved.model_ranks != running.model_ranks:
         return [
             f"it was saved by {len(saved.model_ranks)} model-parallel ranks, the run has "
             f"{len(running.model_ranks)}"
-        ], False
-    kinds = _parallel_groups(saved), _parallel_groups(running)
-    if kinds[0] != kinds[1]:
-        was, now = (", ".join(sorted(kind)) or "no parallel group" for kind in kinds)
-        return [f"it was saved with experts of {was}, the run has experts of {now}"], False
+        ], "model"
+    if line := other_expert_parallel_size(saved, running):
+        return [line], "experts"
     worlds = saved.data_parallel_size, running.data_parallel_size
     lines = []
     if worlds[0] != worlds[1]:
         lines.append(f"it was saved by {worlds[0]} data-parallel ranks, the run has {worlds[1]}")
     told: dict[str, None] = {}
-    model = False
+    verdicts: set[Verdict] = set()
     most = 0, 0
     for old, new in _pairs(saved, running):
         difference = compare_groups(old, new)
-        model |= difference.verdict == "model"
-        if difference.verdict in ("model", "regrouped"):
+        verdicts.add(difference.verdict)
+        if difference.verdict not in ("same", "renamed"):
             told.update(dict.fromkeys(difference.lines))
         if difference.verdict == "regrouped":
             most = max(most, moved_parameters(old, new))
-    if most[0] and not model:
+    trained = {(model, name) for model, *_, name in keys_of_params(saved)}
+    if any(name not in known.get(model, ()) for model, name in trained):
+        verdicts.add("model")
+    if most[0] and not verdicts & {"model", "trained"}:
         lines.append(
             f"{most[0]} of {most[1]} parameters of a rank are in another place, and would get the "
             "state of what was there"
         )
-    return lines + list(told or dict.fromkeys(_other_ranks(saved, running))), not model
+    lines += told or dict.fromkeys(_other_ranks(saved, running))
+    if "model" in verdicts:
+        return lines, "model"
+    return lines, "trained" if "trained" in verdicts else "regrouped"
 
 
 def _other_ranks(saved: Layout, running: Layout) -> Iterator[str]:
@@ -129,21 +170,22 @@ def _parallel_groups(layout: Layout) -> set[str]:
 
 def _pairs(saved: Layout, running: Layout) -> Iterator[tuple[list[FlatGroup], list[FlatGroup]]]:
     """Each rank with one that had its experts, alike ones once; without those nobody had."""
+    common = _parallel_groups(saved) & _parallel_groups(running)
     had: dict[tuple[int, frozenset[Any]], Rank] = {}
     for rank in sorted(saved.order):
-        had.setdefault(_experts_of(saved, rank), rank)
+        had.setdefault(_experts_of(saved, rank, common), rank)
     seen = set()
     for rank in sorted(running.order):
-        old = had.get(_experts_of(running, rank))
+        old = had.get(_experts_of(running, rank, common))
         pair = old and saved.order[old], running.order[rank]
         if old is not None and pair not in seen:
             seen.add(pair)
             yield saved.of(old), running.of(rank)
 
 
-def _experts_of(layout: Layout, rank: Rank) -> tuple[int, frozenset[Any]]:
-    groups = layout.of(rank)
-    return rank.model, frozenset((g.parallel_group, g.ep_rank) for g in groups if g.parallel_group)
+def _experts_of(layout: Layout, rank: Rank, common: set[str]) -> tuple[int, frozenset[Any]]:
+    groups = (group for group in layout.of(rank) if group.parallel_group in common)
+    return rank.model, frozenset((group.parallel_group, group.ep_rank) for group in groups)
 
 
 def _write_target(run: Manifest, load_dir: Path) -> str:

@@ -44,7 +44,12 @@ class RankAgreement:
 
     @property
     def step(self) -> float | None:
-        """What most counters say; where two values tie, the engine's, or the larger."""
+        """The most that all ranks count for a group; else what most counters say.
+
+        Where two values tie, the engine's, or the larger.
+        """
+        if agreed := self._agreed():
+            return max(agreed.values())
         counts = {step: sum(map(len, ranks.values())) for step, ranks in self.steps.items()}
         usual = self.expected.steps
         return max(counts, key=lambda s: (counts[s], s == usual, s), default=None)
@@ -59,11 +64,12 @@ class RankAgreement:
 
     def problems(self) -> Iterator[Problem]:
         """What differs between ranks or groups: a sentence for each rank and value."""
-        usual = self.step
+        usual, agreed = self.step, self._agreed()
         for step, ranks in sorted(self.steps.items()):
-            for rank, indices in ranks.items() if step != usual else ():
-                what = f"the step counter of {self._groups(indices)} is {step:g}"
-                yield self._problem("step", rank, f"{what}, elsewhere it is {usual:g}.")
+            for rank, own in ranks.items() if step != usual else ():
+                if indices := [index for index in own if self._name(index) not in agreed]:
+                    what = f"the step counter of {self._groups(indices)} is {step:g}"
+                    yield self._problem("step", rank, f"{what}, elsewhere it is {usual:g}.")
         odd: dict[tuple[Rank, str, str], list[int]] = {}
         for (index, key), values in sorted(self._other.items()):
             differing = {rank for having in values.values() for rank in having}
@@ -78,6 +84,21 @@ class RankAgreement:
                     odd.setdefault((rank, key, rest), []).append(index)
         for (rank, key, rest), indices in odd.items():
             yield self._problem("content", rank, f"{key} of {self._groups(indices)} {rest}")
+
+    def _agreed(self) -> dict[str, float]:
+        """Counters of groups of which all ranks say the same: those thawed in a run began later."""
+        counted: dict[str, set[float]] = defaultdict(set)
+        ranks_of: dict[str, set[Rank]] = defaultdict(set)
+        for step, ranks in self.steps.items():
+            for rank, indices in ranks.items():
+                for name in map(self._name, indices):
+                    counted[name].add(step)
+                    ranks_of[name].add(rank)
+        everywhere = {name for name, ranks in ranks_of.items() if ranks == {*self.files}}
+        return {name: max(counted[name]) for name in everywhere if len(counted[name]) == 1}
+
+    def _name(self, index: int) -> str:
+        return self.expected.layout.groups[index].name
 
     def _problem(self, kind: ProblemKind, rank: Rank, text: str) -> Problem:
         return Problem(kind, self.files[rank], f"{self.expected.named(rank)}: {text}")

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import distributed
 
-from moe_groups import describe, protect_checkpoints, verify
+from moe_groups import describe, protect_checkpoints, regroup_checkpoint, verify
 from moe_groups._deepspeed.engines import wrapper_name
 from moe_groups.checkpoints.manifest import FILE_NAME, read_manifest
-from moe_groups.errors import CheckpointMismatchError
+from moe_groups.errors import CheckpointError, CheckpointMismatchError
 from tests.support.hf_runs import (
     by_expert,
     prepare_with_accelerate,
@@ -78,3 +79,28 @@ def test_resumes_from_a_saved_state(tmp_path: Path) -> None:
         assert differences == [0.0] * 2
         assert moved > 0
         assert says_origins
+
+
+def resume_with_a_scheduler_of_torch(folder: Path) -> list[set[float]]:
+    """Accelerate loads it by itself, after the engine: only the command can convert it."""
+    run = prepare_with_accelerate("zero2", ())
+    run_accelerate(run, steps=2)
+    run[0].save_state(str(folder / "a"))
+    wanted = {group["lr"] for group in run[1].optimizer.param_groups}
+    forget_process_groups()
+    run = prepare_with_accelerate("zero2", (), split_by="module")
+    protect_checkpoints(run[1], regroup="auto")
+    with pytest.raises(CheckpointError, match=r"scheduler.bin has a value for each group"):
+        run[0].load_state(str(folder / "a"))
+    if distributed.get_rank() == 0:
+        regroup_checkpoint(folder / "a", folder / "b", "module", trust=True)
+    distributed.barrier()
+    run[0].load_state(str(folder / "b"))
+    loaded = {group["lr"] for group in run[1].optimizer.param_groups}
+    run_accelerate(run, steps=1)
+    return [wanted, loaded]
+
+
+def test_a_scheduler_beside_the_checkpoint_is_not_loaded_by_position(tmp_path: Path) -> None:
+    for wanted, loaded in run_on_ranks(2, resume_with_a_scheduler_of_torch, tmp_path):
+        assert wanted == loaded

@@ -13,7 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moe_groups.errors import CheckpointError, InvalidArgumentError, MoEGroupsError
+from moe_groups.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    InvalidArgumentError,
+    MoEGroupsError,
+)
 from moe_groups.weights.load import load_experts
 from moe_groups.weights.names import expand, find_stored_layers, match_layers
 from moe_groups.weights.safetensors_files import INDEX, SafetensorsFiles, StoredTensor
@@ -450,6 +455,27 @@ def test_round_trip(family: Any, fused: bool, tmp_path: Path) -> None:
     load_experts(again, tmp_path / "out")
     for own, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(own, other)
+
+
+def test_a_changed_bit_is_refused(mixtral: Path, tmp_path: Path) -> None:
+    """In any tensor; in the files of others a warning says that it cannot be told."""
+    model = decoder()
+    with pytest.warns(CheckpointWarning, match="26 tensors of .* state no CRC-32"):
+        load_experts(model, mixtral, strict=False, check_data=True)
+    (path,) = save_experts(model, tmp_path / "out", family="mixtral")
+    load_experts(model, tmp_path / "out", check_data=True)
+    sound = path.read_bytes()
+    start = 8 + int.from_bytes(sound[:8], "little")
+    header = json.loads(sound[8:start])
+    for name in header.keys() - {"__metadata__"}:
+        first, end = header[name]["data_offsets"]
+        data = bytearray(sound)
+        data[start + (first + end) // 2] ^= 4
+        path.write_bytes(data)
+        load_experts(decoder(), tmp_path / "out")
+        refused(decoder(), tmp_path / "out", f"{path.name}: {name} is not what", check_data=True)
+    path.write_bytes(sound.replace(b'\\": ', b'\\":x', 1))
+    refused(decoder(), tmp_path / "out", "list of CRC-32 is damaged")
 
 
 @pytest.mark.parametrize(

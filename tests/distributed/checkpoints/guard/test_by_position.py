@@ -13,6 +13,7 @@ from deepspeed.checkpoint import ds_to_universal
 from moe_groups import create_moe_param_groups, protect_checkpoints
 from moe_groups._deepspeed.engines import stepped_groups
 from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
+from tests.support.checkpoints.guard_runs import collected
 from tests.support.ranks import run_on_ranks
 from tests.support.training import GroupsOf, largest_difference, start, train, weights
 
@@ -39,17 +40,20 @@ def schedule_into_other_groups(wrapper: str, folder: Path, states: bool) -> list
     """What a load without conversion says, and the rates after one with."""
     first = start(wrapper, groups("expert", ROUTER), lr_scheduler=halved)
     train(first, 3)
-    first.save_checkpoint(str(folder), tag="saved")
+    mine = {"mine": first.lr_scheduler.state_dict()}
+    first.save_checkpoint(str(folder), tag="saved", client_state=mine)
     expected = rates(first)
 
-    def other() -> Any:
+    def other(scheduler: Any = halved) -> Any:
         # As many groups as before, and others.
-        return start(wrapper, groups("parallel_group", ("inp.*", {}), ROUTER), lr_scheduler=halved)
+        split = groups("parallel_group", ("inp.*", {}), ROUTER)
+        return start(wrapper, split, lr_scheduler=scheduler)
 
     told: list[Any] = []
-    engine = other()
-    before = weights(engine)
-    for options in ({}, {"load_lr_scheduler_states": False}):
+    first, without = other(), other(None)  # whose caller steps the one in the client state
+    before = weights(first)
+    own = {"load_lr_scheduler_states": False}
+    for engine, options in ((first, {}), (without, {}), (without, own), (first, own)):
         try:
             engine.load_checkpoint(
                 str(folder), tag="saved", load_optimizer_states=states, **options
@@ -75,7 +79,7 @@ def schedule_into_other_groups(wrapper: str, folder: Path, states: bool) -> list
 @pytest.mark.parametrize("states", [False, True])
 @pytest.mark.parametrize("wrapper", ["zero2", "bf16", "fp32"])
 def test_schedules_follow_the_groups(wrapper: str, states: bool, tmp_path: Path) -> None:
-    wanted: list[Any] = ["refused", "refused" if states else "loaded"]
+    wanted: list[Any] = ["refused"] * 2 + ["refused" if states else "loaded"] * 2
     wanted += ["not converted"] if wrapper == "fp32" else [True, True]
     found = run_on_ranks(2, schedule_into_other_groups, wrapper, tmp_path, states)
     assert found == [wanted] * 2
@@ -147,7 +151,12 @@ def absent_tags(folder: Path) -> list[str]:
     torch.distributed.barrier()
     with pytest.raises(CheckpointError) as caught:
         engine.load_checkpoint(str(folder))
-    assert engine.load_checkpoint(str(folder / "empty")) == (None, None)
+    with collected() as warned:
+        assert engine.load_checkpoint(str(folder / "empty")) == (None, None)
+    first = torch.distributed.get_rank() == 0
+    assert [text.split(":")[0] for text, _ in warned] == [
+        f"{folder}/empty has no file latest"
+    ] * first
     return [*told, str(caught.value)]
 
 

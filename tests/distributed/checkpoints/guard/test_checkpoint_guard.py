@@ -11,9 +11,11 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as stock_split
 from torch import distributed, nn
 
-from moe_groups import MoE, protect_checkpoints
+from moe_groups import MoE, create_moe_param_groups, inspect_checkpoint, protect_checkpoints
+from moe_groups.checkpoints.files import find_checkpoint
 from moe_groups.checkpoints.layout import Rank
 from moe_groups.checkpoints.manifest import FILE_NAME, read_manifest
+from moe_groups.checkpoints.read_layout import read_layout
 from moe_groups.errors import CheckpointError, CheckpointMismatchError, InvalidArgumentError
 from tests.support.checkpoints.conversion_faults import tree
 from tests.support.checkpoints.guard_runs import (
@@ -22,6 +24,7 @@ from tests.support.checkpoints.guard_runs import (
     TAG,
     WRAPPERS,
     Mixed,
+    collected,
     equal,
     error_of,
     falling,
@@ -33,6 +36,7 @@ from tests.support.checkpoints.guard_runs import (
     snapshot,
     started,
 )
+from tests.support.checkpoints.made_checkpoints import same as same_state, state_of
 from tests.support.hash_seeds import two_hash_seeds
 from tests.support.models import TinyMoE
 from tests.support.pairwise import Row, label, pairwise
@@ -133,6 +137,8 @@ def loads_of_others(wrapper: str, folder: Path) -> list[str]:
         problems.append(f"without a manifest: {error}")
     engine = stepping(wrapper, torch.optim.Adam)
     assert error_of(engine, folder) is None
+    if any(group["decoupled_weight_decay"] for group in engine.optimizer.param_groups):
+        problems.append("Adam became AdamW")
     problems += [key for key, was in reference.items() if not equal(was, weights(engine)[key])]
     return problems
 
@@ -158,24 +164,90 @@ def partly_frozen(frozen: tuple[str, ...], split: str = "module") -> GroupsOf:
 FROZEN = ("inp", f"blocks.0.{EXPERTS}")
 
 
+def thawed(*rules: tuple[str, dict[str, float]]) -> GroupsOf:
+    """Everything is trained; a rule without options keeps what it matches apart."""
+    return lambda model: create_moe_param_groups(model, overrides=rules)
+
+
+ALL_EXPERTS = tuple(f"blocks.{block}.{EXPERTS}" for block in (0, 1))
+CHANGES: dict[str, tuple[GroupsOf, GroupsOf]] = {
+    "frozen": (groups_by("module"), partly_frozen(FROZEN, "expert")),
+    "thawed": (partly_frozen(FROZEN), thawed(("inp.*", {}))),
+    "experts frozen": (groups_by("module"), partly_frozen(ALL_EXPERTS)),
+    "experts thawed": (partly_frozen(ALL_EXPERTS), groups_by("expert")),
+}
+
+
+def trained_since(wrapper: str, folder: Path, name: str) -> list[str]:
+    """Load with "auto" after a change of what is trained; go on, save and inspect."""
+    before, after = CHANGES[name]
+    thaws = "thawed" in name
+    reference = saved(wrapper, before, folder / "a", lr_scheduler=falling)
+    was = state_of(folder / "a", read_layout(find_checkpoint(folder / "a")))
+    engine = started(wrapper, after, lr_scheduler=falling)
+    protect_checkpoints(engine, regroup="auto")
+    with collected() as warned:
+        engine.load_checkpoint(str(folder / "a"))
+    problems = [] if len(warned) == (distributed.get_rank() == 0) else [f"warned: {warned}"]
+    for text, _ in warned:
+        wanted = "started afresh" if thaws else "dropped the optimizer state"
+        problems += [] if wanted in text and f"blocks.0.{EXPERTS}.0.down.weight" in text else [text]
+    (rate,) = {group["lr"] for group in engine.optimizer.param_groups}
+    engine.save_checkpoint(str(folder / "b"))
+    now = state_of(folder / "b", read_layout(find_checkpoint(folder / "b")))
+    weight = dict(reference.module.named_parameters())
+    fresh = now.keys() - was.keys()
+    for key in now.keys() & was.keys():
+        problems += [] if same_state(now[key], was[key]) else [f"other state: {key}"]
+    for key in fresh:
+        own = weight[key[3]].detach().float().flatten()
+        elsewhere = key[2] not in (None, distributed.get_rank())
+        if [*now[key]] != ["fp32"] or not (elsewhere or same_state(now[key]["fp32"], own)):
+            problems.append(f"not fresh: {key}")
+    masters = weights(engine)
+    train(engine, 1, 2)
+    for name, value in weights(engine).items():
+        step = (value - masters[name] * (1 - rate * 0.01)).abs().max()  # of decoupled decay
+        if name in {key[3] for key in fresh} and not 0 < step < 1.001 * rate:
+            problems.append(f"{name} moved by {step} at a rate of {rate}")
+    engine.save_checkpoint(str(folder / "b"))
+    problems += map(str, inspect_checkpoint(folder / "b").problems)
+    return problems if bool(fresh) == thaws else ["nothing was tested"]
+
+
+WRAPPERS_LONG = ["zero2", *(pytest.param(w, marks=pytest.mark.long) for w in ("zero1", "bf16"))]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS_LONG)
+@pytest.mark.parametrize("name", [*CHANGES])
+def test_what_is_frozen_or_thawed_since_is_converted(
+    wrapper: str, name: str, tmp_path: Path
+) -> None:
+    """State of the frozen is dropped; the thawed start as Adam starts, the others go on."""
+    assert run_on_ranks(2, trained_since, wrapper, tmp_path, name) == [[], []]
+
+
 def unconvertible(wrapper: str, folder: Path) -> list[str]:
     """With "auto" a refusal says what differs and a way out, which works."""
     problems = []
     whole, part, other = groups_by("module"), partly_frozen(FROZEN), {"ep_size": 1, "layers": 2}
-    cases: list[tuple[str, GroupsOf, GroupsOf, dict[str, Any], str]] = [
-        ("frozen", whole, part, {}, "inp.weight is in the checkpoint, but no group"),
-        ("thawed", part, whole, {}, "inp.weight is stepped by the engine, but is not in"),
-        ("ep_size", whole, whole, {"model_options": other}, "the run has experts of ep_size_1"),
+    cases: list[tuple[str, GroupsOf, dict[str, Any], str]] = [
+        ("shared", part, {}, "overrides=[('inp.*', {})]"),
+        ("ep_size", whole, {"model_options": other}, "the run has experts of ep_size_1"),
     ]
-    for name, before, after, options, text in cases:
+    for name, before, options, text in cases:
         source = folder / name
         reference = saved(wrapper, before, source)
-        engine = started(wrapper, after, **options)
-        protect_checkpoints(engine, regroup="auto")
-        error = error_of(engine, source)
-        assert isinstance(error, CheckpointMismatchError), error
-        if text not in " ".join(error.lines) or "load_module_only=True" not in str(error):
-            problems.append(f"{name}: {error}")
+        engine = started(wrapper, whole, **options)
+        state, files = snapshot(engine), {*source.iterdir()}
+        for regroup in ("refuse", "auto"):
+            protect_checkpoints(engine, regroup=regroup)
+            error = error_of(engine, source)
+            assert isinstance(error, CheckpointMismatchError), error
+            if text not in str(error) or "load_module_only=True" not in str(error):
+                problems.append(f"{name}: {error}")
+        if not equal(snapshot(engine), state) or {*source.iterdir()} != files:
+            problems.append(f"{name}: something was changed")
         assert error_of(engine, source, load_module_only=True) is None
         loaded = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
         problems += [
@@ -189,14 +261,19 @@ def unconvertible(wrapper: str, folder: Path) -> list[str]:
             if not equal(master.bfloat16(), loaded[key])
         ]
         train(engine, 1)
+    reference = started(wrapper, part)
+    reference.save_checkpoint(str(folder / "without"), exclude_frozen_parameters=True)
+    engine = started(wrapper, thawed(("inp.*", {})))
+    protect_checkpoints(engine, regroup="auto")
+    error = error_of(engine, folder / "without")
+    assert isinstance(error, CheckpointMismatchError), error
+    assert "has no weight of 256 elements for it (exclude_frozen_parameters" in str(error)
     return problems
 
 
-@pytest.mark.parametrize(
-    "wrapper", ["zero2", *(pytest.param(w, marks=pytest.mark.long) for w in ("zero1", "bf16"))]
-)
+@pytest.mark.parametrize("wrapper", WRAPPERS_LONG)
 def test_way_out_where_converting_does_not_help(wrapper: str, tmp_path: Path) -> None:
-    """Something was frozen or thawed since, or experts have another ep_size."""
+    """Something thawed is among what was trained, or experts have another ep_size."""
     assert run_on_ranks(2, unconvertible, wrapper, tmp_path) == [[], []]
 
 

@@ -31,7 +31,7 @@ from tests.support.checkpoints.guard_runs import (
 )
 from tests.support.models import HIDDEN
 from tests.support.ranks import run_on_ranks
-from tests.support.training import config, groups_by, initialize, train
+from tests.support.training import config, groups_by, initialize, train, weights
 
 # ---- wrappers that do not write what their groups hold --------------------------------------
 
@@ -46,6 +46,14 @@ def without_mapping(wrapper: str, folder: Path) -> dict[str, Any]:
     with collected() as warned:
         engine.load_checkpoint(str(folder))
     found["same"] = not warned and train(engine, 2, 2) == end
+    engine = started(wrapper, groups_by("module"))
+    engine.load_checkpoint(str(folder), load_optimizer_states=False)
+    found["masters"] = all(
+        equal(
+            master.to(engine.module.inp.weight.dtype), dict(engine.module.named_parameters())[name]
+        )
+        for name, master in weights(engine).items()
+    )
     forget_manifest(folder)
     with collected() as warned:
         engine.load_checkpoint(str(folder))
@@ -62,6 +70,7 @@ def test_other_wrappers(wrapper: str, tmp_path: Path) -> None:
         assert "group 1 ('ep_size_2_blocks.1.moe') was saved as group 2" in found["refusal"]
         assert "Converting does not help" in found["refusal"]
         assert found["same"]
+        assert found["masters"]
         ((text, file),) = found["unknown"]
         assert f"{names[wrapper]} does not write which parameters its groups hold" in text
         assert file == __file__

@@ -4,6 +4,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from deepspeed.runtime.lr_schedules import LRRangeTest, WarmupLR
 from hypothesis import given, settings, strategies as st
 
-from moe_groups import MoE
+from moe_groups import MoE, cli
 from moe_groups.checkpoints.convert.convert import regroup_checkpoint
 from moe_groups.checkpoints.files import find_checkpoint
 from moe_groups.checkpoints.inspect.inspect import inspect_checkpoint
@@ -434,11 +435,79 @@ def test_what_was_converted_can_be_inspected(kind: str, place: Path) -> None:
 
 def test_other_parameters_are_refused(source: Path, place: Path) -> None:
     other = grouped([[*DENSE, ("d.2", 3)]], [EXPERTS[:2]], 4, 2)
-    refused(source, place, other, r"e\.2 is in the checkpoint alone.*d\.2 is in the new groups")
+    refused(source, place, other, r"d\.2 .* was not trained .* no weight of 3 elements for it")
+    foreign = grouped([[("a", 3)]], [[("b", 3)]], 4, 2)
+    refused(
+        source, place, foreign, "not of one model .*d.0 is in the checkpoint alone.*load_module"
+    )
     longer = grouped([[("d.0", 31), ("d.1", 7)]], [EXPERTS], 4, 2)
     refused(source, place, longer, r"d\.0.* has 31 elements, in the checkpoint it has 30")
     sharded = grouped([DENSE], [EXPERTS], 4, 4)
-    refused(source, place, sharded, "expert-")
+    refused(
+        source,
+        place,
+        sharded,
+        "with experts of ep_size_2, the run has .* of ep_size_4.*load_module",
+    )
+
+
+def _forget_steps(content: dict[str, Any]) -> None:
+    for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+        del state["step"]
+
+
+def test_what_only_one_run_trains_is_dropped_or_starts_afresh(
+    source: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A thawed parameter has a group of its own, and the schedule of one like it."""
+    part = grouped([DENSE[:1]], [EXPERTS[:2]], 4, 2)
+    write_manifest(Manifest(part, "zero"), place / "part.json")
+    paths = [str(place / name) for name in ("a", "told", "part.json")]
+    assert cli.main(["regroup-checkpoint", *paths[:2], "--to", paths[2]]) == 0
+    said = "dropped the optimizer state of what no group has now: d.1, e.2\n"
+    assert capsys.readouterr().out.endswith(said)
+    done = regroup_checkpoint(source, place / "part", part)
+    assert done.since == (("d.1", "e.2"), ())
+    wanted = state_of(source, ONE)
+    kept = state_of(place / "part", part)
+    assert len(kept) == 5
+    assert same(kept, {key: wanted[key] for key in kept})
+    weight = torch.arange(7.0).bfloat16()
+    schedule = {"base_lrs": [0.3, 0.4], "last_epoch": 7}
+    save_again(
+        place / "part/global_step7/mp_rank_00_model_states.pt",
+        lambda found: found.update(module={"d.1": weight}, lr_scheduler=schedule),
+    )
+    (place / "part/global_step7/moe_groups.json").unlink()
+    refused(
+        place / "part", place, grouped([DENSE], [EXPERTS[:2]], 4, 2), r"overrides=\[\('d.1', {}"
+    )
+    shutil.copytree(place / "part", place / "momentum")
+    for path in (place / "momentum").glob("*/*optim_states.pt"):  # of SGD, which counts no steps
+        save_again(path, _forget_steps)
+    one = grouped([DENSE], [EXPERTS[:2]], 4, 2)
+    regroup_checkpoint(place / "momentum", place / "one", one)
+    found = state_of(place / "one", one)
+    zeros = torch.zeros(7)
+    fresh = {"fp32": weight.float(), "exp_avg": zeros, "exp_avg_sq": zeros}
+    assert same(found.pop((0, None, None, "d.1")), fresh)
+    assert same(found, kept)
+    apart = grouped([DENSE[:1], DENSE[1:]], [EXPERTS[:2]], 4, 2)
+    groups = [replace(group, options={"moe": bool(group.parallel_group)}) for group in apart.groups]
+    apart = replace(apart, groups=tuple(groups))
+    other = [replace(group, options={"lr": index}) for index, group in enumerate(apart.groups)]
+    words = r"'dense.1' were not trained, and the .* schedule \(lr_scheduler.base_lrs\) has nothing"
+    refused(place / "part", place, replace(apart, groups=tuple(other)), words)
+    done = regroup_checkpoint(place / "part", place / "apart", apart)
+    assert done.since == ((), ("d.1",))
+    assert "started afresh, from saved weights, what was not trained before: d.1" in str(done.since)
+    found = state_of(place / "apart", apart)
+    assert same(found.pop((0, None, None, "d.1")), {"fp32": weight.float()})
+    assert same(found, kept)
+    content = torch.load(place / "apart/global_step7/mp_rank_00_model_states.pt")
+    assert content["lr_scheduler"]["base_lrs"] == [0.3, 0.3, 0.4]
+    assert [*content["param_shapes"][1].values()] == [torch.Size([7])]
+    assert inspect_checkpoint(place / "apart").problems == ()
 
 
 def test_what_is_no_state_of_groups_is_refused(source: Path, place: Path) -> None:
