@@ -33,9 +33,12 @@ def run_as_rank(
         RankError: the job raised, died, or was not done in time.
     """
     extensions = _use_extensions()
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     variables = _environment(rank, world_size)
+    # Importing DeepSpeed counts the GPUs, after which a forked process cannot use them.
+    forks = variables.get("DS_ACCELERATOR") == "cpu"
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(PRELOAD)
     before = dict(os.environ)
     os.environ.update(variables)  # for the server, if it starts here
     ours, theirs = context.Pipe()

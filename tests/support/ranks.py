@@ -322,7 +322,7 @@ def _join_world() -> None:
 
     repair()
     logger.setLevel("ERROR")
-    deepspeed.init_distributed("gloo", verbose=False)
+    deepspeed.init_distributed(verbose=False)  # gloo, or NCCL on a GPU
 
 
 def check_stock() -> None:
