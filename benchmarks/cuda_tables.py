@@ -35,13 +35,16 @@ def kind(row: dict[str, Any]) -> tuple[str, str]:
 
 def price_row(prices: list[dict[str, Any]], wrapper: str, split: str) -> dict[str, Any]:
     rows = [row for row in prices if kind(row) == (wrapper, split)]
+    few, many = rows[0], rows[-1]
+    more = max(1, many["groups"] - few["groups"])
     shown: dict[str, Any] = {"wrapper": wrapper, "split": split}
-    for what, unit in (("initialize, s", 1e3), ("step, ms", 1)):
-        for row in rows:
-            shown[f"{what}, {row['groups']} groups"] = row[what]
-        more = rows[-1]["groups"] - rows[0]["groups"]
-        name = f"{what.partition(',')[0]}, ms per group"
-        shown[name] = round(unit * (rows[-1][what] - rows[0][what]) / more, 3) if more else ""
+    for what in ("groups", "initialize, s", "step, ms"):
+        shown[what] = " / ".join(str(row[what]) for row in rows)
+    for name, what, unit in (
+        ("start-up per group, ms", "initialize, s", 1e3),
+        ("step per group, ms", "step, ms", 1.0),
+    ):
+        shown[name] = round(unit * (many[what] - few[what]) / more, 3)
     return shown
 
 

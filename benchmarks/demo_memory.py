@@ -1,6 +1,6 @@
 """The demo's language model: peak memory, allocated memory and run time, beside DeepSpeed's.
 
-The table that users of MoE training publish. Two gloo ranks, or 2 GPUs if there are two; the
+The table that users of MoE training publish. Two gloo ranks; the
 same weights and batches in all runs, worst rank. Memory is that of the whole iteration, whose
 peak may be in the backward pass, and of the step alone; times are medians of steps in turn.
 
@@ -52,7 +52,7 @@ def groups_of(way: str, demo: Any, args: argparse.Namespace, model: torch.nn.Mod
     step = StepConfig(
         optimizer="fused",
         compact_gradients="compact" in way,
-        gather_copies=not torch.cuda.is_available(),
+        gather_copies=torch.distributed.get_backend() == "gloo",
     )
     plan = plan_param_groups(model, max_groups=12, step=step, **rules)
     return create_moe_param_groups(model, plan=plan)

@@ -57,7 +57,7 @@ def run_parts(module: str, limits: dict[str, float], out: Path) -> bool:
         print(*found["rows"], found["failure"] or "passed", sep="\n", flush=True)
         if name == "machine" and found["rows"]:
             device = found["rows"][0]["accelerator"]
-        text = json.dumps({"benchmark": "cuda", "parts": parts}, indent=1)
+        text = json.dumps({"benchmark": "cuda", "accelerator": device, "parts": parts}, indent=1)
         (out / "cuda.json").write_text(text + "\n")
     return not any(part["failure"] for part in parts.values())
 

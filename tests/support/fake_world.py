@@ -25,6 +25,8 @@ def run_as_rank(
 ) -> Any:
     """The result of ``job(*args)`` as this rank of a fake world.
 
+    The rank uses the accelerator that ``DS_ACCELERATOR`` names, or the CPU.
+
     Args:
         job: a module-level function.
         timeout: seconds.
@@ -35,7 +37,7 @@ def run_as_rank(
     extensions = _use_extensions()
     variables = _environment(rank, world_size)
     # Importing DeepSpeed counts the GPUs, after which a forked process cannot use them.
-    forks = variables.get("DS_ACCELERATOR") == "cpu"
+    forks = variables["DS_ACCELERATOR"] == "cpu"
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(PRELOAD)
@@ -71,10 +73,8 @@ def _answer(pipe: Connection, timeout: float) -> tuple[bool, Any]:
 
 
 def _environment(rank: int, world_size: int) -> dict[str, str]:
-    import torch
-
-    cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    return cpu | {
+    return {
+        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
         "RANK": str(rank),
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(world_size),
