@@ -201,25 +201,50 @@ def run_shards(cases: list[Any], divisor: int, file: str) -> None:
     import torch
 
     from tests.support.ranks import forget_process_groups
-    from tests.support.step_runs import run
+    from tests.support.step_runs import expected_figures, start, steps
 
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for way, case in cases:
         forget_process_groups()  # else an engine's tensors would be released in the next one's step
-        found = run(case, 5)
-        measured = found.later[-1].step_peak
+        engine, groups = start(case)
+        (first, _), *later = steps(engine, case, 5)
+        expected_first, expected = (
+            expected_figures(groups, case.step, rank, world, first=first) for first in (True, False)
+        )
         Rows(file).add(
             groups=way,
-            number=found.group_count,
-            rank=torch.distributed.get_rank(),
+            number=len(groups),
+            rank=rank,
             divisor=divisor,
             **{
-                "predicted T + R, bytes": found.expected.step_peak,
-                "measured T + R, bytes": measured,
-                "predicted first step, bytes": found.expected_first.step_peak,
-                "measured first step, bytes": found.first.step_peak,
-                "step, ms": round(1e3 * statistics.median(found.seconds[1:]), 2),
+                "predicted T + R, bytes": expected.step_peak,
+                "measured T + R, bytes": later[-1][0].step_peak,
+                "predicted first step, bytes": expected_first.step_peak,
+                "measured first step, bytes": first.step_peak,
+                "step, ms": round(1e3 * statistics.median(seconds for _, seconds in later[1:]), 2),
             },
+            **whole_iteration(engine, engine),
         )
+        del engine, groups
+
+
+def whole_iteration(engine: Any, forward: Callable[[], Any]) -> dict[str, Any]:
+    """The peak above what was allocated before, and the phase that sets it."""
+    from moe_groups.memory import measure_iteration_memory
+
+    with measure_iteration_memory(engine.device) as whole:
+        with whole.phase("forward"):
+            loss = forward()
+        with whole.phase("backward"):
+            engine.backward(loss)
+            del loss
+        with whole.phase("step"):
+            engine.step()
+    return {
+        "peak of an iteration, bytes": whole.peak - whole.before,
+        "set by": whole.peak_phase.name,
+        "by phase": {use.name: use.peak - whole.before for use in whole.phases},
+    }
 
 
 def iteration(rows: Rows) -> None:
@@ -252,7 +277,6 @@ def iteration_of(way: str, model: Any, args: Any, batch: Any, count: int, rows: 
 
     from benchmarks.demo_memory import groups_of, iteration as run, resident
     from moe_groups import compact_gradients, measure_step_memory
-    from moe_groups.memory import measure_iteration_memory
 
     engine = demo.start_engine(args, model, groups_of(way, demo, args, model))
     if "compact" in way:
@@ -264,14 +288,7 @@ def iteration_of(way: str, model: Any, args: Any, batch: Any, count: int, rows: 
         loss, aux_loss = engine(batch.to(engine.device))
         return loss + 0.01 * aux_loss
 
-    with measure_iteration_memory(engine.device) as whole:
-        with whole.phase("forward"):
-            loss = forward()
-        with whole.phase("backward"):
-            engine.backward(loss)
-            del loss
-        with whole.phase("step"):
-            engine.step()
+    whole = whole_iteration(engine, forward)
     engine.backward(forward())
     with measure_step_memory(engine.device) as step:
         engine.step()
@@ -285,13 +302,11 @@ def iteration_of(way: str, model: Any, args: Any, batch: Any, count: int, rows: 
         number=len(engine.optimizer.param_groups),
         **{
             "weights and states, bytes": resident(engine),
-            "peak of an iteration, bytes": whole.peak - whole.before,
-            "set by": whole.peak_phase.name,
-            "by phase": {use.name: use.peak - whole.before for use in whole.phases},
             "T + R, bytes": step.step_peak,
             "iteration, ms": round(statistics.median(wholes), 2),
             "step, ms": round(statistics.median(steps), 2),
         },
+        **whole,
     )
 
 

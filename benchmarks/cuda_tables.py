@@ -57,6 +57,8 @@ def memory_row(row: dict[str, Any]) -> dict[str, Any]:
         "predicted T + R, GiB": f"{predicted / GIB:.3f}",
         "measured T + R, GiB": f"{measured / GIB:.3f}",
         "off by, bytes": f"{measured - predicted:,}",
+        "peak of an iteration, GiB": f"{row['peak of an iteration, bytes'] / GIB:.3f}",
+        "set by": row["set by"],
         "step, ms": row["step, ms"],
     }
 

@@ -86,9 +86,10 @@ def _run_part(
             failure = f"ended with code {code}" if code else None
         except subprocess.TimeoutExpired:
             failure = f"not done after {limit:.0f} s"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     found = rows.read_text().splitlines() if rows.exists() else []
     shutil.rmtree(scratch)
     if failure:
