@@ -28,6 +28,7 @@ install $names || for name in $names; do install --upgrade "$name"; done
 export PYTHONPATH="$site:$PWD" PATH="$site/bin:$PATH"
 export PYTHONSAFEPATH=1  # moe_groups is that of the wheel, not that of this folder
 export MOE_GROUPS_TEST_EXTENSIONS=gpu_extensions  # what DeepSpeed compiles for this Python
+rm -f .cache/gpu_extensions/*/lock  # of a run that was killed, on which others would wait
 mkdir -p "$out"
 "$python" -m benchmarks.cuda run "$out"
 code=$?
