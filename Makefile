@@ -5,6 +5,7 @@
 # make lint   ruff, mypy and import-linter;  make docs: the site, into site/;  make bench: benchmarks
 # make compatibility   tests of each feature with several releases of DeepSpeed
 # make gpu-wheels   what tests/gpu/run.sh needs on a machine with a GPU and without network
+# make dist   the sdist and the wheel, into dist/, tried in a fresh environment
 #
 # Each sets up what it needs in .venv. PYTHON chooses the interpreter, ARGS goes to the demo.
 
@@ -23,7 +24,7 @@ QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::Fu
 BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory large_world \
   regroup_checkpoint checkpoint_faults topologies checkpointing load_experts group_metrics
 
-.PHONY: demo test test-long test-numeric campaign lint docs bench compatibility gpu-wheels clean
+.PHONY: demo test test-long test-numeric campaign lint docs bench compatibility dist gpu-wheels clean
 # Two workers each: a rank mostly waits for the others. Files stay together, as each worker starts
 # its pools of ranks once. What is long counts on its time, and runs alone.
 PYTEST := $(BIN)/python -m pytest
@@ -83,6 +84,23 @@ gpu-wheels: $(VENV)/.test
 	  $(PLATFORMS) -c constraints.txt -d $(WHEELS) -r $(WHEELS)/needs.txt \
 	  pytest hypothesis tabulate tqdm
 	@du -sh $(WHEELS)
+
+# The wheel is built from the sdist, and tried without DeepSpeed, away from the checkout.
+FRESH := $(CURDIR)/.cache/fresh
+dist: $(VENV)/.dist
+	rm -rf dist build *.egg-info
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m tests.package
+	$(PYTHON) -m venv --clear $(FRESH)
+	$(FRESH)/bin/python -m pip install --quiet -c constraints.txt "$$(echo dist/*.whl)[cli]"
+	cd $(FRESH) && bin/python -c "import moe_groups; print(moe_groups.create_moe_param_groups)"
+	cd $(FRESH) && bin/moe-groups plan mixtral --world-size 64 --ep 8
+	@ls -l dist
+
+$(VENV)/.dist: $(VENV)/.python constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt build twine
+	@touch $@
 
 # A killed process leaves a lock behind on which the next compilation would wait forever.
 .PHONY: unlock

@@ -4,10 +4,9 @@ import copy
 from typing import Any, Literal
 
 import torch
-from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import nn
 
-from moe_groups._common.arguments import Count, NotNegative, checked
+from moe_groups._common.arguments import Count, NotNegative, checked, need
 from moe_groups._deepspeed.contract import check_contract
 from moe_groups._deepspeed.layers import layer_experts, layer_parallel_group
 from moe_groups.errors import InvalidArgumentError
@@ -19,6 +18,10 @@ from moe_groups.tags import (
     new_layer_id,
     set_expert_tag,
 )
+
+need("deepspeed", "deepspeed", "MoE layers")
+
+from deepspeed.moe.layer import MoE as DeepSpeedMoE  # noqa: E402
 
 check_contract()  # now, and not in the middle of a run
 

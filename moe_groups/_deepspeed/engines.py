@@ -4,6 +4,7 @@ import bisect
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -53,14 +54,16 @@ def is_engine(value: object) -> bool:
     return module is not None and isinstance(value, module.DeepSpeedEngine)
 
 
+_MISSING = " (DeepSpeed is not installed: pip install 'moe-groups[deepspeed]')"
+_INSTALL = "" if find_spec("deepspeed") else _MISSING
 InitializedEngine: TypeAlias = Annotated[
-    Engine, Is(is_engine, "an engine that deepspeed.initialize made")
+    Engine, Is(is_engine, f"an engine that deepspeed.initialize made{_INSTALL}")
 ]
 SteppingEngine: TypeAlias = Annotated[
     Engine,
     Is(
         lambda value: is_engine(value) and hasattr(value.optimizer, "param_groups"),
-        "an engine that deepspeed.initialize made with an optimizer",
+        f"an engine that deepspeed.initialize made with an optimizer{_INSTALL}",
     ),
 ]
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from moe_groups._common.arguments import check_one_of
+from moe_groups._common.arguments import check_one_of, need
 from moe_groups.errors import InvalidArgumentError
 
 _T = TypeVar("_T")
@@ -97,7 +97,9 @@ def read_step_settings(given: Mapping[str, Any] | str | os.PathLike[str]) -> Ste
 
     Raises:
         InvalidArgumentError: DeepSpeed cannot read it, or the cost of its step is not known.
+        MissingPackageError: DeepSpeed is not installed.
     """
+    need("deepspeed", "deepspeed", "DeepSpeed's configs")
     from deepspeed.runtime.config import DtypeEnum
     from deepspeed.runtime.precision_config import get_bfloat16_config
     from deepspeed.runtime.zero.config import get_zero_config

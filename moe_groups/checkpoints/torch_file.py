@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from moe_groups.checkpoints import saved_objects
 from moe_groups.errors import CheckpointError
 from moe_groups.groups.grouping import fingerprint
 
@@ -39,7 +40,6 @@ code that looks for something that is not in it or is of another type."""
 
 _CHUNK = 1 << 20
 _OLD_FORMAT = b"\x80\x02"  # a pickle, of which nobody can tell whether it is whole
-_LOSS_SCALERS = ("LossScaler", "DynamicLossScaler")
 _NUMPY, _REBUILD = ("core", "_core"), ("_reconstruct", "scalar")
 
 
@@ -61,9 +61,7 @@ def reading(path: Path) -> Iterator[None]:
 
 _ALLOWED = frozenset(
     (
-        *(f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in _LOSS_SCALERS),
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-        "deepspeed.utils.tensor_fragment.fragment_address",
+        *saved_objects.STAND_INS,
         *("argparse.Namespace", "types.SimpleNamespace"),
         *("pathlib.PosixPath", "pathlib._local.PosixPath"),
         *("datetime.datetime", "datetime.timedelta", "builtins.frozenset", "builtins.slice"),
@@ -97,7 +95,9 @@ def read_torch_file(path: Path, trust: bool = False) -> Any:
             if _name(info) == PICKLE and info.CRC:
                 archive.read(info)
         if trust:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+            return torch.load(
+                path, map_location="cpu", pickle_module=saved_objects, mmap=True, weights_only=False
+            )
         try:
             return _read_data(path)
         except pickle.UnpicklingError as error:
@@ -125,9 +125,10 @@ def _resolve(names: Collection[str]) -> list[Any]:
     found: list[Any] = []
     for name in names:
         module, _, attribute = name.rpartition(".")
-        found.append((getattr(importlib.import_module(module), attribute), name))
+        kind = saved_objects.STAND_INS.get(name)
+        found.append((kind or getattr(importlib.import_module(module), attribute), name))
         if name == "numpy.dtype":
-            found += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
+            found += [one for one in vars(np.dtypes).values() if isinstance(one, type)]
     return found
 
 
@@ -273,7 +274,7 @@ def save(content: Any, path: Path) -> None:
     """
     with _InPieces(path, "wb") as file:
         try:
-            torch.save(content, file)
+            torch.save(content, file, pickle_module=saved_objects)
         except RuntimeError as error:
             reason = f"torch.save could not write all bytes ({str(error).splitlines()[0]})"
             raise OSError(errno.EIO, reason, str(path)) from error

@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except MoEGroupsError as error:
         message = _in_options(str(error), args.names)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "numpy"):
+            raise
+        message = f"{error.name} is not installed: pip install {error.name}."
     except OSError as error:
         message = f"{error.filename or 'input or output'}: {error.strerror or error}."
     print(f"moe-groups {args.command}: error: {message}", file=sys.stderr)

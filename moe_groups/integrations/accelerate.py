@@ -12,6 +12,7 @@ from moe_groups.groups.inputs import ParamGroup
 from moe_groups.param_groups import create_moe_param_groups
 
 need("accelerate", "hf", "groups for Accelerate")
+need("deepspeed", "hf", "groups for Accelerate")  # Accelerate has DummyOptim only then
 
 from accelerate.state import AcceleratorState, is_initialized  # noqa: E402
 from accelerate.utils import DummyOptim  # noqa: E402

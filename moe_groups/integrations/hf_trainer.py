@@ -18,6 +18,7 @@ from moe_groups.weights.save import with_all_experts
 
 need("transformers", "hf", "groups for Trainer")
 need("accelerate", "hf", "groups for Trainer")
+need("deepspeed", "hf", "groups for Trainer")
 
 from accelerate.utils import DummyOptim  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402

@@ -152,6 +152,7 @@ class StepConfig:
         Raises:
             InvalidArgumentError: a setting, such as ZeRO-3 or fp16, or an optimizer whose cost
                 is not known.
+            MissingPackageError: DeepSpeed, which reads its config, is not installed.
         """
         read = read_step_settings(config)
         return cls(

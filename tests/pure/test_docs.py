@@ -184,6 +184,21 @@ def test_pages_say_whether_there_is_a_run_on_a_gpu() -> None:
         assert (words in (ROOT / page).read_text()) == missing, page
 
 
+def test_links_of_the_readme_lead_to_files_also_on_pypi() -> None:
+    page = (ROOT / "README.md").read_text()
+    own = [link for link in re.findall(r"\]\(([^)]+)\)", page) if "://" not in link]
+    assert len(own) > 20
+    assert [link for link in own if not (ROOT / link.partition("#")[0]).exists()] == []
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    shown = setup["absolute"](page, "1.2.3")
+    assert re.findall(r"\]\((?!https://)", shown) == []
+    place = "https://github.com/moe-groups/moe-groups/blob/v1.2.3"
+    assert [f"]({place}/{link})" in shown for link in own] == [True] * len(own)
+    assert shown.count(place) == len(own)
+    urls = (ROOT / "pyproject.toml").read_text().partition("[project.urls]")[2].partition("\n\n")[0]
+    assert urls.count(f'"{setup["REPOSITORY"]}') == len(urls.split("\n")) - 1
+
+
 def test_readme_quotes_the_benchmark() -> None:
     """Mixtral's figures are those of ``benchmarks/large_world.py``, to two digits."""
     results = json.loads((ROOT / "benchmarks/results/large_world.json").read_text())

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
-from importlib.metadata import requires
 from typing import Any
 
 import pytest
@@ -151,15 +150,17 @@ def test_the_command_line_runs_as_a_module(module: str, option: str, said: str) 
     assert said in done.stdout
 
 
+PYPROJECT = ROOT / "pyproject.toml"
 NEED = re.compile(r'\bneed\(\s*"(\w+)", "(\w+)"')
 
 
 def test_a_missing_package_is_named_with_the_smallest_extra_that_has_it() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
-    table = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    table = (
+        PYPROJECT.read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    )
     extras = {
-        extra: set(re.findall(r'"([a-z]+)[^"]*"', packages))
-        for extra, packages in re.findall(r"^(\w+) = \[(.*?)\]", table, re.MULTILINE | re.DOTALL)
+        extra: set(re.findall(r'"(?:moe-groups\[)?([a-z]+)[^"]*"', packages))
+        for extra, packages in re.findall(r"^(\w+) = \[(.*?)\]$", table, re.MULTILINE | re.DOTALL)
     }
     found = {}
     for path in (ROOT / "moe_groups").rglob("*.py"):
@@ -190,6 +191,24 @@ def test_a_missing_package_is_an_import_error_of_ours(
     assert isinstance(found.value, InvalidArgumentError)
     assert isinstance(found.value, ImportError)
     assert found.value.name == package
+
+
+def test_a_missing_torch_is_named() -> None:
+    run("""
+import sys
+sys.modules["torch"] = None
+import moe_groups
+from moe_groups.cli import main
+try:
+    moe_groups.describe
+except moe_groups.MoEGroupsError as error:
+    assert "moe_groups.describe needs torch" in str(error) and "pip install torch" in str(error)
+else:
+    raise AssertionError
+assert main(["topology", "--world-size", "8", "--json"]) == 0
+assert main(["plan", "mixtral", "--world-size", "8", "--json"]) == 2
+assert main(["inspect-checkpoint", "."]) == 2
+""")
 
 
 def test_what_works_offline_does_not_need_an_engine() -> None:
@@ -235,19 +254,10 @@ assert "moe_groups.memory.search" not in sys.modules
 """)
 
 
-def test_grouping_experts_works_where_deepspeed_is_not_installed() -> None:
-    run("import sys; sys.modules['deepspeed'] = None\n" + GROUP_A_MODEL)
-
-
 def test_what_comes_with_it() -> None:
-    """Without extras: torch and DeepSpeed, and what DeepSpeed brings anyway."""
-
-    def needed(package: str) -> set[str]:
-        found = (line for line in requires(package) or [] if "extra ==" not in line)
-        return {re.split(r"[^\w-]", line)[0] for line in found}
-
-    assert needed("moe-groups") - needed("deepspeed") == {"deepspeed"}
-    assert "torch" in needed("moe-groups")
+    """Without extras: torch, and numpy, which DeepSpeed and transformers bring anyway."""
+    listed = re.findall(r"^dependencies = \[(.*)\]", PYPROJECT.read_text(), re.MULTILINE)
+    assert [re.findall(r'"([a-z]+)', line) for line in listed] == [["torch", "numpy"]]
 
 
 def expert_model(device: str | None = None) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 
 from moe_groups.checkpoints.convert.source import RegroupSource, Run
 from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank, fragments
+from moe_groups.checkpoints.saved_objects import fragment_address
 from moe_groups.checkpoints.shard import (
     ALIGNMENT,
     CONTENT,
@@ -169,8 +170,6 @@ def _gaps(group: FlatGroup) -> list[int]:
 
 
 def _slices(group: FlatGroup, data_rank: int, reorders: bool) -> Mapping[str, Any]:
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     return OrderedDict(
         (name, fragment_address(start=start, numel=numel))
         for name, start, numel in stated_fragments(group, data_rank, reorders)
