@@ -6,6 +6,7 @@
 # make compatibility   tests of each feature in environments with other releases of Python, torch,
 #             DeepSpeed and transformers (make smoke: the core in the oldest and the newest);
 #             make contract: with the DeepSpeed of DEEPSPEED_SOURCE
+# make gpu-wheels   what tests/gpu/run.sh needs on a machine with a GPU and without network
 # make dist   the sdist and the wheel, into dist/, tried in a fresh environment
 #
 # Each sets up what it needs in .venv. PYTHON chooses the interpreter, ARGS goes to the demo.
@@ -25,7 +26,8 @@ QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::Fu
 BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory large_world \
   regroup_checkpoint checkpoint_faults topologies checkpointing load_experts group_metrics
 
-.PHONY: demo test test-long test-numeric campaign lint docs bench compatibility smoke contract dist clean
+.PHONY: demo test test-long test-numeric campaign lint docs bench compatibility smoke contract dist \
+  gpu-wheels clean
 # Two workers each: a rank mostly waits for the others. Files stay together, as each worker starts
 # its pools of ranks once. What is long counts on its time, and runs alone.
 PYTEST := $(BIN)/python -m pytest
@@ -73,6 +75,25 @@ smoke: $(VENV)/.compatibility
 
 contract: $(VENV)/.compatibility
 	$(BIN)/nox -f tests/noxfile.py -s contract
+
+# The machine brings torch and numpy for GPU_PYTHON. DeepSpeed compiles what it needs of its ops there.
+GPU_PYTHON ?= 3.12
+WHEELS ?= .cache/gpu-wheels
+PLATFORMS := $(foreach n,12 17 24 27 28,--platform manylinux_2_$(n)_x86_64) \
+  --platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --platform manylinux1_x86_64
+BRINGS := torch|numpy
+
+gpu-wheels: $(VENV)/.test
+	rm -rf $(WHEELS)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --no-deps -w $(WHEELS) .
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
+	  --no-binary deepspeed -c constraints.txt -w $(WHEELS) deepspeed
+	$(BIN)/python -c "import importlib.metadata as m; print(*m.requires('deepspeed'), sep='\n')" \
+	  | grep -Ev '^($(BRINGS))|extra ==' > $(WHEELS)/needs.txt
+	$(BIN)/python -m pip download --quiet --only-binary :all: --python-version $(GPU_PYTHON) \
+	  $(PLATFORMS) -c constraints.txt -d $(WHEELS) -r $(WHEELS)/needs.txt \
+	  pytest hypothesis tabulate tqdm
+	@du -sh $(WHEELS)
 
 # The wheel is built from the sdist, and tried without DeepSpeed, away from the checkout.
 FRESH := $(CURDIR)/.cache/fresh

@@ -1,6 +1,6 @@
 """The demo's language model: peak memory, allocated memory and run time, beside DeepSpeed's.
 
-The table that users of MoE training publish. Two gloo ranks, or 2 GPUs if there are two; the
+The table that users of MoE training publish. Two gloo ranks; the
 same weights and batches in all runs, worst rank. Memory is that of the whole iteration, whose
 peak may be in the backward pass, and of the step alone; times are medians of steps in turn.
 
@@ -24,12 +24,12 @@ from tests.support.ranks import close_pools, run_in_fresh_processes
 WAYS = ("DeepSpeed's split", "moe-groups, by layer", "planned", "planned, compact gradients")
 
 
-def demo_arguments(hidden: int, inner: int) -> argparse.Namespace:
-    """The demo's defaults, with a model wide enough for its weights to matter."""
+def demo_arguments(*options: str) -> argparse.Namespace:
+    """Those of the demo, which can be imported from now on."""
     sys.path.insert(0, str(ROOT / "docs" / "examples"))
     import train_moe_lm as demo
 
-    before, sys.argv = sys.argv, [demo.__name__, f"--hidden={hidden}", f"--inner={inner}"]
+    before, sys.argv = sys.argv, [demo.__name__, *options]
     try:
         return demo.parse_args()
     finally:
@@ -52,7 +52,7 @@ def groups_of(way: str, demo: Any, args: argparse.Namespace, model: torch.nn.Mod
     step = StepConfig(
         optimizer="fused",
         compact_gradients="compact" in way,
-        gather_copies=not torch.cuda.is_available(),
+        gather_copies=torch.distributed.get_backend() == "gloo",
     )
     plan = plan_param_groups(model, max_groups=12, step=step, **rules)
     return create_moe_param_groups(model, plan=plan)
@@ -60,7 +60,7 @@ def groups_of(way: str, demo: Any, args: argparse.Namespace, model: torch.nn.Mod
 
 def measure(steps: int) -> list[tuple[int, int, int, int, float]]:
     """By way: groups, peak of the iteration, of the step, bytes that stay, milliseconds."""
-    args = demo_arguments(hidden=256, inner=512)
+    args = demo_arguments("--hidden=256", "--inner=512")  # its weights should matter
     import deepspeed
     import train_moe_lm as demo
 

@@ -1,6 +1,6 @@
 """What does a step cost with 1 to 1,000 groups of one constant total size?
 
-The same dense parameters in more and more groups on 2 gloo ranks, or 2 GPUs if there are two:
+The same dense parameters in more and more groups on 2 gloo ranks:
 milliseconds of a step, and for compact gradients the ratio to DeepSpeed alone with the same number
 of groups; both engines step in turn.
 
@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from benchmarks.plots import lines
 from benchmarks.report import write
@@ -36,7 +37,7 @@ class Weights(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = get_accelerator().current_device_name()
         size = ELEMENTS // COUNTS[-1]
         self.weights = torch.nn.ParameterList(
             torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16, device=device))

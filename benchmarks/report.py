@@ -33,12 +33,16 @@ def write(name: str, rows: list[dict[str, Any]], shown: list[dict[str, Any]] | N
     show(name, shown or rows)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    return tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
 def show(name: str, rows: list[dict[str, Any]]) -> None:
     """Print a table, and write it at README's mark."""
-    table = tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-    print(table)
+    shown = table(rows)
+    print(shown)
     readme = HERE / "README.md"
     begin, end = f"<!-- {name} -->\n", "<!-- end -->"
     before, _, rest = readme.read_text().partition(begin)
     after = rest.partition(end)[2]
-    readme.write_text(f"{before}{begin}{table}\n{end}{after}")
+    readme.write_text(f"{before}{begin}{shown}\n{end}{after}")

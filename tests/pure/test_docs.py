@@ -174,6 +174,16 @@ def test_files_named_for_contributors_exist() -> None:
     assert [path for path in sorted(named | links) if not (ROOT / path).exists()] == []
 
 
+def test_pages_say_whether_there_is_a_run_on_a_gpu() -> None:
+    """They say that there is none, until ``benchmarks/cuda_tables.py`` writes its results."""
+    missing = not (ROOT / "benchmarks/results/cuda.json").exists()
+    for page, words in (
+        ("benchmarks/README.md", "No run on a GPU has been committed yet"),
+        ("docs/measuring.md", "no run\non a GPU has been published yet"),
+    ):
+        assert (words in (ROOT / page).read_text()) == missing, page
+
+
 def test_links_of_the_readme_lead_to_files_also_on_pypi() -> None:
     page = (ROOT / "README.md").read_text()
     own = [link for link in re.findall(r"\]\(([^)]+)\)", page) if "://" not in link]

@@ -25,6 +25,8 @@ def run_as_rank(
 ) -> Any:
     """The result of ``job(*args)`` as this rank of a fake world.
 
+    The rank uses the accelerator that ``DS_ACCELERATOR`` names, or the CPU.
+
     Args:
         job: a module-level function.
         timeout: seconds.
@@ -33,9 +35,12 @@ def run_as_rank(
         RankError: the job raised, died, or was not done in time.
     """
     extensions = _use_extensions()
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     variables = _environment(rank, world_size)
+    # Importing DeepSpeed counts the GPUs, after which a forked process cannot use them.
+    forks = variables["DS_ACCELERATOR"] == "cpu"
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(PRELOAD)
     before = dict(os.environ)
     os.environ.update(variables)  # for the server, if it starts here
     ours, theirs = context.Pipe()
@@ -68,10 +73,8 @@ def _answer(pipe: Connection, timeout: float) -> tuple[bool, Any]:
 
 
 def _environment(rank: int, world_size: int) -> dict[str, str]:
-    import torch
-
-    cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    return cpu | {
+    return {
+        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
         "RANK": str(rank),
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(world_size),

@@ -322,7 +322,8 @@ def _join_world() -> None:
 
     repair()
     logger.setLevel("ERROR")
-    deepspeed.init_distributed("gloo", verbose=False)
+    backend = "gloo" if os.environ["DS_ACCELERATOR"] == "cpu" else None  # NCCL for CUDA
+    deepspeed.init_distributed(backend, verbose=False)
 
 
 def check_stock() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as stock_split
 from deepspeed.ops.adam import FusedAdam
 from torch import nn
@@ -88,7 +89,7 @@ class Model(nn.Module):
 
     def forward(self) -> torch.Tensor:
         # One after the other, because a sum of all would hold an fp32 copy of each.
-        total = torch.zeros((), device=self.dense[0].device)
+        total = torch.zeros((), device=next(self.parameters()).device)
         for param in self.parameters():
             total = total + param.sum()
         return total
@@ -148,7 +149,8 @@ class Run(NamedTuple):
 
 def make_groups(model: nn.Module, case: Case, world: int) -> list[dict[str, Any]]:
     if case.groups == "stock":
-        whole = {"params": list(model.parameters()), "name": "dense"}
+        trained = [param for param in model.parameters() if param.requires_grad]
+        whole = {"params": trained, "name": "dense"}
         dense, *experts = stock_split(whole, max_group_size=case.cap)
         # Their order is that of a set; DeepSpeed drops empty groups.
         experts.sort(key=lambda group: str(group["name"]))
@@ -206,7 +208,7 @@ def expected_figures(
 
 def start(case: Case) -> tuple[Any, list[dict[str, Any]]]:
     """An engine, and the groups that were given to it."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device(get_accelerator().current_device_name()):
         model = Model(case.shape, torch.float32 if case.step.weight_bytes == 4 else torch.bfloat16)
     groups = make_groups(model, case, torch.distributed.get_world_size())
     given = [dict(group, params=list(group["params"])) for group in groups]
@@ -232,9 +234,11 @@ def steps(engine: Any, case: Case, count: int) -> Iterator[tuple[Figures, float]
             if micro < case.accumulate - 1:
                 engine.step()
         time.sleep(0.02)  # threads of gloo release their buckets a moment later
-        with measure_step_memory() as memory:
+        get_accelerator().synchronize()
+        with measure_step_memory(engine.device) as memory:
             begin = time.perf_counter()
             engine.step()
+            get_accelerator().synchronize()
             seconds = time.perf_counter() - begin
         yield Figures(memory.transient, memory.held, memory.step_peak), seconds
 

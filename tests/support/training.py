@@ -154,7 +154,7 @@ def train(engine: Any, steps: int, first: int = 0) -> dict[str, list[float]]:
     dtype = next(engine.module.parameters()).dtype
     history: dict[str, list[float]] = {"loss": [], "norm": []}
     for x, y in batches(steps, first):
-        loss = engine(x.to(dtype), y.to(dtype))
+        loss = engine(x.to(engine.device, dtype), y.to(engine.device, dtype))
         engine.backward(loss)
         engine.step()
         history["loss"].append(float(loss.detach()))
