@@ -159,12 +159,13 @@ def main() -> int:
     row, root, *chosen = sys.argv[1:]
     if unknown := {*chosen} - {*FEATURES}:
         sys.exit(f"unknown features {sorted(unknown)}: there are {', '.join(FEATURES)}")
-    found = {"versions": versions(), "features": run(chosen or FEATURES)}
+    features = run(chosen or FEATURES)
+    found = {"versions": versions(), "features": features}
     if root == "-" or chosen:
         print(tables({row: found}))
     else:
         write(Path(root), row, found)
-    return int(any(counts["failed"] for counts in found["features"].values()))
+    return int(any(counts["failed"] for counts in features.values()))
 
 
 def write(root: Path, row: str, found: dict[str, Any]) -> None:

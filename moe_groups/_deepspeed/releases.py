@@ -31,7 +31,7 @@ def _since(release: str) -> Callable[[], bool]:
 def _at_least(installed: str, release: str) -> bool:
     from packaging.version import Version  # DeepSpeed needs it too; torch alone does not
 
-    return Version(installed) >= Version(release)
+    return bool(Version(installed) >= Version(release))
 
 
 def _exact_partitions() -> bool:

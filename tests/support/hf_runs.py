@@ -132,7 +132,7 @@ def trainer(
         disable_tqdm=True,
     )
 
-    def sampler(self: Any, *_: Any) -> SequentialSampler[Any]:
+    def sampler(self: Any, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
     # TrainingArguments can ask for this order only since transformers 5.

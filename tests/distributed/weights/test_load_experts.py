@@ -58,8 +58,9 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
 def bind(model: nn.Module) -> None:
     """What ``deepspeed.initialize`` does with the layers."""
     for module in model.modules():
+        layer: Any = module
         if isinstance(module, MoE) or type(module).__name__ == "AutoEPMoELayer":
-            module.set_deepspeed_parallelism()
+            layer.set_deepspeed_parallelism()
 
 
 class Block(nn.Module):
@@ -165,7 +166,8 @@ def autoep_layer(block: nn.Module, family: str, ep_size: int) -> nn.Module:
     options = AutoEPConfig(enabled=True, autoep_size=ep_size, use_grouped_mm=False)
     options.load_balance_coeff = None
     ep_rank = distributed.get_rank() % ep_size
-    return AutoEPMoELayer(spec, block, ep_size, ep_rank, options)
+    layer: nn.Module = AutoEPMoELayer(spec, block, ep_size, ep_rank, options)
+    return layer
 
 
 def with_autoep(family: str, ep_size: int) -> nn.Module:
