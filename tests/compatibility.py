@@ -88,8 +88,8 @@ def _count(case: ElementTree.Element, found: dict[str, Any]) -> None:
         found["failed"][case.attrib["name"]] = _last_line(f"{said}\n{bad[0].text or ''}")
     elif said.startswith("refused: "):
         found["refused"].append(said.removeprefix("refused: "))
-    else:  # a whole file that is skipped tells the place before the reason
-        found["skipped"].append(said if said != "collection skipped" else bad[0].text or said)
+    else:  # a whole file that is skipped tells its place before the reason
+        found["skipped"].append(re.sub(r"^\(.*'Skipped: (.*)'\)$", r"\1", said))
 
 
 def _last_line(text: str) -> str:
@@ -161,7 +161,7 @@ def main() -> int:
         sys.exit(f"unknown features {sorted(unknown)}: there are {', '.join(FEATURES)}")
     features = run(chosen or FEATURES)
     found = {"versions": versions(), "features": features}
-    if root == "-" or chosen:
+    if root == "-":
         print(tables({row: found}))
     else:
         write(Path(root), row, found)
@@ -172,6 +172,9 @@ def write(root: Path, row: str, found: dict[str, Any]) -> None:
     """Put ``found`` in the place of an earlier run of the row."""
     path, page = root / "benchmarks/results/compatibility.json", root / "docs/compatibility.md"
     results = json.loads(path.read_text()) if path.exists() else {}
+    earlier = results.get(row)
+    if earlier and earlier["versions"] == found["versions"]:  # of which some features ran again
+        found["features"] = earlier["features"] | found["features"]
     results[row] = found
     path.write_text(json.dumps(results, indent=1) + "\n")
     before, _, rest = page.read_text().partition(BEGIN)

@@ -71,8 +71,8 @@ def compatibility(session: nox.Session, row: str) -> None:
         session.error(f"an environment needs {FREE_BYTES >> 30} GiB of free disk space")
     pins = ROWS[row][1]
     try:
-        install(session, pins)
-        folder = WORK / f"run-{row.replace(' ', '-')}"
+        folder = WORK / row.replace(" ", "-")
+        install(session, pins, folder)
         copy_tests(folder)
         session.chdir(folder)
         # DeepSpeed before 0.16 cannot read its own checkpoints with torch 2.6 or newer without it.
@@ -84,9 +84,9 @@ def compatibility(session: nox.Session, row: str) -> None:
         shutil.rmtree(session.virtualenv.location, ignore_errors=True)
 
 
-def install(session: nox.Session, pins: list[str]) -> None:
-    """Install a wheel of ours beside ``pins``, by its own bounds."""
-    wheels = WORK / "wheels"
+def install(session: nox.Session, pins: list[str], folder: Path) -> None:
+    """Install a wheel of ours, built in ``folder``, beside ``pins``, by its own bounds."""
+    wheels = folder / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     session.chdir(ROOT)
     session.run("uv", "build", "-q", "--wheel", "-o", str(wheels), external=True)
@@ -119,10 +119,11 @@ def contract(session: nox.Session) -> None:
         "set DEEPSPEED_SOURCE to a checkout or a wheel of DeepSpeed, or to a version: "
         "DEEPSPEED_SOURCE=~/DeepSpeed make contract"
     )
-    install(session, [])
+    folder = WORK / "contract"
+    install(session, [], folder)
     given = source if Path(source).exists() else f"deepspeed=={source}"
     session.install("--no-deps", "--no-build-isolation", "--force-reinstall", given)
-    copy_tests(WORK / "run-contract")
-    session.chdir(WORK / "run-contract")
+    copy_tests(folder)
+    session.chdir(folder)
     session.run("python", "-m", "tests.compatibility", "contract", "-", *session.posargs)
     session.run("python", "-m", "tests.deepspeed_suite")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributed
 
+from tests.support.old_deepspeed import NO_BF16, WRONG_NORM, known_before
 from tests.support.ranks import run_on_ranks
 from tests.support.training import groups_by, largest_difference, start, train, weights
 
@@ -58,7 +59,8 @@ def norms_of_a_step(wrapper: str) -> tuple[float, float]:
 def test_stepped_gradients_are_clipped_and_the_norm_is_from_before(wrapper: str) -> None:
     for stepped, told in run_on_ranks(2, norms_of_a_step, wrapper):
         assert told > 2 * CLIP, "nothing was clipped"
-        assert stepped == pytest.approx(CLIP, rel=1e-2)
+        with known_before("0.19", WRONG_NORM):
+            assert stepped == pytest.approx(CLIP, rel=1e-2)
 
 
 def steps_without(wrapper: str, how: str) -> list[float]:
@@ -121,7 +123,9 @@ def keys_after(wrapper: str, folder: Path) -> tuple[list[Any], list[Any], list[A
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_other_keys_of_a_group_are_kept_and_saved(wrapper: str, tmp_path: Path) -> None:
-    for kept in run_on_ranks(2, keys_after, wrapper, tmp_path):
+    with known_before("0.18.5", NO_BF16):
+        found = run_on_ranks(2, keys_after, wrapper, tmp_path)
+    for kept in found:
         assert kept == ([0, 1], [0, 1], [0, 1])
 
 
@@ -140,7 +144,9 @@ def refreshed(wrapper: str) -> tuple[bool, float, float]:
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_weights_of_the_module_are_not_those_that_are_stepped(wrapper: str) -> None:
-    for hooked, before, after in run_on_ranks(2, refreshed, wrapper):
+    with known_before("0.16.4", "BF16_Optimizer refreshes the wrong parts of its masters"):
+        found = run_on_ranks(2, refreshed, wrapper)
+    for hooked, before, after in found:
         assert hooked or not hasattr(deepspeed.DeepSpeedEngine, "_create_module_forward_pre_hook")
         assert before < 3
         assert after == 3

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.training.test_training_equal import fp16_runs
+from tests.support.old_deepspeed import WRONG_NORM, known_before
 from tests.support.ranks import run_on_ranks
 from tests.support.skipping import train_skipping
 from tests.support.training import NORM_TOLERANCE, largest_difference
@@ -70,4 +71,5 @@ def test_bf16_without_dense_group(split: str) -> None:
     """Nothing but experts, and none of them has a gradient on rank 1."""
     for norms, expected in run_on_ranks(2, norms_of_experts_only, split, timeout=60):
         assert min(norms) > 0
-        assert norms == pytest.approx(expected, rel=NORM_TOLERANCE)
+        with known_before("0.19", WRONG_NORM):
+            assert norms == pytest.approx(expected, rel=NORM_TOLERANCE)

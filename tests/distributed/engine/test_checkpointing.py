@@ -30,6 +30,7 @@ from tests.support.checkpointed_models import (
     step,
     torchs,
 )
+from tests.support.old_deepspeed import known_before
 from tests.support.pipeline_runs import start_pipeline, train_pipeline
 from tests.support.ranks import run_on_ranks
 from tests.support.training import groups_by, largest_difference, start, train, weights
@@ -81,7 +82,9 @@ def test_two_layers_in_a_checkpointed_function() -> None:
 
 def test_experts_that_are_not_distributed() -> None:
     for found in run_on_ranks(2, compare, WAYS, ep_size=1, k=2):
-        assert found == {name: ((0, 0), []) for name in WAYS}
+        assert found["ours"] == found["plain"]
+        with known_before("0.19", "a rank with all experts sends tokens to itself"):
+            assert found["plain"] == ((0, 0), [])
 
 
 # ---- other ways to call it -------------------------------------------------------------

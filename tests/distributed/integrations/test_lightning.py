@@ -23,6 +23,7 @@ from moe_groups.errors import CheckpointMismatchError
 from moe_groups.integrations.lightning import GroupLearningRateMonitor
 from tests.distributed.test_demo import run_example
 from tests.support.models import TinyMoE
+from tests.support.old_deepspeed import known_before
 from tests.support.ranks import run_on_ranks
 from tests.support.training import (
     batches,
@@ -148,7 +149,9 @@ def compare_with_deepspeed(wrapper: str, folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("wrapper", ["zero2", "bf16"])
 def test_training_and_resuming_equal_deepspeed(wrapper: str, tmp_path: Path) -> None:
-    for run in run_on_ranks(2, compare_with_deepspeed, wrapper, str(tmp_path / "saved")):
+    with known_before("0.16.9", "BF16_Optimizer has no zero_grad, which Lightning calls"):
+        found = run_on_ranks(2, compare_with_deepspeed, wrapper, str(tmp_path / "saved"))
+    for run in found:
         assert run["losses"] == run["expected"]
         assert run["equal"]
     assert read_manifest(tmp_path / "saved" / "checkpoint" / "moe_groups.json").layout.origins

@@ -22,6 +22,7 @@ from tests.support.hf_runs import (
     trainer,
 )
 from tests.support.models import TinyMoE
+from tests.support.old_deepspeed import known_before
 from tests.support.ranks import forget_process_groups, run_on_ranks
 from tests.support.training import (
     config as deepspeed_config,
@@ -132,7 +133,9 @@ def train_with_an_empty_group() -> tuple[int, int]:
 
 def test_deepspeed_drops_an_empty_group_and_a_scheduler_fails() -> None:
     """Why no group may be empty: the rates that the scheduler keeps are then too many."""
-    for rates, groups in run_on_ranks(2, train_with_an_empty_group):
+    with known_before("0.18.9", "an empty group fails in another way"):
+        found = run_on_ranks(2, train_with_an_empty_group)
+    for rates, groups in found:
         assert rates == groups + 1
 
 

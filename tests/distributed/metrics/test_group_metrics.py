@@ -17,6 +17,7 @@ from moe_groups.errors import InvalidArgumentError
 from moe_groups.metrics.group_metrics import GroupMetrics
 from moe_groups.metrics.report import GroupStats, MetricsReport
 from tests.support.models import FFN, HIDDEN
+from tests.support.old_deepspeed import WRONG_NORM, known_before
 from tests.support.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks
 from tests.support.stage_models import Run, start_run, train_run
 from tests.support.training import (
@@ -154,8 +155,10 @@ def compare(
 @pytest.mark.parametrize("ep_size", [1, 2])
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2", "zero2_fp32_grads", "bf16", "fp32"])
 def test_norms_are_those_of_whole_gradients(wrapper: str, ep_size: int) -> None:
+    shown = "safe_get_full_grad shows gradients of BF16_Optimizer that are not reduced"
     for split, micro in (("expert", 1), ("parallel_group", 2)):
-        ranks = run_on_ranks(2, compare, wrapper, split, ep_size, micro)
+        with known_before("0.19", shown):
+            ranks = run_on_ranks(2, compare, wrapper, split, ep_size, micro)
         assert ranks[0] == ranks[1]
         assert len(ranks[0]) == 2
 
@@ -268,8 +271,9 @@ def skipping(wrapper: str) -> MetricsReport:
 
 @pytest.mark.parametrize("wrapper", ["zero2", "bf16", "fp32"])
 def test_experts_without_a_gradient(wrapper: str) -> None:
-    first, other = run_on_ranks(2, skipping, wrapper)
-    assert first == other
+    with known_before("0.19", WRONG_NORM):
+        first, other = run_on_ranks(2, skipping, wrapper)
+        assert first == other
     experts = first.layers["experts"].experts
     assert [stats is None for stats in experts] == [False, True, False] * 2
     assert [bool(stats and stats.grad_norm) for stats in experts] == [True, False, False] * 2
