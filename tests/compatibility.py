@@ -135,9 +135,8 @@ def _cell(found: dict[str, Any], feature: str) -> str:
     if counts is None:
         return "not run"
     number = {key: len(counts.get(key, ())) for key in ("refused", "skipped", "failed")}
-    total = counts["passed"] + sum(number.values())
-    text = [f"{counts['passed']} of {total}"]
-    return ", ".join(text + [f"{count} {key}" for key, count in number.items() if count])
+    parts = {"passed": counts["passed"], **number}
+    return ", ".join(f"{count} {key}" for key, count in parts.items() if count)
 
 
 def _messages(results: dict[str, dict[str, Any]], kind: str) -> list[str]:
