@@ -140,17 +140,18 @@ def _cell(found: dict[str, Any], feature: str) -> str:
 
 
 def _messages(results: dict[str, dict[str, Any]], kind: str) -> list[str]:
-    """Each message once, with the features and rows that it is from."""
+    """Each message once, with the rows and features that it is from."""
     places: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row, found in results.items():
         for feature, counts in found["features"].items():
             said = counts.get(kind, [])
             for text in {*(said.values() if isinstance(said, dict) else said)}:
-                places[text][feature].append(row)
+                same = re.sub(r"^deepspeed \d\S* ", "DeepSpeed ", text).replace("`", "")
+                places[same][row].append(feature)
     lines = []
-    for text, by_feature in places.items():
-        where = "; ".join(f"{feature} ({', '.join(at)})" for feature, at in by_feature.items())
-        lines.append(f"- {where}: `{text.replace('`', '')}`")
+    for text, by_row in places.items():
+        where = "; ".join(f"{row}: {', '.join(features)}" for row, features in by_row.items())
+        lines.append(f"- `{text}` ({where})")
     return lines
 
 
