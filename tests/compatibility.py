@@ -172,8 +172,8 @@ def write(root: Path, row: str, found: dict[str, Any]) -> None:
     """Put ``found`` in the place of an earlier run of the row."""
     path, page = root / "benchmarks/results/compatibility.json", root / "docs/compatibility.md"
     results = json.loads(path.read_text()) if path.exists() else {}
-    earlier = results.get(row)
-    if earlier and earlier["versions"] == found["versions"]:  # of which some features ran again
+    earlier = results.get(row, {"versions": None})
+    if earlier["versions"] == found["versions"]:  # not all features need to run again
         found["features"] = earlier["features"] | found["features"]
     results[row] = found
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -6,7 +6,9 @@ hangs in DeepSpeed without this library is in ``test_contract_failures.py``.
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
 from moe_groups import protect_checkpoints
-from moe_groups._deepspeed import contract, patching
+from moe_groups._deepspeed import contract, patching, releases
 from moe_groups.checkpoints.layout import round_robin
+from moe_groups.errors import UnsupportedDeepSpeedError
 from tests.support.models import FFN, HIDDEN, TinyMoE
-from tests.support.old_deepspeed import NO_BF16, known_before
+from tests.support.old_deepspeed import NO_BF16, before, known_before
 from tests.support.ranks import RankError, run_on_ranks, run_on_stock
 from tests.support.training import (
     WRAPPERS,
@@ -228,6 +231,23 @@ def test_patched_places(owner: str, name: str) -> None:
         assert pinned.startswith(found.removesuffix(")"))
     else:
         assert found == pinned
+
+
+def test_a_feature_that_a_release_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = releases.Feature("cannot fly", "9.8", lambda: False)
+    monkeypatch.setitem(releases.FEATURES, "wings", lacking)
+    installed = re.escape(version("deepspeed").partition("+")[0])
+    with pytest.raises(
+        UnsupportedDeepSpeedError,
+        match=rf"^deepspeed {installed}\S* cannot fly: install deepspeed 9.8 or newer, or walk.$",
+    ):
+        releases.need("wings", "walk")
+
+
+@pytest.mark.parametrize("feature", releases.FEATURES)
+def test_the_pinned_release_has_every_feature(feature: str) -> None:
+    if not before(patching.TESTED_VERSION):
+        releases.need(feature, "")
 
 
 def test_what_stages_agree_with() -> None:
