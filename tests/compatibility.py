@@ -89,7 +89,8 @@ def _count(case: ElementTree.Element, found: dict[str, Any]) -> None:
     elif said.startswith("refused: "):
         found["refused"].append(said.removeprefix("refused: "))
     else:  # a whole file that is skipped tells its place before the reason
-        found["skipped"].append(re.sub(r"^\(.*'Skipped: (.*)'\)$", r"\1", said))
+        whole = re.search(r"Skipped: ([^']*)", bad[0].text or "")
+        found["skipped"].append(whole[1] if whole and said == "collection skipped" else said)
 
 
 def _last_line(text: str) -> str:

@@ -16,6 +16,8 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from packaging.version import Version
 
+from moe_groups._deepspeed.releases import FEATURES
+
 NO_BF16 = "an fp16 optimizer stands in for BF16_Optimizer"
 WRONG_NORM = "BF16_Optimizer clips by another norm than that of its gradients"
 
@@ -23,6 +25,12 @@ WRONG_NORM = "BF16_Optimizer clips by another norm than that of its gradients"
 def before(release: str) -> bool:
     """Is the installed DeepSpeed older?"""
     return bool(Version(deepspeed.__version__) < Version(release))
+
+
+def can_resume(wrapper: str) -> bool:
+    """Does the installed DeepSpeed load what it saves with this wrapper?"""
+    needed = {"bf16": "BF16_Optimizer", "half": "bf16 states", "fp32": "fp32 states"}
+    return wrapper not in needed or FEATURES[needed[wrapper]].there()
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ pytestmark = pytest.mark.skipif(
     Version(__version__) < Version("5"),
     reason="the blocks to compare with are those of transformers 5",
 )
+NO_AUTOEP = "DeepSpeed before 0.19.2 has no AutoEP"
 STYLES = [(family, fused) for family in FAMILIES for fused in (False, True)]
 
 
@@ -198,6 +199,7 @@ def compare_autoep(family: str, directory: Path, ep_size: int, back: Path) -> No
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_autoep_layers(family: str, fused: bool, ep_size: int, tmp_path: Path) -> None:
     """DeepSeek's routing too, bias and groups included; and back, bit for bit."""
+    pytest.importorskip("deepspeed.module_inject.auto_ep_config", reason=NO_AUTOEP)
     source = hf_model(family)
     directory = save(source, tmp_path / "in", fused=fused)
     run_on_ranks(2, compare_autoep, family, directory, ep_size, tmp_path / "out")
@@ -293,6 +295,7 @@ def load_into_autoep_engine(directory: Path) -> None:
 
 
 def test_an_engine_with_autoep_layers(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed.module_inject.auto_ep_config", reason=NO_AUTOEP)
     run_on_ranks(2, load_into_autoep_engine, save(hf_model("mixtral"), tmp_path, fused=True))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_groups import verify
+from tests.support.old_deepspeed import can_resume
 from tests.support.pairwise import pairwise
 from tests.support.ranks import run_in_fresh_processes, run_on_ranks
 from tests.support.training import groups_by, largest_difference, start, train, weights
@@ -85,7 +86,7 @@ ROWS = pairwise(
 def test_resume_equals_the_run_that_never_stopped(world: int, tmp_path: Path) -> None:
     rows = [{key: value for key, value in row.items() if key != "world"} for row in ROWS]
     cases = [Case(**row) for row, whole in zip(rows, ROWS, strict=True) if whole["world"] == world]
-    check(world, cases, tmp_path)
+    check(world, [case for case in cases if can_resume(case.wrapper)], tmp_path)
 
 
 def load_into_renamed_layer(cases: list[Case], folder: Path) -> list[str]:
@@ -101,6 +102,7 @@ def load_into_renamed_layer(cases: list[Case], folder: Path) -> list[str]:
 
 
 def test_resume_after_a_layer_was_renamed(tmp_path: Path) -> None:
-    cases = [Case(wrapper, 2, "expert", layers=1) for wrapper in ("zero1", "bf16", "half")]
+    wrappers = filter(can_resume, ("zero1", "bf16", "half"))
+    cases = [Case(wrapper, 2, "expert", layers=1) for wrapper in wrappers]
     run_on_ranks(2, save_and_go_on, cases, tmp_path)
     assert run_in_fresh_processes(2, load_into_renamed_layer, cases, tmp_path) == [[], []]
