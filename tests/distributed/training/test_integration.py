@@ -58,18 +58,18 @@ def client_callable(model: nn.Module) -> Any:
 
     tag_experts(model)
     parameters = list(model.parameters())
-    return initialize(model, optimizer, config("zero2"), model_parameters=parameters)
+    return initialize(model, optimizer, config("bf16"), model_parameters=parameters)
 
 
 def config_optimizer(model: nn.Module) -> Any:
     params = {"lr": 1e-2, "weight_decay": 0.01, "torch_adam": True, "fused": False}
-    cfg = config("zero2", optimizer={"type": "AdamW", "params": params})
+    cfg = config("bf16", optimizer={"type": "AdamW", "params": params})
     made = create_moe_param_groups(model, split_by="expert")
     return initialize(model, None, cfg, model_parameters=made)
 
 
 def compare_way(way: Callable[[nn.Module], Any]) -> bool:
-    stock = trained_by_stock(start("zero2", groups_by("stock"), model_options=EP2))
+    stock = trained_by_stock(start("bf16", groups_by("stock"), model_options=EP2))
     run = trained(way(TinyMoE(MoE, **EP2)))
     assert len(run[0]) == 4
     return equal(run, stock)
@@ -105,11 +105,11 @@ def compare_drop_in(split_by: str | None) -> tuple[list[str], bool]:
         return made
 
     stock = trained_by_stock(
-        start("zero2", lambda model: stock_split(megatron_groups(model)), model_options=EP2)
+        start("bf16", lambda model: stock_split(megatron_groups(model)), model_options=EP2)
     )
     model = TinyMoE(MoE, **EP2)
     tag_experts(model)
-    run = trained(start("zero2", ours, model))
+    run = trained(start("bf16", ours, model))
     return run[0], equal(run, stock)
 
 
