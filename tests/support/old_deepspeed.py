@@ -38,8 +38,8 @@ def known_before(release: str, fault: str) -> Iterator[None]:
     """Skip, with the fault as reason, what fails in a DeepSpeed that is older than ``release``."""
     try:
         yield
-    except AssertionError:
-        if before(release):
+    except AssertionError as error:
+        if before(release) and "requires DeepSpeed" not in str(error):
             pytest.skip(f"DeepSpeed before {release}: {fault}")
         raise
 
