@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_groups._deepspeed.engines import engine_data_parallel_group, stepped_groups
+from moe_groups._deepspeed.layers import layer_parts
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import expert_data_parallel_ranks
 from moe_groups._deepspeed.releases import need
+from moe_groups.errors import CheckpointError
 from moe_groups.tags import is_expert_parameter, numel_of, parallel_group_of
 
 
@@ -144,3 +146,20 @@ def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, checkpoint, *args, **kwargs)
 
     return load_module_state_dict
+
+
+def wrap_save_16bit(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a file that is called the model, and has the experts of rank 0 alone."""
+
+    def save_16bit_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for path, module in self.module.named_modules():
+            parts = layer_parts(module)
+            if parts is not None and parts.ep_size > 1:
+                raise CheckpointError(
+                    f"save_16bit_model writes the weights of rank 0, which has 1 of {parts.ep_size} "
+                    f"parts of the experts of {path}. Nothing was saved. save_experts(engine, "
+                    "directory, family=...) writes all of them, and so does save_checkpoint."
+                )
+        return original(self, *args, **kwargs)
+
+    return save_16bit_model
