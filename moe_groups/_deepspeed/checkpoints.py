@@ -156,9 +156,10 @@ def wrap_save_16bit(original: Callable[..., Any]) -> Callable[..., Any]:
             parts = layer_parts(module)
             if parts is not None and parts.ep_size > 1:
                 raise CheckpointError(
-                    f"save_16bit_model writes the weights of rank 0, which has 1 of {parts.ep_size} "
-                    f"parts of the experts of {path}. Nothing was saved. save_experts(engine, "
-                    "directory, family=...) writes all of them, and so does save_checkpoint."
+                    "save_16bit_model writes the weights of rank 0, which has 1 of "
+                    f"{parts.ep_size} parts of the experts of {path}. Nothing was saved. "
+                    "save_experts(engine, directory, family=...) writes all of them, and so does "
+                    "save_checkpoint."
                 )
         return original(self, *args, **kwargs)
 
