@@ -71,7 +71,8 @@ def schedule_into_other_groups(wrapper: str, folder: Path, states: bool) -> list
         assert not states or rates(engine) == expected
         train(engine, 1)
         told.append(rates(engine) == {name: lr / 2 for name, lr in expected.items()})
-    except CheckpointError:
+    except CheckpointMismatchError as error:  # without ZeRO; it has a way out
+        assert "Nothing was loaded. Converting does not help; load_module_only=True" in str(error)
         told.append("not converted")
     return told
 
