@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,16 @@ def checkpoint_rank(engine: Any) -> tuple[int, int]:
     if tensor_parallel is None:  # DeepSpeed before 0.19
         tensor_parallel = 0 if engine.mpu is None else engine.mpu.get_model_parallel_rank()
     return int(tensor_parallel), torch.distributed.get_rank(_data_parallel_group(engine))
+
+
+def experts_optimizer_file(engine: Any, load_dir: object, tag: str) -> Path | None:
+    """Where a model with MoE layers has this rank's optimizer states without ZeRO; else None."""
+    if engine.zero_optimization() or not engine.has_moe_layers:
+        return None
+    from deepspeed.utils import groups
+
+    ep_rank = groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
+    return Path(engine._get_optimizer_ckpt_name(str(load_dir), tag, ep_rank))
 
 
 def writes_later(engine: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import distributed
 
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed.checkpoints import checkpoint_rank
+from moe_groups._deepspeed.checkpoints import checkpoint_rank, experts_optimizer_file
 from moe_groups._deepspeed.engines import Engine, wrapper_name
 from moe_groups.checkpoints.convert.model import SCHEDULER, group_lists
 from moe_groups.checkpoints.files import (
@@ -218,6 +218,13 @@ def _examine(
     unstated = sum(map(check_crcs, files.states(optimizer)[share])) if data else 0
     by_position = by_position or (client and _has_schedule(engine, files))
     found = _compare(engine, files, optimizer) if by_position else Finding("same")
+    own = experts_optimizer_file(engine, load_dir, tag) if optimizer else None
+    if own is not None and found.kind not in ("other", "world") and not own.is_file():
+        raise CheckpointError(
+            f"{own}, the optimizer states of rank {distributed.get_rank()}, is missing. Copy all "
+            "files of the checkpoint again, or load the weights alone, into fresh optimizer "
+            "state: load_module_only=True."
+        )
     return replace(found, tag=tag, unstated=unstated)
 
 
