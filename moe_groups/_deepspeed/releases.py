@@ -43,7 +43,7 @@ def _exact_partitions() -> bool:
 def _bf16_optimizer() -> bool:
     from deepspeed.runtime import constants
 
-    return getattr(constants, "DDP_BFLOAT16", None) != constants.BFLOAT16
+    return bool(getattr(constants, "DDP_BFLOAT16", None) != constants.BFLOAT16)
 
 
 def _pickled_files() -> bool:
