@@ -4,14 +4,17 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from moe_groups._deepspeed.engines import engine_data_parallel_group, stepped_groups
+from moe_groups._deepspeed.layers import layer_parts
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import expert_data_parallel_ranks
 from moe_groups._deepspeed.releases import need
+from moe_groups.errors import CheckpointError
 from moe_groups.tags import is_expert_parameter, numel_of, parallel_group_of
 
 
@@ -73,6 +76,16 @@ def checkpoint_rank(engine: Any) -> tuple[int, int]:
     if tensor_parallel is None:  # DeepSpeed before 0.19
         tensor_parallel = 0 if engine.mpu is None else engine.mpu.get_model_parallel_rank()
     return int(tensor_parallel), torch.distributed.get_rank(_data_parallel_group(engine))
+
+
+def experts_optimizer_file(engine: Any, load_dir: object, tag: str) -> Path | None:
+    """Where a model with MoE layers has this rank's optimizer states without ZeRO; else None."""
+    if engine.zero_optimization() or not engine.has_moe_layers:
+        return None
+    from deepspeed.utils import groups
+
+    ep_rank = groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
+    return Path(engine._get_optimizer_ckpt_name(str(load_dir), tag, ep_rank))
 
 
 def writes_later(engine: Any) -> bool:
@@ -144,3 +157,21 @@ def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, checkpoint, *args, **kwargs)
 
     return load_module_state_dict
+
+
+def wrap_save_16bit(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a file that is called the model, and has the experts of rank 0 alone."""
+
+    def save_16bit_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for path, module in self.module.named_modules():
+            parts = layer_parts(module)
+            if parts is not None and parts.ep_size > 1:
+                raise CheckpointError(
+                    "save_16bit_model writes the weights of rank 0, which has 1 of "
+                    f"{parts.ep_size} parts of the experts of {path}. Nothing was saved. "
+                    "save_experts(engine, directory, family=...) writes all of them, and so does "
+                    "save_checkpoint."
+                )
+        return original(self, *args, **kwargs)
+
+    return save_16bit_model

@@ -2,7 +2,12 @@
 
 import sys
 
-from moe_groups._deepspeed.checkpoints import wrap_load, wrap_load_module, wrap_save
+from moe_groups._deepspeed.checkpoints import (
+    wrap_load,
+    wrap_load_module,
+    wrap_save,
+    wrap_save_16bit,
+)
 from moe_groups._deepspeed.collectives import wrap_gather_tokens
 from moe_groups._deepspeed.norms import (
     wrap_grads_for_norm,
@@ -64,6 +69,7 @@ CHANGES: tuple[Change, ...] = (
     ("deepspeed.runtime.engine:DeepSpeedEngine", "save_checkpoint", wrap_save),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "load_checkpoint", wrap_load),
     ("deepspeed.runtime.engine:DeepSpeedEngine", "load_module_state_dict", wrap_load_module),
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "save_16bit_model", wrap_save_16bit),
     (f"{_ZERO}:DeepSpeedZeroOptimizer", "_configure_moe_settings", wrap_moe_settings),
     (f"{_BF16}:BF16_Optimizer", "_configure_moe_settings", wrap_moe_settings),
     (f"{_BF16}:BF16_Optimizer", "_setup_for_real_optimizer", wrap_setup),

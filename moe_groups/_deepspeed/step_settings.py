@@ -154,8 +154,11 @@ def read_step_settings(given: Mapping[str, Any] | str | os.PathLike[str]) -> Ste
 def _load(path: Any) -> Any:
     import hjson  # as DeepSpeed reads it
 
-    with open(path, encoding="utf-8") as file:
-        return hjson.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return hjson.load(file)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
 
 
 def _parsed(name: str, read: Callable[[Any], _T], given: Any) -> _T:

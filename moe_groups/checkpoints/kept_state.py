@@ -5,6 +5,7 @@ them: RAdam reads AdamW's ``exp_avg`` and trains on, SGD fails in the first step
 """
 
 import inspect
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from moe_groups.checkpoints.layout import readable_options
 
 _ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 """Their state means the same in all of them."""
+_FLAG = "amsgrad"
 _HOW = ("params", "fused", "foreach", "capturable", "differentiable")
 """Arguments of torch's optimizers that choose a kernel; they change no state."""
 
@@ -58,6 +60,28 @@ def compare_kept(saved: Kept, running: Kept) -> Literal["same", "unknown", "othe
             return "other"
     unknown = saved.by and saved.by != running.by and None in kinds
     return "unknown" if unknown else "same"
+
+
+def other_options(by: str | None, saved: Collection[str], optimizer: Any) -> str | None:
+    """What in the names of saved options tells that they are another optimizer's; None if nothing.
+
+    DeepSpeed replaces the options of the groups by the saved ones, and the next step is a KeyError.
+
+    Args:
+        by: the class that was saved; None where not told.
+        saved: names of the options in the groups of a checkpoint.
+        optimizer: the running one.
+    """
+    defaults = getattr(optimizer, "defaults", {})
+    needed = {name for name, value in defaults.items() if not isinstance(value, bool | None)}
+    if missing := sorted(needed - {*saved}):
+        return f"without {', '.join(missing)}"
+    # Adam and AdamW have it, RAdam with the same state has not; "bias_correction" is DeepSpeed's.
+    told = by or not type(optimizer).__module__.startswith("torch.optim.")
+    has, wants = _FLAG in saved, _FLAG in defaults
+    if not told and has != wants and "bias_correction" not in saved:
+        return f"with {_FLAG}" if has else f"without {_FLAG}"
+    return None
 
 
 def _kind(by: str | None) -> str | None:

@@ -212,6 +212,13 @@ def state_keys(shard: Shard) -> tuple[str, ...] | None:
     return keys_of(state["state"].values()) if isinstance(state, dict) else None
 
 
+def option_names(shard: Shard) -> frozenset[str] | None:
+    """Names of the options of all groups; None where they are not told by group."""
+    if not isinstance(shard.optimizer[STATE], dict):
+        return None
+    return frozenset(str(key) for options in shard.options for key in options)
+
+
 class SameStep:
     """Compares shards, one after the other, with the first one that counts."""
 

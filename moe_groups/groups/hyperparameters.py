@@ -78,8 +78,8 @@ def _check_value(name: str, key: str, value: Any) -> None:
         numbers = list(map(float, values))
         if not all(math.isfinite(number) and number >= 0 for number in numbers):
             raise InvalidArgumentError(f"{name}={shown(value)} must be finite and at least 0.")
-        if key == "betas" and not all(number < 1 for number in numbers):
-            raise InvalidArgumentError(f"{name}={shown(value)} must be below 1.")
+        if key == "betas" and not (len(numbers) > 1 and all(number < 1 for number in numbers)):
+            raise InvalidArgumentError(f"{name}={shown(value)} must be 2 or 3 numbers below 1.")
 
 
 def _below(kind: Any) -> Iterator[Any]:

@@ -1,8 +1,10 @@
 """``load_experts``: each rank reads its own experts from a Hugging Face checkpoint."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import distributed, nn
@@ -25,6 +27,8 @@ from moe_groups.weights.names import ROUTER
 from moe_groups.weights.safetensors_files import SafetensorsFiles
 
 _SHOWN = 20
+_Prepared: TypeAlias = tuple[SafetensorsFiles, LoadPlan, list[str]]
+"""Files, what is read from them, and what nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,16 @@ def load_experts(
     _check_module(module, model is module, layers)
     local = find_local_experts(module, topology)
     given = NamesGiven(layers, matrices or {}, router)
-    with SafetensorsFiles(directory) as files:
-        plan = plan_load(files, module, local, given)
-        unused = sorted(set(files.tensors) - plan.used)
-        _refuse(plan, unused, strict, files.directory)
-        if check_data:
-            _check_data(plan, files)
+    with contextlib.ExitStack() as stack:
+
+        def prepare() -> _Prepared:
+            files = stack.enter_context(SafetensorsFiles(directory))
+            plan = plan_load(files, module, local, given)
+            unused = sorted(set(files.tensors) - plan.used)
+            _refuse(plan, unused, strict, files.directory)
+            return files, plan, unused
+
+        files, plan, unused = _checked(prepare) if check_data else prepare()
         if local and model is module:
             support_our_groups(moe=True)  # so that deepspeed.initialize checks the places
         read = _copy(plan, files)
@@ -169,21 +177,25 @@ def _refuse(plan: LoadPlan, unused: list[str], strict: bool, directory: Path) ->
     )
 
 
-def _check_data(plan: LoadPlan, files: SafetensorsFiles) -> None:
-    """All ranks raise if one reads what was changed."""
-    names = sorted({piece.tensor for _, piece in plan.copies})
+def _checked(prepare: Callable[[], _Prepared]) -> _Prepared:
+    """Compare the bytes too. All ranks raise if one has to, or the others would wait for it."""
+    prepared: list[_Prepared] = []
+
+    def check() -> int:
+        files, plan, _ = found = prepare()
+        prepared.append(found)
+        return files.check_data(sorted({piece.tensor for _, piece in plan.copies}))
+
     ranks = distributed.is_initialized()
-    unstated = (
-        on_all_ranks(lambda: files.check_data(names), "Nothing was loaded.")
-        if ranks
-        else [files.check_data(names)]
-    )
+    unstated = on_all_ranks(check, "Nothing was loaded.") if ranks else [check()]
+    files, *_ = prepared[0]
     if total := sum(unstated):
         warn(
             f"{total:,} tensors of {files.directory} state no CRC-32, as save_experts did not "
             "write them: whether they changed cannot be told.",
             CheckpointWarning,
         )
+    return prepared[0]
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import distributed
 
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed.checkpoints import checkpoint_rank
+from moe_groups._deepspeed.checkpoints import checkpoint_rank, experts_optimizer_file
 from moe_groups._deepspeed.engines import Engine, wrapper_name
 from moe_groups.checkpoints.convert.model import SCHEDULER, group_lists
 from moe_groups.checkpoints.files import (
@@ -25,11 +25,17 @@ from moe_groups.checkpoints.files import (
 )
 from moe_groups.checkpoints.guard.engine_layout import own_groups
 from moe_groups.checkpoints.guard.refuse import refuse
-from moe_groups.checkpoints.kept_state import Kept, compare_kept, kept_by
+from moe_groups.checkpoints.kept_state import Kept, compare_kept, kept_by, other_options
 from moe_groups.checkpoints.layout import FlatGroup, Rank
 from moe_groups.checkpoints.layout_diff import compare_groups
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, read_manifest
-from moe_groups.checkpoints.shard import WRAPPERS, read_shard, state_keys, step_of_shard
+from moe_groups.checkpoints.shard import (
+    WRAPPERS,
+    option_names,
+    read_shard,
+    state_keys,
+    step_of_shard,
+)
 from moe_groups.checkpoints.torch_file import check_crcs, read_torch_file
 from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
 
@@ -50,6 +56,7 @@ class Finding:
         step: of this rank's optimizer state.
         unstated: records that could not be compared, as they state no CRC-32.
         saved: the optimizer's state that this rank would load; None where nothing tells.
+        options: names of the options in its groups; None where nothing tells.
     """
 
     kind: Kind
@@ -57,6 +64,7 @@ class Finding:
     step: float | None = None
     unstated: int = 0
     saved: Kept | None = None
+    options: frozenset[str] | None = None
 
 
 @contextlib.contextmanager
@@ -103,7 +111,7 @@ def checked(
             CheckpointWarning,
         )
     where = f"{load_dir} ({findings[0].tag})"
-    _check_optimizer(where, kept_by(engine.basic_optimizer), findings)
+    _check_optimizer(where, engine.basic_optimizer, findings)
     if unstated := sum(finding.unstated for finding in findings):
         warn(
             f"{unstated:,} records in {load_dir / str(findings[0].tag)} state no CRC-32 "
@@ -133,11 +141,20 @@ def checked(
     yield load_dir
 
 
-def _check_optimizer(where: str, running: Kept, findings: list[Finding]) -> None:
+def _check_optimizer(where: str, optimizer: Any, findings: list[Finding]) -> None:
     """Refuse state that the running optimizer keeps not, or keeps with another meaning."""
-    for saved in (finding.saved for finding in findings if finding.saved is not None):
+    running = kept_by(optimizer)
+    for finding in findings:
+        saved = finding.saved
+        if saved is None:
+            continue
         verdict = compare_kept(saved, running)
         line = f"it was saved with the state of {saved}, the run has {running}"
+        told = None
+        if saved.by != running.by and finding.options is not None:
+            told = other_options(saved.by, finding.options, optimizer)
+        if told:
+            verdict, line = "other", f"{line}; the options of its groups are {told}"
         if verdict == "other":
             message = (
                 f"{where} was saved with another optimizer.\n  {line}\nNothing was loaded. "
@@ -201,6 +218,13 @@ def _examine(
     unstated = sum(map(check_crcs, files.states(optimizer)[share])) if data else 0
     by_position = by_position or (client and _has_schedule(engine, files))
     found = _compare(engine, files, optimizer) if by_position else Finding("same")
+    own = experts_optimizer_file(engine, load_dir, tag) if optimizer else None
+    if own is not None and found.kind not in ("other", "world") and not own.is_file():
+        raise CheckpointError(
+            f"{own}, the optimizer states of rank {distributed.get_rank()}, is missing. Copy all "
+            "files of the checkpoint again, or load the weights alone, into fresh optimizer "
+            "state: load_module_only=True."
+        )
     return replace(found, tag=tag, unstated=unstated)
 
 
@@ -259,12 +283,12 @@ def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> F
             )
         return Finding("world")
     shard = read_shard(files.shards[rank], files.trust, elastic=True)
-    saved = Kept(None, state_keys(shard))
+    told = Finding("other", saved=Kept(None, state_keys(shard)), options=option_names(shard))
     if shard.holds(rank, running):
-        return Finding("same", step=step_of_shard(shard), saved=saved)
+        return replace(told, kind="same", step=step_of_shard(shard))
     if files.manifest.is_file():
         raise CheckpointError(
             f"{files.manifest} says that the groups are those of this run, but {shard.path.name} "
             "holds others: the files are not of one checkpoint."
         )
-    return Finding("other", saved=saved)
+    return told

@@ -71,13 +71,12 @@ def _refusal(
     saved = read_layout(files)
     lines, kind = differences(saved, run.layout, known)
     convertible = kind in ("regrouped", "trained")
+    convertible &= bool(files.shards) and run.wrapper in WRAPPERS
     why = "Converting does not help"
-    if kind == "trained":
-        convertible = bool(files.shards) and run.wrapper in WRAPPERS
+    if kind == "trained" and convertible:
         problem = None
         try:
-            if convertible:
-                problem = fresh_problem(RegroupSource(files, saved), run.layout)
+            problem = fresh_problem(RegroupSource(files, saved), run.layout)
         except CheckpointError as error:  # a weight is not there
             kind, problem = "model", str(error).rstrip(".")
         if problem:
@@ -87,7 +86,7 @@ def _refusal(
     convertible &= not (saved.problem() or run.layout.problem())
     where = f"{load_dir} ({tag})"
     target = None
-    if convertible and files.shards and run.wrapper in WRAPPERS:
+    if convertible:
         target = _write_target(run, load_dir)
         source, made = shlex.quote(str(load_dir)), shlex.quote(f"{load_dir}-regrouped")
         way_out = (

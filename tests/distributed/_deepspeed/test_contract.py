@@ -217,6 +217,8 @@ SIGNATURES = {
     "get_norm_with_moe_layers": "(non_expert_norm, mpu, expert_tensors, norm_type=2)",
     "save_checkpoint": "(self, save_dir, tag=None, client_state={}, save_latest=True, "
     "exclude_frozen_parameters=False)",
+    "save_16bit_model": "(self, save_dir, save_filename='pytorch_model.bin', "
+    "exclude_frozen_parameters=False)",
     "load_checkpoint": "(self, load_dir, tag=None, load_module_strict=True, "
     "load_optimizer_states=True, load_lr_scheduler_states=True, load_module_only=False, "
     "custom_load_fn=None)",

@@ -256,6 +256,10 @@ def load_before_and_after(wrapper: str, directory: Path) -> None:
     for own, other in zip(trained(engine), wanted, strict=True):
         assert largest_difference(own, other) == 0
     assert largest_difference(wanted[0], wanted[1]) > 0
+    with pytest.raises(
+        CheckpointError, match=r"has 1 of 2 parts of the experts of model\.blocks\.0"
+    ):
+        engine.save_16bit_model(str(directory / "half"))
     save_experts(engine, directory / "fp32", family="qwen3_moe", dtype="fp32")
     back, layers = stored(directory / "fp32"), engine.module.model.blocks
     for name, master in weights(engine).items():
@@ -482,6 +486,9 @@ def load_round_trip(source: Path, back: Path) -> bool:
     distributed.barrier()
     with pytest.raises(CheckpointError, match=r"\.experts\.[23]\..* is not what was written"):
         load_experts(halves, back, check_data=True)
+    lost = back / "nowhere" if distributed.get_rank() else back
+    with pytest.raises(CheckpointError, match="nowhere is no checkpoint of safetensors"):
+        load_experts(halves, lost, check_data=True)  # one rank does not see the files
     return same
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import optim
 
-from moe_groups.checkpoints.kept_state import Kept, compare_kept, kept_by
+from moe_groups.checkpoints.kept_state import Kept, compare_kept, kept_by, other_options
 
 ADAM = ("exp_avg", "exp_avg_sq", "step")
 
@@ -50,6 +50,20 @@ def test_state_of_torch_optimizers(saved: str, running: str) -> None:
     assert compare_kept(after, kept_by(made(cls, **options))) == wanted
 
 
+@pytest.mark.parametrize("running", CASES)
+@pytest.mark.parametrize("saved", ["AdamW", "RAdam", "SGD"])
+def test_options_of_torch_optimizers(saved: str, running: str) -> None:
+    """Where neither class nor state is told, as without a manifest before the first step."""
+    one, other = (made(CASES[name][0], **CASES[name][1]) for name in (saved, running))
+    alike = {
+        "AdamW": SAME | {"amsgrad"},
+        "RAdam": {"RAdam", "Adamax"},  # after a step their state tells
+        "SGD": {"SGD", "momentum"},
+    }
+    told = other_options(None, one.param_groups[0].keys(), other)
+    assert (told is None) is (running in alike[saved]), told
+
+
 class Own(optim.AdamW):
     """The same under another name: nobody can tell."""
 
@@ -78,3 +92,6 @@ def test_into_a_class_of_ones_own() -> None:
     assert own == Kept(f"{__name__}.Own", None)
     assert compare_kept(own, own) == "same"
     assert compare_kept(kept_by(made(optim.AdamW, 1)), own) == "unknown"
+    options = made(optim.SGD).param_groups[0].keys()
+    assert other_options("torch.optim.sgd.SGD", options, made(Own)) == "without betas, eps"
+    assert other_options(None, made(optim.AdamW).param_groups[0].keys(), made(Own)) is None

@@ -193,6 +193,9 @@ def test_deepspeed_configs_whose_cost_is_not_known(config: dict[str, Any], messa
 
 def test_read_off_a_file(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(InvalidArgumentError, match="nested too deeply"):
+        StepConfig.from_deepspeed(path)
     path.write_text('{"zero_optimization": {"stage": 1}, # a comment\n"bf16": {"enabled": true}}')
     assert StepConfig.from_deepspeed(path) == StepConfig(zero_stage=1)
     assert StepConfig.from_deepspeed(str(path)) == StepConfig(zero_stage=1)

@@ -71,8 +71,8 @@ def schedule_into_other_groups(wrapper: str, folder: Path, states: bool) -> list
         assert not states or rates(engine) == expected
         train(engine, 1)
         told.append(rates(engine) == {name: lr / 2 for name, lr in expected.items()})
-    except CheckpointError:
-        told.append("not converted")
+    except CheckpointMismatchError as error:  # without ZeRO
+        told.append(str(error).splitlines()[-1].partition(";")[0])
     return told
 
 
@@ -80,7 +80,9 @@ def schedule_into_other_groups(wrapper: str, folder: Path, states: bool) -> list
 @pytest.mark.parametrize("wrapper", ["zero2", "bf16", "fp32"])
 def test_schedules_follow_the_groups(wrapper: str, states: bool, tmp_path: Path) -> None:
     wanted: list[Any] = ["refused"] * 2 + ["refused" if states else "loaded"] * 2
-    wanted += ["not converted"] if wrapper == "fp32" else [True, True]
+    wanted += (
+        ["Nothing was loaded. Converting does not help"] if wrapper == "fp32" else [True, True]
+    )
     found = run_on_ranks(2, schedule_into_other_groups, wrapper, tmp_path, states)
     assert found == [wanted] * 2
 

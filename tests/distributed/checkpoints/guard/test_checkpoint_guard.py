@@ -135,6 +135,9 @@ def loads_of_others(wrapper: str, folder: Path) -> list[str]:
     error = error_of(stepping(wrapper, torch.optim.SGD, momentum=0.9), folder)
     if "an optimizer (exp_avg, exp_avg_sq, step)" not in str(error):
         problems.append(f"without a manifest: {error}")
+    error = error_of(stepping(wrapper, torch.optim.RAdam), folder)
+    if "the options of its groups are with amsgrad" not in str(error):
+        problems.append(f"RAdam without a manifest: {error}")
     engine = stepping(wrapper, torch.optim.Adam)
     assert error_of(engine, folder) is None
     if any(group["decoupled_weight_decay"] for group in engine.optimizer.param_groups):

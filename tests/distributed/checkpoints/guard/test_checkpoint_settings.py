@@ -22,6 +22,7 @@ from tests.support.checkpoints.guard_runs import (
     equal,
     error_of,
     forget_manifest,
+    on_first_rank,
     refusal_of,
     reordered,
     saved,
@@ -58,6 +59,8 @@ def without_mapping(wrapper: str, folder: Path) -> dict[str, Any]:
     with collected() as warned:
         engine.load_checkpoint(str(folder))
     found["unknown"] = warned
+    on_first_rank((folder / TAG / "expp_rank_1_mp_rank_00_optim_states.pt").unlink)
+    found["missing"] = str(error_of(engine, folder))
     return found
 
 
@@ -74,6 +77,7 @@ def test_other_wrappers(wrapper: str, tmp_path: Path) -> None:
         ((text, file),) = found["unknown"]
         assert f"{names[wrapper]} does not write which parameters its groups hold" in text
         assert file == __file__
+        assert "expp_rank_1_mp_rank_00_optim_states.pt, the optimizer states of" in found["missing"]
 
 
 def zero3(folder: Path) -> tuple[bool, bool, str | None]:
