@@ -95,6 +95,12 @@ def against_plain(cases: list[Case], steps: int = 3) -> list[str]:
     return problems
 
 
+def four_are_long(rows: list[Row]) -> list[Any]:
+    """Those on four ranks are for ``make test-long``: they cost as much as all others."""
+    marks = {4: pytest.mark.long}
+    return [pytest.param(row, marks=marks.get(row["world"], ())) for row in rows]
+
+
 def check(world: int, cases: list[Case]) -> None:
     assert run_on_ranks(world, against_plain, cases, timeout=300) == [[]] * world
 
@@ -139,7 +145,7 @@ def _changed(case: Case) -> str:
 
 @pytest.mark.parametrize(
     "row",
-    pairwise({"setting": range(len(SETTINGS)), "world": [2, 4], "wrapper": ZERO}),
+    four_are_long(pairwise({"setting": range(len(SETTINGS)), "world": [2, 4], "wrapper": ZERO})),
     ids=lambda row: f"{row['world']}-{row['wrapper']}-{_changed(SETTINGS[row['setting']])}",
 )
 def test_trains_the_same_with_other_settings(row: Row) -> None:
@@ -300,14 +306,16 @@ def resume(case: Case, before: bool, after: bool, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "row",
-    pairwise(
-        {
-            "around": [(False, True), (True, False), (True, True)],
-            "wrapper": ZERO,
-            "split": ["expert", "module", "stock"],
-            "world": [2, 4],
-            "accumulate": [1, 4],
-        }
+    four_are_long(
+        pairwise(
+            {
+                "around": [(False, True), (True, False), (True, True)],
+                "wrapper": ZERO,
+                "split": ["expert", "module", "stock"],
+                "world": [2, 4],
+                "accumulate": [1, 4],
+            }
+        )
     ),
     ids=label,
 )
