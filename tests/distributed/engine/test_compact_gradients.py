@@ -22,7 +22,7 @@ from moe_groups.engine.compact import compact_gradients
 from moe_groups.errors import InvalidArgumentError, UnsupportedDeepSpeedError
 from tests.support import ROOT
 from tests.support.models import HIDDEN
-from tests.support.pairwise import Row, label, pairwise
+from tests.support.pairwise import Row, label, long_on_four_ranks, pairwise
 from tests.support.ranks import HANG, RankError, run_on_ranks
 from tests.support.skipping import SkippingMoE, skip
 from tests.support.training import batches, config, groups_by, initialize, start, train
@@ -95,12 +95,6 @@ def against_plain(cases: list[Case], steps: int = 3) -> list[str]:
     return problems
 
 
-def four_are_long(rows: list[Row]) -> list[Any]:
-    """Those on four ranks are for ``make test-long``: they cost as much as all others."""
-    marks = {4: pytest.mark.long}
-    return [pytest.param(row, marks=marks.get(row["world"], ())) for row in rows]
-
-
 def check(world: int, cases: list[Case]) -> None:
     assert run_on_ranks(world, against_plain, cases, timeout=300) == [[]] * world
 
@@ -145,7 +139,7 @@ def _changed(case: Case) -> str:
 
 @pytest.mark.parametrize(
     "row",
-    four_are_long(pairwise({"setting": range(len(SETTINGS)), "world": [2, 4], "wrapper": ZERO})),
+    long_on_four_ranks(pairwise({"setting": range(len(SETTINGS)), "world": [2, 4], "wrapper": ZERO})),
     ids=lambda row: f"{row['world']}-{row['wrapper']}-{_changed(SETTINGS[row['setting']])}",
 )
 def test_trains_the_same_with_other_settings(row: Row) -> None:
@@ -306,7 +300,7 @@ def resume(case: Case, before: bool, after: bool, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "row",
-    four_are_long(
+    long_on_four_ranks(
         pairwise(
             {
                 "around": [(False, True), (True, False), (True, True)],
