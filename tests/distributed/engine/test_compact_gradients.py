@@ -101,16 +101,18 @@ def check(world: int, cases: list[Case]) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    pairwise(
-        {
-            "world": [1, 2, 4],
-            "wrapper": ZERO,
-            "split": ["expert", "module", "stock"],
-            "ep_size": [1, 2, 4],
-            "accumulate": [1, 4],
-            "clip": [0.0, CLIP],
-        },
-        lambda world, ep_size, **_: ep_size <= world,
+    long_on_four_ranks(
+        pairwise(
+            {
+                "world": [1, 2, 4],
+                "wrapper": ZERO,
+                "split": ["expert", "module", "stock"],
+                "ep_size": [1, 2, 4],
+                "accumulate": [1, 4],
+                "clip": [0.0, CLIP],
+            },
+            lambda world, ep_size, **_: ep_size <= world,
+        )
     ),
     ids=label,
 )
