@@ -141,7 +141,9 @@ def _changed(case: Case) -> str:
 
 @pytest.mark.parametrize(
     "row",
-    long_on_four_ranks(pairwise({"setting": range(len(SETTINGS)), "world": [2, 4], "wrapper": ZERO})),
+    long_on_four_ranks(
+        pairwise({"setting": range(len(SETTINGS)), "world": [2, 4], "wrapper": ZERO})
+    ),
     ids=lambda row: f"{row['world']}-{row['wrapper']}-{_changed(SETTINGS[row['setting']])}",
 )
 def test_trains_the_same_with_other_settings(row: Row) -> None:
