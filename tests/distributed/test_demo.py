@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,12 @@ def rows_of(printed: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
-def test_figures_in_the_readme() -> None:
-    """The one program that the tests start as a user does; the others skip the imports."""
-    rows = rows_of(run_by_torchrun("train_moe_lm.py", "--steps", "2"))
+@pytest.mark.parametrize(
+    "start", [run_example, pytest.param(run_by_torchrun, marks=pytest.mark.long)]
+)
+def test_figures_in_the_readme(start: Callable[..., str]) -> None:
+    """Once as a user starts it; all other runs of programs skip the imports."""
+    rows = rows_of(start("train_moe_lm.py", "--steps", "2"))
     stock, ours = rows["DeepSpeed's split"], rows["moe-groups"]
     assert stock[3] == ours[3], "the loss depends on the grouping"
     compact = rows["moe-groups, compact gradients"]

@@ -109,6 +109,7 @@ else:
 """)
 
 
+@pytest.mark.long
 def test_each_module_can_be_the_first() -> None:
     """None needs that another one was imported before it."""
     run("""

@@ -70,11 +70,6 @@ for call in {calls!r}:
         raise AssertionError(call)
 """
 
-
-def test_what_needs_an_engine_says_what_to_install() -> None:
-    run(BLOCKED + MODEL + REFUSED.format(calls=WITH_AN_ENGINE))
-
-
 USED = """
 from moe_groups.cli import main
 
@@ -99,8 +94,9 @@ main(["topology", "--world-size", "8", "--ep", "4"])
 """
 
 
-def test_groups_plans_and_losses_work() -> None:
-    run(BLOCKED + MODEL + USED)
+def test_what_needs_an_engine_says_what_to_install_and_groups_plans_and_losses_work() -> None:
+    """In one process, because each imports torch."""
+    run(BLOCKED + MODEL + REFUSED.format(calls=WITH_AN_ENGINE) + USED)
 
 
 CONVERTED = (

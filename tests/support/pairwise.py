@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
+
 Row = dict[str, Any]
 
 
@@ -41,3 +43,9 @@ def pairs(row: Row) -> Iterator[Hashable]:
 def label(row: Row) -> str:
     """A row as the id of a test."""
     return "-".join(str(value) for value in row.values())
+
+
+def long_on_four_ranks(rows: list[Row]) -> list[Any]:
+    """Rows for ``parametrize``; those with a ``world`` of 4, which cost twice as much, are long."""
+    marks = {4: pytest.mark.long}
+    return [pytest.param(row, marks=marks.get(row["world"], ())) for row in rows]

@@ -304,6 +304,8 @@ def _serve(pipe: Connection, stack_file: str, variables: dict[str, str], join: b
             torch.distributed.barrier()
         torch.nn.functional.linear = linear  # ZeRO-3 replaces it by one that rounds differently
         forget_process_groups()
+        if not gc.get_freeze_count():  # the job measured memory, which tracks all objects again
+            gc.freeze()
 
 
 def _module(name: str) -> Any:

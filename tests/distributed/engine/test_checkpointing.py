@@ -299,6 +299,7 @@ def train_pipeline_ways() -> list[tuple[list[float], tuple[int, int]]]:
     return found
 
 
+@pytest.mark.long
 def test_pipeline() -> None:
     """The first stage goes backward once for each of its two outputs, and so recomputes twice."""
     found = run_on_ranks(4, train_pipeline_ways)

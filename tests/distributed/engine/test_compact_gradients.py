@@ -22,7 +22,7 @@ from moe_groups.engine.compact import compact_gradients
 from moe_groups.errors import InvalidArgumentError, UnsupportedDeepSpeedError
 from tests.support import ROOT
 from tests.support.models import HIDDEN
-from tests.support.pairwise import Row, label, pairwise
+from tests.support.pairwise import Row, label, long_on_four_ranks, pairwise
 from tests.support.ranks import HANG, RankError, run_on_ranks
 from tests.support.skipping import SkippingMoE, skip
 from tests.support.training import batches, config, groups_by, initialize, start, train
@@ -101,16 +101,18 @@ def check(world: int, cases: list[Case]) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    pairwise(
-        {
-            "world": [1, 2, 4],
-            "wrapper": ZERO,
-            "split": ["expert", "module", "stock"],
-            "ep_size": [1, 2, 4],
-            "accumulate": [1, 4],
-            "clip": [0.0, CLIP],
-        },
-        lambda world, ep_size, **_: ep_size <= world,
+    long_on_four_ranks(
+        pairwise(
+            {
+                "world": [1, 2, 4],
+                "wrapper": ZERO,
+                "split": ["expert", "module", "stock"],
+                "ep_size": [1, 2, 4],
+                "accumulate": [1, 4],
+                "clip": [0.0, CLIP],
+            },
+            lambda world, ep_size, **_: ep_size <= world,
+        )
     ),
     ids=label,
 )
@@ -139,7 +141,9 @@ def _changed(case: Case) -> str:
 
 @pytest.mark.parametrize(
     "row",
-    pairwise({"setting": range(len(SETTINGS)), "world": [2, 4], "wrapper": ZERO}),
+    long_on_four_ranks(
+        pairwise({"setting": range(len(SETTINGS)), "world": [2, 4], "wrapper": ZERO})
+    ),
     ids=lambda row: f"{row['world']}-{row['wrapper']}-{_changed(SETTINGS[row['setting']])}",
 )
 def test_trains_the_same_with_other_settings(row: Row) -> None:
@@ -300,14 +304,16 @@ def resume(case: Case, before: bool, after: bool, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "row",
-    pairwise(
-        {
-            "around": [(False, True), (True, False), (True, True)],
-            "wrapper": ZERO,
-            "split": ["expert", "module", "stock"],
-            "world": [2, 4],
-            "accumulate": [1, 4],
-        }
+    long_on_four_ranks(
+        pairwise(
+            {
+                "around": [(False, True), (True, False), (True, True)],
+                "wrapper": ZERO,
+                "split": ["expert", "module", "stock"],
+                "world": [2, 4],
+                "accumulate": [1, 4],
+            }
+        )
     ),
     ids=label,
 )

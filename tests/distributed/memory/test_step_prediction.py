@@ -174,7 +174,7 @@ def test_a_planned_budget_is_met() -> None:
     ]
     unplanned = []
     for rank in (0, 5):
-        module, *planned = run_as_rank(rank, 8, run_all, [Case(StepConfig()), *cases], 3)
+        module, *planned = run_as_rank(rank, 8, run_all, [Case(StepConfig()), *cases], 2)
         unplanned.append(max(figures.step_peak for figures in module.later))
         for run in planned:
             assert max(figures.step_peak for figures in run.later) <= budget

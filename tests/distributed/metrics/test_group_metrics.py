@@ -163,6 +163,7 @@ def test_norms_are_those_of_whole_gradients(wrapper: str, ep_size: int) -> None:
         assert len(ranks[0]) == 2
 
 
+@pytest.mark.long
 def test_experts_shared_by_ranks_of_both_kinds() -> None:
     """2 expert-parallel times 2 expert-data-parallel ranks, groups cut into small tiles."""
     ranks = run_on_ranks(4, compare, "zero2", "expert", 2, 1, 300)

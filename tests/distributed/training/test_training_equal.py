@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.support.pairwise import Row, label, pairwise
+from tests.support.pairwise import Row, label, long_on_four_ranks, pairwise
 from tests.support.ranks import run_on_ranks
 from tests.support.training import (
     CLIPPED_TOLERANCE,
@@ -184,7 +184,9 @@ EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     "row",
-    pairwise({"extra": list(EXTRAS), "world": [2, 4], **SPLITS, "clips": [True, False]}),
+    long_on_four_ranks(
+        pairwise({"extra": list(EXTRAS), "world": [2, 4], **SPLITS, "clips": [True, False]})
+    ),
     ids=label,
 )
 def test_equal_with_other_settings(row: Row) -> None:

@@ -442,7 +442,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root, again
 
 
-@settings(max_examples=100, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(trial=trials())
 def test_nothing_outside_of_the_destination_changes(made: tuple[Path, Path], trial: Trial) -> None:
     root, again = made

@@ -137,7 +137,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @given(manifests())
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> None:
     path = tmp_path_factory.getbasetemp() / "round-trip.json"
     write_manifest(manifest, path)

@@ -157,6 +157,7 @@ def test_offloading_has_a_host_and_no_curve(
     assert found["curve"] == []
 
 
+@pytest.mark.long
 def test_deepseek_v3_at_256_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(capsys, "deepseek_v3", "--world-size", 256, "--ep", 32)
     assert 650e9 < found["parameters"]["model"] < 700e9

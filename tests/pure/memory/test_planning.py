@@ -134,7 +134,7 @@ def test_never_worse_than_the_stock_split_at_any_cap(
 
 
 @given(many_lines(), st.sampled_from(SETTINGS))
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 def test_never_worse_than_simpler_ways(case: tuple[int, list[Line]], step: StepSettings) -> None:
     """No cap; groups of as many parameters as ranks."""
     _, lines = case
@@ -381,7 +381,7 @@ def test_no_cut_in_any_order_is_below_the_least_peak(lines: list[Line], step: St
 
 
 @given(many_lines(), st.sampled_from(CONFIGS))
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 def test_no_plan_is_below_the_least_peak(case: tuple[int, list[Line]], step: StepConfig) -> None:
     lines = case[1]
     assert least_peak(*uncut(lines), step) <= trade_off(lines, step.settings)[-1].peak

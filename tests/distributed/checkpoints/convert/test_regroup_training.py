@@ -124,12 +124,13 @@ ROWS = pairwise(
         "ep_size": [1, 2],
     }
 )
+FAST = (("zero2", 2), ("bf16", 2))
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, marks=() if row["wrapper"] in ("zero2", "bf16") else pytest.mark.long)
+        pytest.param(row, marks=() if (row["wrapper"], row["ranks"]) in FAST else pytest.mark.long)
         for row in ROWS
     ],
     ids=label,

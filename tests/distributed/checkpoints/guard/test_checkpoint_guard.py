@@ -39,7 +39,7 @@ from tests.support.checkpoints.guard_runs import (
 from tests.support.checkpoints.made_checkpoints import same as same_state, state_of
 from tests.support.hash_seeds import two_hash_seeds
 from tests.support.models import TinyMoE
-from tests.support.pairwise import Row, label, pairwise
+from tests.support.pairwise import Row, label, long_on_four_ranks, pairwise
 from tests.support.ranks import run_in_fresh_processes, run_on_ranks, run_on_stock
 from tests.support.training import (
     GroupsOf,
@@ -359,12 +359,14 @@ def loads_of_moved(
 
 @pytest.mark.parametrize(
     "row",
-    pairwise(
-        {
-            "name": ["experts in a group", "dense parameters", "layers", "stock split"],
-            "wrapper": ["zero1", "zero2", "zero2_fp32_grads", "bf16"],
-            "world": [2, 4],
-        }
+    long_on_four_ranks(
+        pairwise(
+            {
+                "name": ["experts in a group", "dense parameters", "layers", "stock split"],
+                "wrapper": ["zero1", "zero2", "zero2_fp32_grads", "bf16"],
+                "world": [2, 4],
+            }
+        )
     ),
     ids=label,
 )

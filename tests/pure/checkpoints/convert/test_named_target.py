@@ -78,7 +78,7 @@ def places(layout: Layout) -> dict[Any, Any]:
 
 
 @given(cases(), ours, ours, st.fixed_dictionaries({}, optional=RULES))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_equals_the_layout_of_the_real_groups(
     tmp_path_factory: pytest.TempPathFactory,
     case: Case,
@@ -136,7 +136,7 @@ def test_the_split_of_deepspeed(case: Case, cap: int) -> None:
 
 
 @given(cases(forms=("module",), dtypes=(torch.bfloat16,)), ours, st.sampled_from((16, 32)))
-@settings(max_examples=15, derandomize=True, deadline=None)
+@settings(max_examples=7, derandomize=True, deadline=None)
 def test_from_a_plan_for_a_memory_budget(case: Case, wanted: Grouping, world: int) -> None:
     options = {"step_memory_budget": "auto", "data_parallel_size": world}
     source = layout(case, Grouping("module", None), world, **options)

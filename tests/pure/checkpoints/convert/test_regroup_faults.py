@@ -63,6 +63,7 @@ def size_of(conversion: Conversion) -> int:
 # ---- stopped --------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_killed_in_its_middle_and_at_its_end(small: Conversion) -> None:
     seconds, operations = faults.seconds_and_operations(small)
     last = [operations - n for n in (1, 4, 7, 10)]

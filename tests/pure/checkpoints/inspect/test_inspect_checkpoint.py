@@ -490,6 +490,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_shards(sound: Path, tmp_path: Path) -> None:
     numel = 12 << 20  # three states of 48 MiB, on two ranks
     rows = lay_out([FlatParam("w", numel, 0)])
@@ -568,6 +569,7 @@ def shown(capsys: pytest.CaptureFixture[str], report: CheckpointReport, *args: A
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.long
 def test_thousands_of_groups_fit_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     report = large_report(layers=61, local=4, ep_size=8)
     lines = shown(capsys, report)
