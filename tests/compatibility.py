@@ -116,7 +116,8 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     text = "### Environments\n\n" + _table(["", "Python", *PACKAGES], rows)
     ran = [name for name in FEATURES if any(name in one["features"] for one in results.values())]
     cells = [[name, *(_cell(found, name) for found in results.values())] for name in ran]
-    text += "\n\n### Tests that pass\n\n" + _table(["", *results], cells)
+    text += "\n\n### Tests that pass (and those that are refused or skipped)\n\n"
+    text += _table(["", *results], cells)
     for kind, title in (
         ("refused", "Refused with this message"),
         ("skipped", "Not run, for this reason"),
@@ -135,9 +136,9 @@ def _cell(found: dict[str, Any], feature: str) -> str:
     counts = found["features"].get(feature)
     if counts is None:
         return "not run"
-    number = {key: len(counts.get(key, ())) for key in ("refused", "skipped", "failed")}
-    parts = {"passed": counts["passed"], **number}
-    return ", ".join(f"{count} {key}" for key, count in parts.items() if count)
+    refused, failed = len(counts["refused"]) + len(counts["skipped"]), len(counts["failed"])
+    text = f"{counts['passed']}" + f" ({refused})" * bool(refused)
+    return text + f", **{failed} failed**" * bool(failed)
 
 
 def _messages(results: dict[str, dict[str, Any]], kind: str) -> list[str]:

@@ -35,7 +35,7 @@ ROWS = {
     "newest": NEWEST,
     "torch 2.9": ("3.11", ["torch==2.9.1"]),
     "torch 2.6": ("3.11", ["torch==2.6.0"]),
-    "torch 2.4": ("3.11", ["torch==2.4.1"]),
+    "torch 2.4": ("3.11", ["torch==2.4.1", "transformers==4.57.6"]),  # newer ones need torch 2.5
     "deepspeed 0.18.9": ("3.12", ["deepspeed==0.18.9"]),
     "deepspeed 0.17.6": ("3.12", ["deepspeed==0.17.6"]),
     "deepspeed 0.16.9": ("3.12", ["deepspeed==0.16.9"]),
