@@ -14,7 +14,7 @@ from moe_groups._deepspeed.engines import known_engines
 from moe_groups.checkpoints.guard.guard import Regroup, guard_of, protect_checkpoints
 from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.weights.save import with_all_experts
+from moe_groups.weights.save import gather_experts
 
 need("transformers", "hf", "groups for Trainer")
 need("accelerate", "hf", "groups for Trainer")
@@ -108,10 +108,17 @@ class MoETrainer(Trainer):
             return optimizer
         return group_optimizer(optimizer, model, **self.group_options)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, with the experts of all ranks in place of those of the first."""
+        # Gathered here, as older Trainers call _save on rank 0 alone.
+        engine = self.is_deepspeed_enabled and self.deepspeed
+        self._experts = gather_experts(self.model) if engine else (set(), {})
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        own, experts = self._experts
         if self.is_deepspeed_enabled and state_dict:
-            state_dict = with_all_experts(self.model, state_dict)
+            state_dict = {k: v for k, v in state_dict.items() if k not in own} | experts
         super()._save(output_dir, state_dict)
         adapters = Path(output_dir or self.args.output_dir, "adapter_model.safetensors")
         if self.is_deepspeed_enabled and state_dict and self.args.should_save and adapters.exists():

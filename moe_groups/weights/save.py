@@ -116,12 +116,15 @@ def _taken(
     return tensors if writes else {}
 
 
-def with_all_experts(module: nn.Module, state: Named) -> Named:
-    """A rank's state dict, on rank 0 with the experts of all ranks. All ranks call it together.
+def gather_experts(module: nn.Module) -> tuple[set[str], Named]:
+    """Names of this rank's experts in ``state_dict``, and on rank 0 the experts of all ranks.
 
     The experts of DeepSpeed's layers have their global numbers, as in a model with ``ep_size=1``.
+    All ranks call it together.
     """
-    whole = dict(state)
+    state = module.state_dict()
+    own: set[str] = set()
+    whole: Named = {}
     for path, layer in module.named_modules(remove_duplicate=False):
         place = isinstance(layer, moe_layer_types()) and expert_place(layer_parallel_group(layer))
         if not place:
@@ -129,17 +132,17 @@ def with_all_experts(module: nn.Module, state: Named) -> Named:
         ep_rank, writes = place
         first = ep_rank * len(layer_experts(layer))
         prefix = f"{path}.deepspeed_moe.experts.deepspeed_experts.".lstrip(".")
-        own = [name for name in whole if name.startswith(prefix)]
         mine: Named = {}
-        for name in own:
+        for name in (name for name in state if name.startswith(prefix)):
+            own.add(name)
             number, _, inside = name.removeprefix(prefix).partition(".")
-            mine[f"{prefix}{first + int(number)}.{inside}"] = whole.pop(name).cpu()
+            mine[f"{prefix}{first + int(number)}.{inside}"] = state[name].cpu()
         ranks: list[Any] = [None] * distributed.get_world_size()
         gathers = distributed.get_rank() == 0
         distributed.gather_object(mine if writes else {}, ranks if gathers else None)
         for part in filter(None, ranks):
             whole |= part
-    return whole
+    return own, whole
 
 
 def _check_whole(module: nn.Module) -> None:
