@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from packaging.version import Version
 from tabulate import tabulate
 
 from tests.support import ROOT
@@ -170,6 +171,10 @@ def main() -> int:
     return int(any(counts["failed"] for counts in features.values()))
 
 
+def _newest_first(row: tuple[str, dict[str, Any]]) -> list[Version]:
+    return [Version(row[1]["versions"][name]) for name in ("deepspeed", "torch", "python")]
+
+
 def write(root: Path, row: str, found: dict[str, Any]) -> None:
     """Put ``found`` in the place of an earlier run of the row."""
     path, page = root / "benchmarks/results/compatibility.json", root / "docs/compatibility.md"
@@ -178,6 +183,7 @@ def write(root: Path, row: str, found: dict[str, Any]) -> None:
     if earlier["versions"] == found["versions"]:  # not all features need to run again
         found["features"] = earlier["features"] | found["features"]
     results[row] = found
+    results = dict(sorted(results.items(), key=_newest_first, reverse=True))
     path.write_text(json.dumps(results, indent=1) + "\n")
     before, _, rest = page.read_text().partition(BEGIN)
     text = f"{before}{BEGIN}\n{tables(results)}\n\n{END}{rest.partition(END)[2]}"
