@@ -27,6 +27,7 @@ FREE_BYTES = 12 * 2**30
 nox.options.envdir = str(WORK / "environments")
 nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["compatibility"]
+os.environ.setdefault("UV_HTTP_TIMEOUT", "300")  # seconds; torch with CUDA is 3 GB
 
 TOOLS = ["transformers", "accelerate", "peft", "lightning", "safetensors"]
 NEWEST = ("3.12", [])

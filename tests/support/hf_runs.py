@@ -115,6 +115,7 @@ def trainer(
     args = TrainingArguments(
         output_dir=str(output),
         max_steps=4,
+        optim="adamw_torch_fused",  # the default of new releases
         per_device_train_batch_size=BATCH,
         learning_rate=LR,
         weight_decay=DECAY,
