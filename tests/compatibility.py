@@ -97,7 +97,8 @@ def _count(case: ElementTree.Element, found: dict[str, Any]) -> None:
 def _last_line(text: str) -> str:
     """The error in a report of a failed test: the last line that names one."""
     named = re.findall(r"^E? *((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text, re.M)
-    return str(named[-1] if named else text.strip().rpartition("\n")[2])[:300]
+    line = str(named[-1] if named else text.strip().rpartition("\n")[2])
+    return re.sub(r"/\S*/", "", line)[:300]  # without the folders of this machine
 
 
 def versions() -> dict[str, str]:
