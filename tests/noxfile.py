@@ -96,15 +96,22 @@ def install(session: nox.Session, pins: list[str], folder: Path) -> None:
     session.run("uv", "build", "-q", "--wheel", "-o", str(wheels), external=True)
     (wheel,) = wheels.glob("*.whl")
     others = [pin for pin in pins if not pin.startswith("deepspeed")]
-    torch = next((pin for pin in pins if pin.startswith("torch=")), "torch<2.16")
+    torch = next((pin for pin in pins if pin.startswith("torch=")), bound("torch"))
     numpy = next((pin for pin in pins if pin.startswith("numpy=")), "numpy")
     # DeepSpeed's setup imports torch.
     session.install("setuptools<81", "wheel", "ninja", "psutil", "packaging", torch, numpy)
-    deepspeed = next((pin for pin in pins if pin.startswith("deepspeed")), "deepspeed<0.20")
+    deepspeed = next((pin for pin in pins if pin.startswith("deepspeed")), bound("deepspeed"))
     session.install("--no-build-isolation", deepspeed)
     tests = ["pytest", "pytest-xdist", "hypothesis", "tqdm", "tabulate", "rich", "matplotlib"]
     tools = [tool for tool in TOOLS if not any(pin.startswith(f"{tool}=") for pin in pins)]
     session.install(str(wheel), *others, deepspeed, *tools, *tests)
+
+
+def bound(package: str) -> str:
+    """What we ourselves ask for."""
+    project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["deepspeed"]]
+    return next(one for one in needed if one.startswith(package))
 
 
 def copy_tests(folder: Path) -> None:

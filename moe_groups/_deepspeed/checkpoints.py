@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_groups._deepspeed.engines import engine_data_parallel_group, stepped_groups
+from moe_groups._deepspeed.engines import (
+    engine_data_parallel_group,
+    stepped_groups,
+    wrapper_name,
+)
 from moe_groups._deepspeed.layers import layer_parts
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import expert_data_parallel_ranks
@@ -129,7 +133,7 @@ def _check_release(engine: Any, given: Mapping[str, Any]) -> None:
     if not any("expert_group_name" in group for group in options):
         return  # DeepSpeed's own groups fail in its own words
     need("pickled files", "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 if you trust the checkpoint")
-    if given["load_module_only"] and type(engine.optimizer).__name__ == "BF16_Optimizer":
+    if given["load_module_only"] and wrapper_name(engine) == "BF16_Optimizer":
         need("BF16 masters", "use ZeRO-1 or ZeRO-2")
     states = given["load_optimizer_states"] and not given["load_module_only"]
     if states and not engine.zero_optimization():

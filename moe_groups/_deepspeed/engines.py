@@ -203,7 +203,7 @@ def refresh_master_weights(engine: Any) -> None:
     Raises:
         UnsupportedDeepSpeedError: this DeepSpeed would copy other parts of the weights.
     """
-    if type(engine.optimizer).__name__ == "BF16_Optimizer":
+    if wrapper_name(engine) == "BF16_Optimizer":
         need("BF16 masters", "use ZeRO-1 or ZeRO-2, or load before deepspeed.initialize")
     refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
     if refresh is not None:

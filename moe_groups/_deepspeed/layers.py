@@ -99,7 +99,7 @@ def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     the index of a dropped assignment (``sharded_moe.py``). Before DeepSpeed 0.19 it is (loss,
     weights, mask, counts), the mask True for what a capacity takes, [tokens, experts, capacity].
     """
-    loss, taken, counts = outputs[0], outputs[-4 if len(outputs) == 7 else 2], outputs[-1]
-    taken = taken >= 0 if len(outputs) == 7 else taken
+    loss, *rest, counts = outputs
+    taken = rest[2] >= 0 if len(outputs) == 7 else rest[1]
     counts = counts.to(loss.device)  # before 0.15 on the CPU
     return loss, counts, counts.sum() - taken.sum()
