@@ -133,18 +133,23 @@ class MoETrainer(Trainer):
                 parts[name in decayed].append(param)
         return [{"params": parts[True]}, {"params": parts[False], "weight_decay": 0.0}]
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Trainer's scheduler; the engine is there then, and no checkpoint is loaded yet."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        mine = getattr(self.optimizer, "optimizer", None)
-        for engine in known_engines():
-            if mine is not None and engine.optimizer is mine:
-                protect_checkpoints(engine, regroup=self.regroup)
-                guard = guard_of(engine)
-                assert guard is not None
-                guard.own_schedules = True  # in _load_optimizer_and_scheduler
-                verify(engine)
-        return scheduler
+    @property
+    def deepspeed(self) -> Any:
+        """The engine, which Trainer sets once it is there, before it loads a checkpoint."""
+        return self._engine
+
+    @deepspeed.setter
+    def deepspeed(self, engine: Any) -> None:
+        self._engine = engine
+        if not any(one is engine for one in known_engines()):
+            return
+        mine = getattr(self.optimizer, "optimizer", None)  # in Accelerate's wrapper
+        if mine is not None and engine.optimizer is mine:  # not for evaluation only
+            protect_checkpoints(engine, regroup=self.regroup)
+            guard = guard_of(engine)
+            assert guard is not None
+            guard.own_schedules = True  # in _load_optimizer_and_scheduler
+            verify(engine)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer keeps a torch scheduler's state itself, with a rate for each group."""
