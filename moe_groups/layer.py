@@ -9,6 +9,7 @@ from torch import nn
 from moe_groups._common.arguments import Count, NotNegative, checked, need
 from moe_groups._deepspeed.contract import check_contract
 from moe_groups._deepspeed.layers import layer_experts, layer_parallel_group
+from moe_groups._deepspeed.releases import need as need_release
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.tags import (
     ExpertTag,
@@ -51,6 +52,7 @@ class MoE(DeepSpeedMoE):
     Raises:
         InvalidArgumentError: an argument has another type or range.
         TagError: the label cannot be part of a process-group key.
+        UnsupportedDeepSpeedError: k above 2 with DeepSpeed before 0.15.
 
     Example:
         >>> moe = MoE(64, expert=FFN(64), num_experts=8, ep_size=2, k=2,
@@ -85,6 +87,8 @@ class MoE(DeepSpeedMoE):
                 f"num_experts={num_experts} is no multiple of ep_size={ep_size}: each rank has the "
                 "same number of experts."
             )
+        if k > 2:
+            need_release("top-k gating", "set k to 1 or 2")
         super().__init__(
             hidden_size,
             expert,

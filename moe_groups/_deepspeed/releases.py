@@ -46,6 +46,12 @@ def _bf16_optimizer() -> bool:
     return bool(getattr(constants, "DDP_BFLOAT16", None) != constants.BFLOAT16)
 
 
+def _top_k() -> bool:
+    from deepspeed.moe import sharded_moe
+
+    return hasattr(sharded_moe, "topkgating")
+
+
 def _pickled_files() -> bool:
     """0.16 says weights_only=False itself; before, torch 2.6 and newer take True."""
     forced = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0") in ("1", "y", "yes", "true")
@@ -79,6 +85,7 @@ FEATURES = {
         "0.16.4",
         _since("0.16.4"),
     ),
+    "top-k gating": Feature("sends a token to at most two experts", "0.15.0", _top_k),
     "pickled files": Feature(
         "cannot read its own checkpoints with torch 2.6 or newer, which loads tensors only",
         "0.16.0",
