@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         GroupSchedule as GroupSchedule,
         set_group_options as set_group_options,
     )
+    from moe_groups.engine.lean import lean_step as lean_step
     from moe_groups.engine.verification import verify as verify
     from moe_groups.errors import MoEGroupsError as MoEGroupsError
     from moe_groups.experts.find import tag_experts as tag_experts
@@ -63,6 +64,7 @@ else:
             "checkpoints.inspect.inspect": ("inspect_checkpoint",),
             "engine.activation_checkpointing": ("checkpoint_activations",),
             "engine.compact": ("compact_gradients",),
+            "engine.lean": ("lean_step",),
             "engine.group_options": ("GroupSchedule", "set_group_options"),
             "engine.verification": ("verify",),
             "errors": ("MoEGroupsError",),

@@ -14,7 +14,7 @@ _OTHER_WRAPPERS = {
 }
 
 
-def keep_exact_partitions(engine: Any) -> None:
+def keep_exact_partitions(engine: Any, caller: str) -> None:
     """Make a ZeRO-1/2 engine keep exact gradient partitions, as with fp32 accumulation.
 
     DeepSpeed has the code (``runtime/zero/stage_1_and_2.py``) but uses it only for fp32
@@ -26,19 +26,30 @@ def keep_exact_partitions(engine: Any) -> None:
         InvalidArgumentError: this engine does not support it, or holds gradients now.
         UnsupportedDeepSpeedError: this DeepSpeed lacks the code.
     """
+    check_can_be_exact(engine, caller)
     optimizer = engine.optimizer
-    if type(optimizer).__name__ == "DeepSpeedZeroOptimizer":
-        need("exact partitions", "leave compact_gradients out")
-    if problem := _why_not_exact(engine, optimizer):
-        raise InvalidArgumentError(f"compact_gradients cannot be used on this engine: {problem}.")
     if getattr(optimizer, EXACT) is _always or _is_exact(optimizer):
         return
     if _holds_gradients(optimizer):
         raise InvalidArgumentError(
-            "compact_gradients was called while the engine holds gradients: call it before the "
+            f"{caller} was called while the engine holds gradients: call it before the "
             "first backward, or after the engine.step() that ends a gradient accumulation."
         )
     setattr(optimizer, EXACT, _always)
+
+
+def check_can_be_exact(engine: Any, caller: str) -> None:
+    """Refuse an engine that cannot keep exact partitions.
+
+    Raises:
+        InvalidArgumentError: it is none of ZeRO-1/2, or keeps gradients elsewhere.
+        UnsupportedDeepSpeedError: this DeepSpeed lacks the code.
+    """
+    optimizer = engine.optimizer
+    if type(optimizer).__name__ == "DeepSpeedZeroOptimizer":
+        need("exact partitions", f"leave {caller} out")
+    if problem := _why_not_exact(engine, optimizer):
+        raise InvalidArgumentError(f"{caller} cannot be used on this engine: {problem}.")
 
 
 def _always(group_idx: int) -> bool:

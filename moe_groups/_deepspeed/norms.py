@@ -24,7 +24,7 @@ def wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Run on every stage as many all-reduces as the stage with the most groups needs."""
 
     def scaled_global_norm(self: Any, norm_type: Any = 2) -> Any:
-        most, differ = _groups_of_stages(self)
+        most, differ = groups_of_stages(self)
         norms = [original(self, norm_type)]
         for _ in range(most - len(self.bit16_groups)):
             if self.cpu_offload:  # adds 0 to the sum of the other stages
@@ -33,7 +33,7 @@ def wrap_zero_norm(original: Callable[..., Any]) -> Callable[..., Any]:
                 norms.append(self.get_grad_norm_direct([], []))
         if not differ:
             return norms[0]
-        return _same_on_all_stages(self, _combined(norms, norm_type) if norms[1:] else norms[0])
+        return same_on_all_stages(self, _combined(norms, norm_type) if norms[1:] else norms[0])
 
     return scaled_global_norm
 
@@ -46,7 +46,7 @@ def _combined(norms: list[Any], norm_type: Any) -> Any:
     return torch.linalg.vector_norm(torch.stack(norms), ord=norm_type)  # before 0.19
 
 
-def _groups_of_stages(optimizer: Any) -> tuple[int, bool]:
+def groups_of_stages(optimizer: Any) -> tuple[int, bool]:
     """The largest number of groups on a stage of this pipeline, and whether stages differ.
 
     Stages are the model-parallel ranks.
@@ -67,7 +67,7 @@ def _groups_of_stages(optimizer: Any) -> tuple[int, bool]:
     return known
 
 
-def _same_on_all_stages(optimizer: Any, norm: torch.Tensor) -> torch.Tensor:
+def same_on_all_stages(optimizer: Any, norm: torch.Tensor) -> torch.Tensor:
     """The largest norm of all stages: they sum in different orders, but must clip by one norm."""
     from deepspeed.accelerator import get_accelerator
 

@@ -41,4 +41,4 @@ def compact_gradients(engine: InitializedEngine) -> None:
         >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         >>> compact_gradients(engine)                                     # doctest: +SKIP
     """
-    keep_exact_partitions(engine)
+    keep_exact_partitions(engine, "compact_gradients")

@@ -33,6 +33,9 @@ def stepped_lr(group: Mapping[str, Any]) -> Any:
 class StepHooks:
     """Applies the options of an optimizer's groups while it steps, and skips frozen groups."""
 
+    needs_gradients = False
+    """For :func:`moe_groups.lean_step`: only tells whether there is one."""
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)

@@ -1,0 +1,53 @@
+"""Step in tiles: memory that does not depend on the groups, and groups that cost no collectives."""
+
+from moe_groups._common.arguments import checked
+from moe_groups._common.text import parse_bytes
+from moe_groups._deepspeed.engines import InitializedEngine
+from moe_groups._deepspeed.lean_step import step_lean
+
+
+@checked
+def lean_step(engine: InitializedEngine, tile: int | str = "64MiB") -> None:
+    """Make the optimizer step need as little memory, and as few collectives, for any groups.
+
+    For ZeRO-1 and ZeRO-2, where it includes :func:`compact_gradients`, and ``BF16_Optimizer``.
+    Weights, optimizer state and checkpoints are those of the plain step, bit for bit.
+
+    - The step of a group goes through slices of its flat partition, *tiles*: the fp32 copy of the
+      gradients, the optimizer's temporaries and the norm's never take more than ``tile``, however
+      large the largest group is. Several small groups are stepped at once.
+    - The norms of all groups are summed in one all-reduce for each process group, and the factor
+      that clips and unscales is computed once.
+    - Weights are gathered in buckets of several groups: the number of collectives follows from the
+      size of the weights, not from the number of groups. A bucket takes at most ``tile``; a larger
+      group on a GPU is received into its weights.
+
+    The norm can differ in its last bit where a parameter's slice is larger than a tile (squares are
+    added for each tile), or with three and more ranks (an all-reduce of several numbers may add
+    in another order); then gradients are clipped by that norm.
+
+    Call it once after ``deepspeed.initialize``, on all ranks, before the first ``backward``
+    or after any ``engine.step()`` that ended an accumulation; before or after
+    ``load_checkpoint``. It changes this one engine; calling it again changes the tile.
+
+    Hooks of the torch optimizer's step see each group once a step. If one of them reads
+    gradients, which any hook may but those of this library mostly do not, the groups are stepped
+    whole and one after another in that step, as without this call.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned first.
+        tile: bytes of a tile's temporaries, 12 for each element: a number, or "64MiB".
+
+    Raises:
+        InvalidArgumentError: not an engine, or one that is not supported (no ZeRO, ZeRO-3,
+            optimizer offload, ZenFlow, DeepCompile, ``torch_autocast`` with fp16); an optimizer
+            that is not elementwise (Muon, LAMB, Adafactor, 8-bit optimizers) or not known;
+            a tile that is no size or too small; the middle of an accumulation. The engine
+            is not changed.
+        UnsupportedDeepSpeedError: this DeepSpeed does not support it. The engine is not changed.
+
+    Example:
+        >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        >>> lean_step(engine)                                             # doctest: +SKIP
+    """
+    step_lean(engine, parse_bytes(tile, "tile"))
