@@ -1,5 +1,7 @@
 """LoRA adapters inside of experts train as expert parameters, and nothing else changes."""
 
+import contextlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -126,8 +128,9 @@ def train_with_an_empty_group() -> tuple[int, int]:
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     schedule = get_scheduler("linear", optimizer, 1, STEPS)
     engine = initialize(model, optimizer, deepspeed_config("zero2"), lr_scheduler=schedule)
-    with pytest.raises(ValueError, match="zip"):
-        train(engine, 1)
+    strict = "strict=True" in inspect.getsource(torch.optim.lr_scheduler.LambdaLR.get_lr)
+    with pytest.raises(ValueError, match="zip") if strict else contextlib.nullcontext():
+        train(engine, 1)  # older releases of torch leave a group's rate as it is
     return len(schedule.base_lrs), len(engine.optimizer.param_groups)
 
 
