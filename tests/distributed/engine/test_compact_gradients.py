@@ -1,102 +1,50 @@
 """``compact_gradients``: trains the same bit for bit, and holds exactly the partitions."""
 
-import contextlib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_grad
-from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from moe_groups._deepspeed import exact_partitions as exact
 from moe_groups._deepspeed.releases import EXACT_MEANS
 from moe_groups.engine.compact import compact_gradients
 from moe_groups.errors import InvalidArgumentError, UnsupportedDeepSpeedError
 from tests.support import ROOT
-from tests.support.models import HIDDEN
 from tests.support.pairwise import Row, label, long_on_four_ranks, pairwise
 from tests.support.ranks import HANG, RankError, run_on_ranks
 from tests.support.skipping import SkippingMoE, skip
-from tests.support.training import batches, config, groups_by, initialize, start, train
-
-Snapshot = dict[str, torch.Tensor]
-Run = tuple[dict[str, list[float]], Snapshot]
-ZERO = ("zero1", "zero2")
-CLIP = 0.05
-
-
-class Case(NamedTuple):
-    """One run, to be done with and without compact gradients.
-
-    Attributes:
-        split: of the groups, as in :func:`tests.support.training.make_groups`.
-        accumulate: micro-batches in a step.
-        zero: entries of ``zero_optimization``.
-        other: entries of the config.
-    """
-
-    wrapper: str = "zero2"
-    split: str = "expert"
-    ep_size: int = 2
-    accumulate: int = 1
-    zero: dict[str, Any] = {}  # noqa: RUF012  (never changed)
-    other: dict[str, Any] = {}  # noqa: RUF012
-
-    def engine(self, compact: bool, **options: Any) -> Any:
-        zero = config(self.wrapper)["zero_optimization"] | self.zero
-        model = {"ep_size": self.ep_size} | options.pop("model_options", {})
-        changes = {"gradient_accumulation_steps": self.accumulate, "zero_optimization": zero}
-        changes |= self.other | options
-        engine = start(self.wrapper, groups_by(self.split), model_options=model, **changes)
-        if compact:
-            compact_gradients(engine)
-        return engine
-
-
-def snapshot(engine: Any) -> Snapshot:
-    """All that a run made on this rank: parameters, master weights and optimizer state."""
-    optimizer = engine.optimizer
-    found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
-    for index, master in enumerate(optimizer.single_partition_of_fp32_groups):
-        found[f"master {index}"] = master.detach().clone()
-        for key, value in optimizer.state[master].items():
-            found[f"{key} {index}"] = torch.as_tensor(value).clone()
-    assert any(name.startswith("exp_avg_sq") for name in found)
-    return found
-
-
-def differences(expected: Run, actual: Run) -> list[str]:
-    (history, end), (other, other_end) = expected, actual
-    assert list(end) == list(other_end)
-    problems = [f"{other} instead of {history}"] if repr(other) != repr(history) else []
-    return problems + [name for name in end if not torch.equal(end[name], other_end[name])]
-
+from tests.support.training import batches, groups_by, start, train
+from tests.support.zero_runs import (
+    CLIP,
+    ZERO,
+    Case,
+    Cost,
+    against_plain,
+    cost,
+    dense_against_plain,
+    differences,
+    overflow_against_plain,
+    resume,
+    skipping_an_expert,
+    snapshot,
+    start_dense,
+    start_muon,
+    start_without_optimizer,
+)
 
 # ---- training -------------------------------------------------------------------------
 
 
-def against_plain(cases: list[Case], steps: int = 3) -> list[str]:
-    """What differs between runs with and without compact gradients."""
-    problems = []
-    for case in cases:
-        runs = []
-        for compact in (False, True):
-            engine = case.engine(compact)
-            runs.append((train(engine, steps * case.accumulate), snapshot(engine)))
-        problems += [f"{case}: {one}" for one in differences(*runs)]
-    return problems
-
-
 def check(world: int, cases: list[Case]) -> None:
-    assert run_on_ranks(world, against_plain, cases, timeout=300) == [[]] * world
+    assert run_on_ranks(world, against_plain, compact_gradients, cases, timeout=300) == [[]] * world
 
 
 @pytest.mark.parametrize(
@@ -150,35 +98,6 @@ def test_trains_the_same_with_other_settings(row: Row) -> None:
     check(row["world"], [SETTINGS[row["setting"]]._replace(wrapper=row["wrapper"])])
 
 
-class Dense(nn.Module):
-    """For settings that DeepSpeed refuses where a model has experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(5))
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return nn.functional.mse_loss(x.float(), y.float())
-
-
-def start_dense(wrapper: str = "zero2", zero: dict[str, Any] | None = None, **other: Any) -> Any:
-    zero = config(wrapper)["zero_optimization"] | (zero or {})
-    return start(wrapper, groups_by("module"), Dense(), zero_optimization=zero, **other)
-
-
-def dense_against_plain(wrapper: str, zero: dict[str, Any]) -> list[str]:
-    runs = []
-    for compact in (False, True):
-        engine = start_dense(wrapper, zero, gradient_accumulation_steps=2)
-        if compact:
-            compact_gradients(engine)
-        runs.append((train(engine, 6), snapshot(engine)))
-    return differences(*runs)
-
-
 @pytest.mark.parametrize(
     "row",
     pairwise(
@@ -192,21 +111,15 @@ def dense_against_plain(wrapper: str, zero: dict[str, Any]) -> list[str]:
 )
 def test_dense_model_trains_the_same(row: Row) -> None:
     zero = {row["off"]: False, "overlap_comm": row["overlap"]}
-    assert run_on_ranks(2, dense_against_plain, row["wrapper"], zero) == [[], []]
-
-
-def skipping_an_expert(wrapper: str, ep_size: int) -> list[str]:
-    runs = []
-    skip([1], (0,))
-    for compact in (False, True):
-        engine = Case(wrapper, ep_size=ep_size).engine(compact, layer=SkippingMoE)
-        runs.append((train(engine, 3), snapshot(engine)))
-    return differences(*runs)
+    assert run_on_ranks(2, dense_against_plain, compact_gradients, row["wrapper"], zero) == [[], []]
 
 
 @pytest.mark.parametrize("wrapper", ZERO)
 def test_expert_without_gradient_on_one_rank(wrapper: str) -> None:
-    assert run_on_ranks(2, skipping_an_expert, wrapper, 2, timeout=60) == [[], []]
+    assert run_on_ranks(2, skipping_an_expert, compact_gradients, wrapper, 2, timeout=60) == [
+        [],
+        [],
+    ]
 
 
 @pytest.mark.long
@@ -219,31 +132,15 @@ def test_ranks_that_share_an_expert_must_agree(compact: bool) -> None:
 
 def train_where_sharing_ranks_disagree(compact: bool) -> None:
     skip([1], (0,))
-    train(Case(ep_size=1).engine(compact, layer=SkippingMoE), 3)
-
-
-def overflow(compact: bool) -> Run:
-    engine = Case(other={"bf16": {"enabled": True, "check_grad_overflow": True}}).engine(compact)
-    losses: list[float] = []
-    for step, (x, y) in enumerate(batches(4)):
-        loss = engine(x.bfloat16(), y.bfloat16())
-        engine.backward(loss * (float("inf") if step == 1 else 1.0))
-        engine.step()
-        losses.append(float(loss.detach()))
-    assert engine.skipped_steps == 1
-    return {"loss": losses}, snapshot(engine)
-
-
-def overflow_against_plain() -> list[str]:
-    return differences(overflow(False), overflow(True))
+    train(Case(ep_size=1).engine(compact_gradients if compact else None, layer=SkippingMoE), 3)
 
 
 def test_overflow_skips_the_same_step() -> None:
-    assert run_on_ranks(2, overflow_against_plain) == [[], []]
+    assert run_on_ranks(2, overflow_against_plain, compact_gradients) == [[], []]
 
 
 def full_gradients(compact: bool) -> list[torch.Tensor]:
-    engine = Case(accumulate=2, split="module").engine(compact)
+    engine = Case(accumulate=2, split="module").engine(compact_gradients if compact else None)
     train(engine, 3)
     x, y = next(batches(1, first=9))
     engine.backward(engine(x.bfloat16(), y.bfloat16()))
@@ -261,7 +158,9 @@ def test_gradients_can_be_read_before_the_step() -> None:
 
 
 def norms_when_a_step_is_left_out(wrapper: str, compact: bool) -> list[float]:
-    engine = Case(wrapper, other={"gradient_clipping": 0.0}).engine(compact)
+    engine = Case(wrapper, other={"gradient_clipping": 0.0}).engine(
+        compact_gradients if compact else None
+    )
     x, y = (data.bfloat16() for data in next(batches(1)))
     norms = []
     for backwards in (1, 2):
@@ -285,29 +184,12 @@ def test_backward_without_step_adds_up() -> None:
 # ---- checkpoints ----------------------------------------------------------------------
 
 
-def resume(case: Case, before: bool, after: bool, folder: Path) -> list[str]:
-    """Compact ``before`` the checkpoint, ``after`` it, against a plain run that never stopped."""
-    plain = case.engine(compact=False)
-    train(plain, 2 * case.accumulate)
-    saving = case.engine(before)
-    train(saving, 2 * case.accumulate)
-    saving.save_checkpoint(str(folder))
-    loading = case.engine(after)
-    loading.load_checkpoint(str(folder))
-    runs = []
-    for engine in (plain, loading):
-        history = train(engine, 2 * case.accumulate, first=2 * case.accumulate)
-        del history["norm"][: case.accumulate - 1]  # still that of the step before
-        runs.append((history, snapshot(engine)))
-    return differences(*runs)
-
-
 @pytest.mark.parametrize(
     "row",
     long_on_four_ranks(
         pairwise(
             {
-                "around": [(False, True), (True, False), (True, True)],
+                "around": ["after", "before", "both"],
                 "wrapper": ZERO,
                 "split": ["expert", "module", "stock"],
                 "world": [2, 4],
@@ -319,14 +201,18 @@ def resume(case: Case, before: bool, after: bool, folder: Path) -> list[str]:
 )
 def test_resume(row: Row, tmp_path: Path) -> None:
     case = Case(row["wrapper"], row["split"], accumulate=row["accumulate"])
-    found = run_on_ranks(row["world"], resume, case, *row["around"], tmp_path, timeout=60)
+    around = (
+        compact_gradients if row["around"] in (when, "both") else None
+        for when in ("before", "after")
+    )
+    found = run_on_ranks(row["world"], resume, case, *around, tmp_path, timeout=60)
     assert found == [[]] * row["world"]
 
 
 def compact_late(folder: Path) -> list[str]:
     """After the checkpoint was loaded, between two steps, and once more."""
     case = Case(accumulate=2)
-    plain, late = case.engine(False), case.engine(False)
+    plain, late = case.engine(), case.engine()
     train(plain, 2)
     plain.save_checkpoint(str(folder))
     late.load_checkpoint(str(folder))
@@ -342,53 +228,12 @@ def test_may_be_called_between_steps_and_twice(tmp_path: Path) -> None:
 
 # ---- memory ---------------------------------------------------------------------------
 
-STEP = "the optimizer step"
-SCALARS = 8  # bytes; norms and flags come and go
-
-
-class Cost(NamedTuple):
-    """Bytes: gradients held when the step begins (R), its peak above the end (T + R)."""
-
-    held: int
-    peak: int
-    partitions: int
-    whole: int
-
-
-def cost(engine: Any) -> Cost:
-    """Of one step, and elements of this rank's partitions and of the parameters that touch them."""
-    accumulate = engine.gradient_accumulation_steps()
-    train(engine, accumulate)  # the first step creates the optimizer's state
-    micro_batches = list(batches(accumulate, first=9))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for number, (x, y) in enumerate(micro_batches, 1):
-            engine.backward(engine(x.bfloat16(), y.bfloat16()))
-            with record_function(STEP) if number == accumulate else contextlib.nullcontext():
-                engine.step()
-    held, peak = _during_step(profiler)
-    optimizer = engine.optimizer
-    touching = (param for group in optimizer.params_in_partition for param in group)
-    partitions = sum(map(int, optimizer.partition_size))
-    return Cost(held, peak, partitions, sum(param.numel() for param in touching))
-
-
-def _during_step(profiler: Any) -> tuple[int, int]:
-    events = profiler.profiler.kineto_results.events()
-    begin, end = next((e.start_ns(), e.end_ns()) for e in events if e.name() == STEP)
-    memory = (e for e in events if e.name() == "[memory]" and abs(e.nbytes()) > SCALARS)
-    held = at_begin = peak = 0
-    for event in sorted(memory, key=lambda e: e.start_ns()):
-        if event.start_ns() < begin:
-            at_begin = peak = held + event.nbytes()
-        elif event.start_ns() > end:
-            break
-        held += event.nbytes()
-        peak = max(peak, held)
-    return at_begin - held, peak - held
-
 
 def costs(cases: list[Case], compact: bool) -> list[Cost]:
-    return [cost(case.engine(compact, model_options={"num_experts": 8})) for case in cases]
+    return [
+        cost(case.engine(compact_gradients if compact else None, model_options={"num_experts": 8}))
+        for case in cases
+    ]
 
 
 EP1 = [
@@ -422,20 +267,6 @@ def test_small_groups_cost_no_more_than_a_big_one() -> None:
 
 
 # ---- where it cannot be used ----------------------------------------------------------
-
-
-def start_muon() -> Any:
-    model = Dense()
-    for param in model.parameters():
-        param.use_muon = param.ndim > 1  # type: ignore[attr-defined]
-    cfg = config("zero2") | {
-        "optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}
-    }
-    return initialize(model, None, cfg, model_parameters=model.parameters())
-
-
-def start_without_optimizer() -> Any:
-    return initialize(Dense(), None, {"train_micro_batch_size_per_gpu": 4})
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -477,7 +308,7 @@ def test_refused(what: str) -> None:
 
 def compact_too_late(case: Case) -> tuple[str, list[str]]:
     """Between ``backward`` and ``step``, and in the middle of an accumulation."""
-    plain, engine = case.engine(False), case.engine(False)
+    plain, engine = case.engine(), case.engine()
     runs = []
     for number, tried in enumerate((plain, engine)):
         (x, y), *rest = (tuple(data.bfloat16() for data in one) for one in batches(case.accumulate))
@@ -503,7 +334,7 @@ def test_refused_while_gradients_are_held(wrapper: str, accumulate: int) -> None
 
 
 def compact_without_means(name: str) -> tuple[str, bool]:
-    engine = Case().engine(False)
+    engine = Case().engine()
     before = list(vars(engine.optimizer))
     missing = mock.patch.object(DeepSpeedZeroOptimizer, name, None)
     with missing, pytest.raises(UnsupportedDeepSpeedError) as failure:
@@ -584,12 +415,12 @@ def patched_decision() -> Any:
 
 def patched_against_plain() -> list[str]:
     case = Case(accumulate=2, ep_size=1)
-    plain = case.engine(False)
+    plain = case.engine()
     runs = [(train(plain, 4), snapshot(plain))]
     with mock.patch.object(DeepSpeedZeroOptimizer, exact.EXACT, patched_decision()):
-        patched = case.engine(False)
+        patched = case.engine()
         runs.append((train(patched, 4), snapshot(patched)))
-        one = cost(case.engine(False))
+        one = cost(case.engine())
     assert one.held == 2 * one.partitions < 2 * one.whole
     return differences(*runs)
 
