@@ -16,6 +16,33 @@ class Piece(NamedTuple):
     end: int
 
 
+def buckets(
+    partitions: Sequence[tuple[int, int]], ranks: int, bytes_: int, most_bytes: int, on_host: bool
+) -> Iterator[list[Piece]]:
+    """Cut and collect what the same ranks share into buckets.
+
+    Args:
+        partitions: index of each group, and elements of its partition.
+        ranks: that share them.
+        bytes_: of an element.
+        most_bytes: of what a bucket takes: the part that a rank sends, the parts that it
+            receives, and on the host a copy of them (gloo's).
+        on_host: elsewhere a group that is larger is received into its weights, uncut.
+    """
+    most = max(1, most_bytes // (bytes_ * (1 + (2 if on_host else 1) * ranks)))
+    bucket: list[Piece] = []
+    room = most
+    for index, size in partitions:
+        for start, end in slices(size, most if on_host else max(size, most)):
+            if end - start > room and bucket:
+                yield bucket
+                bucket, room = [], most
+            bucket.append(Piece(index, start, end))
+            room -= end - start
+    if bucket:
+        yield bucket
+
+
 class Gathering:
     """Gathers partitions in buckets of several groups that the same ranks share.
 
@@ -24,60 +51,73 @@ class Gathering:
     Args:
         flats: the weights of each group, one partition after another.
         owners: the process group that shares each.
-        most_bytes: of the buffer into which a bucket is received.
+        most_bytes: of what a bucket takes; see :func:`buckets`.
     """
 
     def __init__(
         self, flats: Sequence[torch.Tensor], owners: Sequence[Any], most_bytes: int
     ) -> None:
         self.flats, self.owners = flats, owners
-        sharing: dict[tuple[Any, torch.dtype], list[int]] = {}
+        # By ranks: with ep_size 1 experts have a process group of their own with the same ranks.
+        sharing: dict[tuple[tuple[int, ...], torch.dtype], list[tuple[int, int]]] = {}
         for index, (flat, owner) in enumerate(zip(flats, owners, strict=True)):
-            if torch.distributed.get_world_size(owner) > 1:
-                sharing.setdefault((owner, flat.dtype), []).append(index)
+            ranks = tuple(torch.distributed.get_process_group_ranks(owner))
+            if len(ranks) > 1:
+                partition = index, flat.numel() // len(ranks)
+                sharing.setdefault((ranks, flat.dtype), []).append(partition)
         self.buckets = [
-            bucket for indices in sharing.values() for bucket in self._cut(indices, most_bytes)
+            bucket
+            for (ranks, dtype), partitions in sharing.items()
+            for bucket in buckets(
+                partitions, len(ranks), dtype.itemsize, most_bytes, flats[0].is_cpu
+            )
         ]
-
-    def _cut(self, indices: list[int], most_bytes: int) -> Iterator[list[Piece]]:
-        first = self.flats[indices[0]]
-        ranks = torch.distributed.get_world_size(self.owners[indices[0]])
-        most = max(1, most_bytes // (ranks * first.element_size()))
-        bucket: list[Piece] = []
-        room = most
-        for index in indices:
-            size = self.flats[index].numel() // ranks
-            # A backend of a device receives into the weights themselves; gloo copies.
-            whole = size > most and not first.is_cpu
-            for start, end in slices(size, size if whole else most):
-                if end - start > room and bucket:
-                    yield bucket
-                    bucket, room = [], most
-                bucket.append(Piece(index, start, end))
-                room -= end - start
-        if bucket:
-            yield bucket
 
     @torch.no_grad()
     def run(self) -> None:
         """Receive the partitions of the other ranks; all ranks call it together."""
+        buffers: dict[torch.dtype, torch.Tensor] = {}
         for bucket in self.buckets:
-            self._gather(bucket)
+            flat, owner = self.flats[bucket[0].group], self.owners[bucket[0].group]
+            ranks = torch.distributed.get_world_size(owner)
+            if len(bucket) == 1 and not flat.is_cpu:
+                own = flat.view(ranks, -1)[torch.distributed.get_rank(owner)]
+                all_gather(flat, own, owner)
+                continue
+            if flat.dtype not in buffers:
+                buffers[flat.dtype] = flat.new_empty(self._buffer_size(flat.dtype))
+            self._gather(bucket, ranks, buffers[flat.dtype])
 
-    def _gather(self, bucket: list[Piece]) -> None:
-        from deepspeed import comm
+    def _buffer_size(self, dtype: torch.dtype) -> int:
+        """Elements of a buffer for each of the buckets in turn."""
+        return max(
+            buffer_size(bucket, torch.distributed.get_world_size(self.owners[bucket[0].group]))
+            for bucket in self.buckets
+            if (flat := self.flats[bucket[0].group]).dtype == dtype
+            and (len(bucket) > 1 or flat.is_cpu)
+        )
 
+    def _gather(self, bucket: list[Piece], ranks: int, buffer: torch.Tensor) -> None:
         owner = self.owners[bucket[0].group]
-        ranks = torch.distributed.get_world_size(owner)
         rank = torch.distributed.get_rank(owner)
         views = [self.flats[piece.group].view(ranks, -1) for piece in bucket]
         parts = [view[:, p.start : p.end] for view, p in zip(views, bucket, strict=True)]
-        if len(parts) == 1 and parts[0].is_contiguous() and not parts[0].is_cpu:
-            comm.all_gather_into_tensor(views[0].view(-1), parts[0][rank], group=owner)
-            return
-        own = torch.cat([part[rank] for part in parts]) if len(parts) > 1 else parts[0][rank]
-        received = own.new_empty(ranks * own.numel())
-        comm.all_gather_into_tensor(received, own, group=owner)
         sizes = [part.shape[1] for part in parts]
+        received, own = buffer[: ranks * sum(sizes)], parts[0][rank]
+        if len(parts) > 1:
+            own = buffer[ranks * sum(sizes) :][: sum(sizes)]
+            torch.cat([part[rank] for part in parts], out=own)
+        all_gather(received, own, owner)
         for part, others in zip(parts, received.view(ranks, -1).split(sizes, 1), strict=True):
             part.copy_(others)
+
+
+def buffer_size(bucket: list[Piece], ranks: int) -> int:
+    """Elements of what a bucket sends, if it is collected from several groups, and receives."""
+    return (ranks + (len(bucket) > 1)) * sum(piece.end - piece.start for piece in bucket)
+
+
+def all_gather(received: torch.Tensor, own: torch.Tensor, owner: Any) -> None:
+    from deepspeed import comm
+
+    comm.all_gather_into_tensor(received, own, group=owner)

@@ -158,22 +158,29 @@ def step_in_tiles(
             with only(optimizer, [tile_group]):
                 optimizer.step()
         finally:
-            stepped = optimizer.state.pop(tile, {})
-        for key, value in stepped.items():
-            if not _per_element(value, tile):
-                state[key] = value
-                continue
-            if key not in state:
-                state[key] = param.new_empty(param.shape, dtype=value.dtype)
-            kept = state[key][start:end]
-            if kept.data_ptr() != value.data_ptr():
-                kept.copy_(value)
+            _take(optimizer.state.pop(tile, {}), state, param, start, end)
+            tile.grad = None  # before the next one is made
     for key, value in before.items():
         if isinstance(value, torch.Tensor) and value is not state[key]:
             state[key] = value.copy_(state[key])  # others may hold it
     if state:
         optimizer.state[param] = state
     group.update({key: value for key, value in tile_group.items() if key != "params"})
+
+
+def _take(
+    stepped: dict[str, Any], state: dict[str, Any], param: torch.Tensor, start: int, end: int
+) -> None:
+    """Put the state of a slice into that of the parameter."""
+    for key, value in stepped.items():
+        if not isinstance(value, torch.Tensor) or value.shape != (end - start,):
+            state[key] = value
+            continue
+        if key not in state:
+            state[key] = param.new_empty(param.shape, dtype=value.dtype)
+        kept = state[key][start:end]
+        if kept.data_ptr() != value.data_ptr():
+            kept.copy_(value)
 
 
 def _per_element(value: object, param: torch.Tensor) -> bool:

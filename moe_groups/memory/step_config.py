@@ -7,7 +7,9 @@ from typing import Any, Literal
 import torch
 
 from moe_groups._common.arguments import FilePath, OptimizerKind, check_one_of, checked
+from moe_groups._common.text import parse_bytes
 from moe_groups._deepspeed.step_settings import read_step_settings
+from moe_groups._deepspeed.tiles import elements_of
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory.step_cost import MASTER, TEMPORARIES, StepSettings
 
@@ -32,6 +34,7 @@ class StepConfig:
         immediate_grad_update: of the ``bf16`` section; False, DeepSpeed's default, keeps
             the bf16 gradients of all parameters until the end of ``BF16_Optimizer``'s step.
         compact_gradients: :func:`compact_gradients` will be called.
+        lean_step: the tile of :func:`lean_step`, as "64MiB", if it will be called.
         gather_copies: the all-gather after the step copies what it receives, as gloo's
             does on CPU; NCCL's does not.
         weight_bytes: bytes of an element of the weights: 2, or 4 for fp32 weights, whose
@@ -51,6 +54,7 @@ class StepConfig:
     bf16_optimizer_states: bool = False
     immediate_grad_update: bool = False
     compact_gradients: bool = False
+    lean_step: int | str | None = None
     gather_copies: bool = False
     weight_bytes: int = 2
     tp_size: int = 1
@@ -72,6 +76,13 @@ class StepConfig:
                 "compact_gradients=True is for ZeRO-1 and ZeRO-2 with the optimizer on the device: "
                 "BF16_Optimizer and offloading hold no gradients that it could make smaller."
             )
+        if self.lean_step is not None:
+            elements_of(parse_bytes(self.lean_step, "lean_step"))
+            if self.offloads:
+                raise InvalidArgumentError(
+                    f"lean_step={self.lean_step!r} needs the optimizer on the device: leave it "
+                    "out with optimizer='CPUAdam'."
+                )
         if self.offloads and self.bf16_optimizer:
             raise InvalidArgumentError("optimizer='CPUAdam' (offloading) needs ZeRO-1 or ZeRO-2.")
         plain = not (self.bf16_optimizer or self.offloads)
@@ -103,13 +114,14 @@ class StepConfig:
     @property
     def label(self) -> str:
         """A short description: ``ZeRO-2, foreach, bf16 gradients``."""
+        lean = "" if self.lean_step is None else ", lean"
         if self.uses_bf16_optimizer:
-            return f"BF16_Optimizer, {self.optimizer}"
+            return f"BF16_Optimizer, {self.optimizer}{lean}"
         notes = ", bf16 states" if self.bf16_optimizer_states else ""
         notes += ", fp32 weights" if self.weight_bytes == MASTER else ""
-        notes += ", compact" if self.compact_gradients else ""
+        notes += ", compact" if self.compact_gradients and self.lean_step is None else ""
         dtype = "fp32" if self.accumulates_fp32 else "bf16"
-        return f"ZeRO-{self.zero_stage}, {self.optimizer}, {dtype} gradients{notes}"
+        return f"ZeRO-{self.zero_stage}, {self.optimizer}, {dtype} gradients{notes}{lean}"
 
     @property
     def uses_bf16_optimizer(self) -> bool:
@@ -130,10 +142,13 @@ class StepConfig:
             temporaries=_KINDS[self.optimizer],
             weight_bytes=self.weight_bytes,
             grad_bytes=MASTER if fp32 else self.weight_bytes,
-            compact=self.compact_gradients or (fp32 and self.weight_bytes != MASTER),
+            compact=self.compact_gradients
+            or self.lean_step is not None
+            or (fp32 and self.weight_bytes != MASTER),
             keeps_low_precision=self.uses_bf16_optimizer and not self.immediate_grad_update,
             gather_copies=self.gather_copies,
             master_bytes=self.weight_bytes if self.bf16_optimizer_states else MASTER,
+            tile_bytes=parse_bytes(self.lean_step, "lean_step") if self.lean_step else 0,
         )
 
     @classmethod

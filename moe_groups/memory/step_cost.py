@@ -13,6 +13,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_groups._deepspeed.gathering import buckets, buffer_size
+from moe_groups._deepspeed.tiles import batches, elements_of
 from moe_groups.groups.grouping import padded_partition
 
 Wrapper: TypeAlias = Literal["zero", "bf16_optimizer"]
@@ -44,6 +46,7 @@ class StepSettings:
         gather_copies: the all-gather copies what it receives (gloo does, NCCL does not).
         master_bytes: bytes of an element of the master weights, and so of the gradients and
             moments that the optimizer works with.
+        tile_bytes: of :func:`lean_step`; 0 without it.
     """
 
     wrapper: Wrapper = "zero"
@@ -54,6 +57,12 @@ class StepSettings:
     keeps_low_precision: bool = False
     gather_copies: bool = False
     master_bytes: int = MASTER
+    tile_bytes: int = 0
+
+    @property
+    def tile(self) -> int:
+        """Elements of a tile of :func:`lean_step`."""
+        return elements_of(self.tile_bytes)
 
     @property
     def upcast_bytes(self) -> int:
@@ -179,8 +188,9 @@ def step_cost(
     """
     assert groups
     assert not first or all(group.count == 1 for group in groups)
-    cost = _bf16_optimizer if settings.wrapper == "bf16_optimizer" else _zero
-    return cost(groups, settings, first)
+    if settings.wrapper == "bf16_optimizer":
+        return _bf16_optimizer(groups, settings, first)
+    return (_lean_zero if settings.tile_bytes else _zero)(groups, settings, first)
 
 
 def _begin(held: Ints) -> StepCost:
@@ -216,6 +226,54 @@ def _zero(groups: Sequence[GroupOnRanks], settings: StepSettings, first: bool) -
         cost.group_peaks.append(int(np.max(np.maximum(before, during))))
     _gather(cost, groups, settings, now + state)
     return cost
+
+
+def _lean_zero(groups: Sequence[GroupOnRanks], settings: StepSettings, first: bool) -> StepCost:
+    """ZeRO-1 and ZeRO-2 with :func:`lean_step`: batches of small groups, tiles of large ones."""
+    ranks, tile = len(groups[0].partition_of), settings.tile
+    single = [index for index, group in enumerate(groups) for _ in range(group.count)]
+    sizes = [groups[index].layout.partition for index in single]
+    now = np.full(ranks, settings.grad_bytes * sum(sizes), dtype=np.int64)
+    cost = _begin(now)
+    for index, group in enumerate(groups):
+        slices = np.minimum(group.layout.largest_slice[group.partition_of], tile)
+        cost.raise_to(now + NORM * slices, _NORM, index)
+    state, upcast = 0, settings.upcast_bytes
+    peaks = [0] * len(groups)
+    for batch in batches(sizes, tile):
+        copied, step = 0, now
+        for place in batch:  # copies are made one by one, and gradients released
+            working = min(sizes[place], tile)
+            copied += upcast * working
+            peaks[single[place]] = int((step + copied + state).max())
+            cost.raise_to(step + copied + state, _UPCAST, single[place])
+            if upcast and working == sizes[place]:
+                step = step - settings.grad_bytes * sizes[place]
+        for place in batch:
+            working = min(sizes[place], tile)
+            state += settings.state_bytes * sizes[place] if first else 0
+            during = step + copied + settings.temporary_bytes * working + state
+            if first:
+                during = during + _fresh(sizes[place], working, settings)
+            peaks[single[place]] = max(peaks[single[place]], int(during.max()))
+            cost.raise_to(during, _OPTIMIZER, single[place])
+        now = now - settings.grad_bytes * sum(sizes[place] for place in batch)
+    cost.group_peaks = peaks
+    _gather(cost, groups, settings, now + state)
+    return cost
+
+
+def _fresh(partition: int, tile: int, settings: StepSettings) -> int:
+    """What the first step takes for the state of a tile, before it is part of the group's.
+
+    The first tile's is there while that of the group is made, but no temporaries are then.
+    """
+    if tile == partition:
+        return 0
+    second = min(tile, partition - tile)
+    idle = (settings.upcast_bytes + settings.temporary_bytes) * (tile - second)
+    first = settings.state_bytes * tile - settings.temporary_bytes * tile
+    return max(first, settings.state_bytes * second - idle)
 
 
 def _in_turn(groups: Sequence[GroupOnRanks]) -> Iterator[tuple[int, GroupOnRanks, int, bool]]:
@@ -268,7 +326,10 @@ def _bf16_optimizer(
     for index, group in enumerate(groups):
         partition = group.layout.partition
         state += settings.state_bytes * partition if first else 0
-        during = now + settings.temporary_bytes * partition + state
+        working = min(partition, settings.tile) if settings.tile_bytes else partition
+        during = now + settings.temporary_bytes * working + state
+        if first:
+            during = during + _fresh(partition, working, settings)
         cost.raise_to(during, _OPTIMIZER, index)
         cost.group_peaks.append(int(during.max()))
     _gather(cost, groups, settings, now + state)
@@ -278,9 +339,31 @@ def _bf16_optimizer(
 def _gather(
     cost: StepCost, groups: Sequence[GroupOnRanks], settings: StepSettings, now: Ints
 ) -> None:
-    if not settings.gather_copies:
-        return
+    if settings.tile_bytes:
+        _gather_in_buckets(cost, groups, settings, now)
+    elif settings.gather_copies:
+        for index, group in enumerate(groups):
+            if group.ranks > 1:
+                whole = settings.weight_bytes * group.ranks * group.layout.partition
+                cost.raise_to(now + whole, _GATHER, index)
+
+
+def _gather_in_buckets(
+    cost: StepCost, groups: Sequence[GroupOnRanks], settings: StepSettings, now: Ints
+) -> None:
+    on_host, bytes_ = settings.gather_copies, settings.weight_bytes
+    sharing: dict[tuple[int, bytes], list[tuple[int, int]]] = {}
     for index, group in enumerate(groups):
         if group.ranks > 1:
-            whole = settings.weight_bytes * group.ranks * group.layout.partition
-            cost.raise_to(now + whole, _GATHER, index)
+            owner = group.ranks, group.partition_of.tobytes()
+            partitions = [(index, group.layout.partition)] * group.count
+            sharing.setdefault(owner, []).extend(partitions)
+    buffer = copied = 0
+    for (ranks, _), partitions in sharing.items():
+        for bucket in buckets(partitions, ranks, bytes_, settings.tile_bytes, on_host):
+            if len(bucket) > 1 or on_host:
+                buffer = max(buffer, bytes_ * buffer_size(bucket, ranks))
+            if on_host:
+                elements = sum(piece.end - piece.start for piece in bucket)
+                copied = max(copied, bytes_ * ranks * elements)
+    cost.raise_to(now + buffer + copied, _GATHER, -1)

@@ -17,6 +17,7 @@ from moe_groups import (
     compact_gradients,
     create_moe_param_groups,
     estimate_step_memory,
+    lean_step,
     plan_param_groups,
 )
 from moe_groups.memory.estimate import on_ranks
@@ -221,7 +222,9 @@ def start(case: Case) -> tuple[Any, list[dict[str, Any]]]:
         optimizer = torch.optim.AdamW(groups, lr=1e-3, **options)  # type: ignore[arg-type]
     engine = initialize(model, optimizer, deepspeed_config(case))
     gc.unfreeze()  # walking frozen objects costs each measurement a second
-    if case.step.compact_gradients:
+    if case.step.lean_step is not None:
+        lean_step(engine, case.step.lean_step)
+    elif case.step.compact_gradients:
         compact_gradients(engine)
     return engine, given
 
