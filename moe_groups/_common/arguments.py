@@ -96,6 +96,8 @@ FilePath: TypeAlias = Annotated[str | Path, Is(_is_path, "a path that the system
 
 SplitBy: TypeAlias = Literal["parallel_group", "module", "expert"]
 LEVELS: tuple[SplitBy, ...] = get_args(SplitBy)
+TILE = "64MiB"
+"""What a tile of ``lean_step`` takes by default."""
 OptimizerKind: TypeAlias = Literal["for-loop", "foreach", "fused", "FusedAdam", "CPUAdam"]
 
 

@@ -29,6 +29,7 @@ class Engine(Protocol):
     checkpoint_engine: Any
     seq_data_parallel_group: Any
     param_names: Mapping[torch.Tensor, str]
+    config: Mapping[str, Any]
     device: torch.device
     local_rank: int
     global_steps: int

@@ -28,7 +28,7 @@ def keep_exact_partitions(engine: Any, caller: str) -> None:
     """
     check_can_be_exact(engine, caller)
     optimizer = engine.optimizer
-    if getattr(optimizer, EXACT) is _always or _is_exact(optimizer):
+    if keeps_exact_partitions(engine) or _is_exact(optimizer):
         return
     if _holds_gradients(optimizer):
         raise InvalidArgumentError(
@@ -50,6 +50,11 @@ def check_can_be_exact(engine: Any, caller: str) -> None:
         need("exact partitions", f"leave {caller} out")
     if problem := _why_not_exact(engine, optimizer):
         raise InvalidArgumentError(f"{caller} cannot be used on this engine: {problem}.")
+
+
+def keeps_exact_partitions(engine: Any) -> bool:
+    """Has :func:`keep_exact_partitions` changed this engine?"""
+    return vars(engine.optimizer).get(EXACT) is _always
 
 
 def _always(group_idx: int) -> bool:

@@ -50,18 +50,26 @@ def step_lean(engine: Any, tile_bytes: int) -> None:
             keep_exact_partitions(engine, "lean_step")
             known = ZeroStep(wrapper)
         setattr(wrapper, _LEAN, known)
-    known.most = most
+    known.most, known.tile_bytes = most, tile_bytes
     known.gathering = known.gathers(tile_bytes)
+
+
+def tile_of(engine: Any) -> int | None:
+    """Bytes of the tile of an engine that steps lean; None for another one."""
+    known: ZeroStep | Bf16Step | None = getattr(engine.optimizer, _LEAN, None)
+    return None if known is None else known.tile_bytes
 
 
 class ZeroStep:
     """``step`` and ``scaled_global_norm`` of a ZeRO-1/2 optimizer.
 
     Attributes:
-        most: elements of a tile.
+        tile_bytes: what a tile takes.
+        most: its elements.
         gathering: of the weights.
     """
 
+    tile_bytes: int
     most: int
     gathering: Gathering
 
@@ -252,6 +260,7 @@ class Bf16Step:
     Its fp32 gradients stay, and all groups have one all-reduce per process group already.
     """
 
+    tile_bytes: int
     most: int
     gathering: Gathering
 

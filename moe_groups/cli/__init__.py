@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from moe_groups._common.arguments import LEVELS, OptimizerKind
+from moe_groups._common.arguments import LEVELS, TILE, OptimizerKind
 from moe_groups._common.text import parse_bytes
 from moe_groups._version import __version__
 from moe_groups.cli.checkpoints import add_commands
@@ -27,6 +27,8 @@ _OPTIONS = {
     "pp_size": "--pp",
     "pp_rank": "--pp-rank",
     "compact_gradients": "--compact-gradients",
+    "lean_step": "--lean-step",
+    "tile": "--lean-step",
     "optimizer": "--optimizer",
 }
 """Arguments of the library in messages, and their options on the command line."""
@@ -133,6 +135,13 @@ def _add_step(plan: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compact-gradients", action="store_true", help="compact_gradients(engine) is called"
     )
+    group.add_argument(
+        "--lean-step",
+        nargs="?",
+        const=TILE,
+        metavar="TILE",
+        help=f"lean_step(engine, TILE) is called ({TILE})",
+    )
 
 
 def _add_groups(plan: argparse.ArgumentParser) -> None:
@@ -192,6 +201,7 @@ def _request(args: argparse.Namespace) -> "PlanRequest":
         optimizer=args.optimizer,
         grad_accum_dtype=args.grad_accum_dtype,
         compact_gradients=args.compact_gradients,
+        lean_step=args.lean_step,
         tp_size=args.tp,
     )
     if args.world_size % (args.tp * args.pp):

@@ -14,8 +14,8 @@ from moe_groups.groups.grouping import lines, make_plan
 from moe_groups.groups.inputs import read_input
 from moe_groups.groups.keys import Table
 from moe_groups.groups.rules import Rules
-from moe_groups.memory.estimate import StepMemory, estimate
-from moe_groups.memory.plan import TradeOff, plan_param_groups, stock_groups
+from moe_groups.memory.estimate import SizedGroup, StepMemory, estimate
+from moe_groups.memory.plan import TradeOff, lean, plan_param_groups, stock_groups
 from moe_groups.memory.step_config import StepConfig
 from moe_groups.meta_models.rank import shard_for_rank, undivided_layers
 from moe_groups.meta_models.source import load_model, names_function
@@ -69,11 +69,16 @@ class RankModel:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A split to mark on the trade-off curve."""
+    """A split to mark on the trade-off curve.
+
+    Attributes:
+        lean_peak: its step peak with ``lean_step``; None with the optimizer on the host.
+    """
 
     key: Literal["stock", "no_cap", "plan"]
     label: str
     memory: StepMemory
+    lean_peak: int | None
 
     @property
     def groups(self) -> int:
@@ -112,7 +117,7 @@ def make_report(request: PlanRequest) -> PlanReport:
     hints: list[str] = []
     if request.cap is not None or request.step.offloads:
         label = "no cap" if request.cap is None else f"cap {request.cap:,}"
-        chosen = Mark("plan", label, _capped(rank, request, request.cap))
+        chosen = _mark("plan", label, _capped(rank, request, request.cap), request)
     else:
         plan = plan_param_groups(
             rank.model,
@@ -122,15 +127,16 @@ def make_report(request: PlanRequest) -> PlanReport:
             step=request.step,
             data_parallel_size=request.data_parallel_size,
         )
-        chosen = Mark("plan", "the plan", plan.memory)
+        chosen = _mark("plan", "the plan", plan.sized(), request)
         curve, hints = plan.curve, plan.hints
     others = [
-        Mark(
+        _mark(
             "stock",
             f"DeepSpeed's split, cap {DEEPSPEED_MAX_GROUP_SIZE:,}",
-            estimate(stock_groups(_table(rank.model)), request.step, request.data_parallel_size),
+            stock_groups(_table(rank.model)),
+            request,
         ),
-        Mark("no_cap", f"by {request.split_by}, no cap", _capped(rank, request, None)),
+        _mark("no_cap", f"by {request.split_by}, no cap", _capped(rank, request, None), request),
     ]
     return PlanReport(request, rank, [*others, chosen], curve, [*rank.notes, *hints])
 
@@ -195,15 +201,25 @@ def _check_fits(rank: RankModel, request: PlanRequest) -> None:
 # ---- splits to compare with -----------------------------------------------------------
 
 
-def _capped(rank: RankModel, request: PlanRequest, cap: int | None) -> StepMemory:
-    """Memory with the groups of ``create_moe_param_groups(max_group_size=cap)``."""
+def _mark(
+    key: Literal["stock", "no_cap", "plan"],
+    label: str,
+    groups: list[SizedGroup],
+    request: PlanRequest,
+) -> Mark:
+    step, world = request.step, request.data_parallel_size
+    peak = None if step.offloads else estimate(groups, lean(step), world).step_peak
+    return Mark(key, label, estimate(groups, step, world), peak)
+
+
+def _capped(rank: RankModel, request: PlanRequest, cap: int | None) -> list[SizedGroup]:
+    """The groups of ``create_moe_param_groups(max_group_size=cap)``."""
     given = read_input(rank.model)
     table = read_table(given, Rules(None, None, ()), request.split_by)
-    named = [
+    return [
         (name, table.sizes_of(rows), key.parallel_group)
         for name, key, _, rows in make_plan(table, lambda key: cap, given.groups)
     ]
-    return estimate(named, request.step, request.data_parallel_size)
 
 
 def _table(model: nn.Module) -> Table:

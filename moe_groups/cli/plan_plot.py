@@ -67,6 +67,11 @@ def _draw(report: "PlanReport") -> "Figure":
     if curve:
         label = f"best found, split by {report.request.split_by}"
         axes.plot(*zip(*curve, strict=True), marker=".", color="tab:blue", label=label)
+    lean = {point.groups: point.lean_peak / 2**30 for point in report.curve}
+    lean |= {m.groups: m.lean_peak / 2**30 for m in report.marks if m.lean_peak is not None}
+    if lean and report.request.step.lean_step is None:
+        points = zip(*sorted(lean.items()), strict=True)
+        axes.plot(*points, "--", marker=".", color="tab:purple", label="with lean_step")
     for mark in report.marks:
         marker, color = _MARKERS[mark.key]
         peak = mark.memory.step_peak / 2**30

@@ -58,6 +58,7 @@ def as_json(report: "PlanReport") -> str:
                 "label": mark.label,
                 "groups": mark.groups,
                 "step_peak": mark.memory.step_peak,
+                "lean_peak": mark.lean_peak,
                 "transient": mark.memory.transient,
                 "held": mark.memory.held,
                 "first_step_peak": mark.memory.first_step_peak,
@@ -134,18 +135,23 @@ def _groups(report: "PlanReport") -> "Table":
 
 def _curve(report: "PlanReport") -> "Table":
     """The curve's points and the marked splits; the length of a bar is the peak."""
-    labels: dict[tuple[int, int], list[str]] = {
-        (point.groups, point.step_peak): [] for point in thinned(report)
-    }
+    labels: dict[tuple[int, int], list[str]] = {}
+    lean: dict[tuple[int, int], int | None] = {}
+    for point in thinned(report):
+        labels[at := (point.groups, point.step_peak)], lean[at] = [], point.lean_peak
     for mark in report.marks:
-        labels.setdefault((mark.groups, mark.memory.step_peak), []).append(mark.label)
+        labels.setdefault(at := (mark.groups, mark.memory.step_peak), []).append(mark.label)
+        lean.setdefault(at, mark.lean_peak)
     most = max(peak for _, peak in labels) or 1
-    table = new_table("Trade-off: step peak against number of groups", (">groups", ">peak", "", ""))
+    columns = (">groups", ">peak", ">lean_step", "", "")
+    table = new_table("Trade-off: step peak against number of groups", columns)
     for (groups, peak), marks in sorted(labels.items()):
         chosen = report.marks[-1].label in marks
         bar = ("#" if chosen else "-") * max(1, round(_BAR * peak / most))
+        known = lean[groups, peak]
+        sizes = show_bytes(peak), "" if known is None else show_bytes(known)
         style = "bold" if chosen else None
-        table.add_row(str(groups), show_bytes(peak), bar, "; ".join(marks), style=style)
+        table.add_row(str(groups), *sizes, bar, "; ".join(marks), style=style)
     return table
 
 

@@ -1,13 +1,13 @@
 """Step in tiles: memory that does not depend on the groups, and groups that cost no collectives."""
 
-from moe_groups._common.arguments import checked
+from moe_groups._common.arguments import TILE, Bytes, checked
 from moe_groups._common.text import parse_bytes
 from moe_groups._deepspeed.engines import InitializedEngine
 from moe_groups._deepspeed.lean_step import step_lean
 
 
 @checked
-def lean_step(engine: InitializedEngine, tile: int | str = "64MiB") -> None:
+def lean_step(engine: InitializedEngine, tile: Bytes = TILE) -> None:
     """Make the optimizer step need as little memory, and as few collectives, for any groups.
 
     For ZeRO-1 and ZeRO-2, where it includes :func:`compact_gradients`, and ``BF16_Optimizer``.

@@ -39,11 +39,17 @@ def warn_if_costly(
 ) -> None:
     """Warn if T + R is more than 1.5 times that of simple groups with this ``split_by``.
 
-    Does nothing if the number of ranks is not known, or does not fit the experts.
+    Does nothing if the number of ranks is not known, or does not fit the experts, or with
+    ``lean_step``, whose peak hardly depends on the groups.
     """
     world = data_parallel_size or world_size()
     config = step or StepConfig()
-    if world is None or config.offloads or not _fits(table, world * config.tensor_ranks):
+    if (
+        world is None
+        or config.offloads
+        or config.lean_step
+        or not _fits(table, world * config.tensor_ranks)
+    ):
         return
     made = Counter((table.sizes_of(rows), key.parallel_group) for _, key, _, rows in groups)
     peak = peak_of(made, world, config)

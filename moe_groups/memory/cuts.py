@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
 from moe_groups.groups.grouping import padded_partition
 from moe_groups.groups.packing import fill, pack
-from moe_groups.memory.step_cost import GroupOnRanks, Ints, StepSettings, layout
+from moe_groups.memory.group_layout import GroupOnRanks, Ints, layout
+from moe_groups.memory.step_cost import StepSettings
 
 Cut: TypeAlias = tuple[tuple[int, int], ...]
 """Tiles of a line as ``(start, stop)``, in order."""

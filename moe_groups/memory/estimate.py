@@ -13,7 +13,7 @@ from moe_groups.tags import get_expert_tag, numel_of
 from moe_groups.topology import sharing_ranks, world_size
 
 if TYPE_CHECKING:
-    from moe_groups.memory.step_cost import GroupOnRanks
+    from moe_groups.memory.group_layout import GroupOnRanks
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,7 @@ def on_ranks(
     """
     import numpy as np
 
-    from moe_groups.memory.step_cost import GroupOnRanks
+    from moe_groups.memory.group_layout import GroupOnRanks
 
     ranks, everyone = sharing_ranks(parallel_group, world, tensor_ranks), world * tensor_ranks
     return GroupOnRanks(sizes, np.arange(everyone) // (everyone // ranks), ranks, count)

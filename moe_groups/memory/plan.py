@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_groups._common.arguments import (
+    TILE,
     Bytes,
     Count,
     NotNegative,
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
     from moe_groups.memory.search import Candidate
 
 
+def lean(step: StepConfig) -> StepConfig:
+    """The same with :func:`lean_step`."""
+    return replace(step, compact_gradients=False, lean_step=step.lean_step or TILE)
+
+
 def hints(
     split_by: SplitBy,
     step: StepConfig,
@@ -62,7 +68,11 @@ def hints(
         fused = replace(step, optimizer="fused")
         peak = min(price(costed, chosen.cuts, fused.settings).peak, best(fused, costed))
         others.append(("AdamW(fused=True)", peak))
-    if not (step.compact_gradients or step.uses_bf16_optimizer or step.grad_accum_dtype == "fp32"):
+    if step.lean_step is None:
+        peak = price(costed, chosen.cuts, lean(step).settings).peak
+        others.append((f"lean_step(engine) with these {chosen.groups} groups", peak))
+    plain = not (step.compact_gradients or step.lean_step or step.uses_bf16_optimizer)
+    if plain and step.grad_accum_dtype != "fp32":
         compact = replace(step, compact_gradients=True)
         others.append(("compact_gradients(engine)", best(compact, costed)))
     return [
@@ -113,10 +123,12 @@ class TradeOff:
     Attributes:
         groups: number of groups.
         step_peak: T + R on the worst rank, bytes.
+        lean_peak: the same with :func:`lean_step`.
     """
 
     groups: int
     step_peak: int
+    lean_peak: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +252,7 @@ def make_group_plan(
     max_groups: int | None = None,
 ) -> ParamGroupPlan:
     """:func:`plan_param_groups` for parameters that have been read."""
-    from moe_groups.memory.search import best_order, trade_off
+    from moe_groups.memory.search import best_order, price, trade_off
 
     step, world = step or StepConfig(), data_parallel_world(data_parallel_size)
     if step.offloads:
@@ -267,7 +279,10 @@ def make_group_plan(
         split_by=split_by,
         step=step,
         data_parallel_size=world,
-        curve=[TradeOff(candidate.groups, candidate.peak) for candidate in curve],
+        curve=[
+            TradeOff(one.groups, one.peak, price(costed, one.cuts, lean(step).settings).peak)
+            for one in curve
+        ],
         hints=hints(split_by, step, chosen, costed, coarse_lines),
         rules=rules,
         made_for=made_for(table),

@@ -12,7 +12,8 @@ from itertools import combinations, pairwise, product
 import numpy as np
 
 from moe_groups.memory.cuts import Cut, Line, proposed_cuts
-from moe_groups.memory.step_cost import GroupOnRanks, StepSettings, step_cost
+from moe_groups.memory.group_layout import GroupOnRanks
+from moe_groups.memory.step_cost import StepSettings, step_cost
 
 _EXHAUSTIVE = 2048
 """Up to this number of ways to cut all lines, all are tried."""
@@ -88,8 +89,11 @@ def trade_off(lines: Sequence[Line], settings: StepSettings) -> list[Candidate]:
     """The best candidates found, from few groups to low peaks; each beats those before it.
 
     If there are few ways to cut the lines, all are tried. Otherwise equal lines are searched
-    together, in up to eight bundles.
+    together, in up to eight bundles. With ``lean_step`` the peak hardly depends on the groups, and
+    nothing is cut.
     """
+    if settings.tile_bytes:
+        return [price(lines, [((0, len(line.sizes)),) for line in lines], settings)]
     if _ways(lines) <= _EXHAUSTIVE:
         return _best(price(lines, cuts, settings) for cuts in _all_cuts(lines))
     bundles, members = _bundle(lines)

@@ -1,13 +1,16 @@
 """How a model will be stepped: DeepSpeed's wrapper, the optimizer, and the ranks."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 
 from moe_groups._common.arguments import FilePath, OptimizerKind, check_one_of, checked
 from moe_groups._common.text import parse_bytes
+from moe_groups._deepspeed.engines import SteppingEngine
+from moe_groups._deepspeed.exact_partitions import keeps_exact_partitions
+from moe_groups._deepspeed.lean_step import tile_of
 from moe_groups._deepspeed.step_settings import read_step_settings
 from moe_groups._deepspeed.tiles import elements_of
 from moe_groups.errors import InvalidArgumentError
@@ -176,6 +179,19 @@ class StepConfig:
             grad_accum_dtype=read.grad_accum_dtype,
             bf16_optimizer_states=read.bf16_optimizer_states,
             immediate_grad_update=read.immediate_grad_update,
+        )
+
+    @classmethod
+    def from_engine(cls, engine: SteppingEngine) -> "StepConfig":
+        """Read it from an engine, with ``compact_gradients`` and ``lean_step`` if it has them.
+
+        Raises:
+            InvalidArgumentError: as :meth:`from_deepspeed`.
+        """
+        return replace(
+            cls.from_deepspeed(engine.config, engine.basic_optimizer),
+            compact_gradients=keeps_exact_partitions(engine),
+            lean_step=tile_of(engine),
         )
 
 

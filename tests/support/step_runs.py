@@ -21,8 +21,9 @@ from moe_groups import (
     plan_param_groups,
 )
 from moe_groups.memory.estimate import on_ranks
+from moe_groups.memory.group_layout import GroupOnRanks
 from moe_groups.memory.measure import measure_step_memory
-from moe_groups.memory.step_cost import GroupOnRanks, step_cost
+from moe_groups.memory.step_cost import step_cost
 from tests.support.training import initialize
 
 OPTIONS: dict[str, dict[str, bool]] = {

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moe_groups.memory.step_cost import TEMPORARIES, GroupOnRanks, StepSettings, layout, step_cost
+from moe_groups.memory.group_layout import GroupOnRanks, layout
+from moe_groups.memory.step_cost import TEMPORARIES, StepSettings, step_cost
 
 
 class Memory:
