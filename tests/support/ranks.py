@@ -27,6 +27,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+from packaging.version import Version
+
 from tests.support import ROOT
 
 EXTENSIONS = ROOT / ".cache" / os.environ.get("MOE_GROUPS_TEST_EXTENSIONS", "torch_extensions")
@@ -359,6 +361,8 @@ def forget_process_groups() -> None:
     groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups.mesh_device = None
     groups.mpu, groups.expert_tensor_parallel_world_size = None, 1
     distributed: Any = torch.distributed
+    if Version(torch.__version__) < Version("2.7"):
+        return  # destroying a gloo group can hang there, while another rank makes the next one
     for group in list(distributed.distributed_c10d._world.pg_map):
         if group is not distributed.group.WORLD:
             distributed.destroy_process_group(group)

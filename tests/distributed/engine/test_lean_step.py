@@ -1,6 +1,10 @@
 """``lean_step``: the same step bit for bit, in tiles and with few collectives."""
 
+import contextlib
 import functools
+import inspect
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +13,14 @@ from unittest import mock
 import pytest
 import torch
 from deepspeed import comm
+from deepspeed.runtime import utils
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from moe_groups import GroupMetrics, MoE, compact_gradients, lean_step, set_group_options
 from moe_groups._deepspeed.releases import EXACT_MEANS
 from moe_groups._deepspeed.tiles import ALIGNED, BYTES_PER_ELEMENT
 from moe_groups.errors import InvalidArgumentError, UnsupportedDeepSpeedError
+from tests.support import ROOT
 from tests.support.models import TinyMoE
 from tests.support.pairwise import Row, label, long_on_four_ranks, pairwise
 from tests.support.ranks import forget_process_groups, run_in_fresh_processes, run_on_ranks
@@ -272,11 +278,12 @@ def test_may_be_called_between_steps_and_again(tmp_path: Path) -> None:
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast", "barrier")
 
 
-def collectives(wrapper: str) -> list[tuple[int, int]]:
+def collectives(wrapper: str, lean: bool = True) -> list[tuple[int, int]]:
     """Numbers of groups, and of collectives in a step."""
     found = []
     for split in ("parallel_group", "module", "expert"):
-        engine = Case(wrapper, split, ep_size=1).engine(at_once, model_options={"num_experts": 8})
+        change = at_once if lean else None
+        engine = Case(wrapper, split, ep_size=1).engine(change, model_options={"num_experts": 8})
         x, y = (data.bfloat16() for data in next(batches(1)))
         engine.backward(engine(x, y))
         calls: list[None] = []
@@ -410,3 +417,42 @@ def test_unsupported_deepspeed() -> None:
     for message, unchanged in run_on_ranks(2, without_means, EXACT_MEANS[0]):
         assert "install deepspeed 0.19.8 or newer, or leave lean_step out" in message
         assert unchanged
+
+
+# ---- the patches on the page ----------------------------------------------------------
+
+PAGE = ROOT / "docs" / "lean-step.md"
+
+
+def patched() -> Any:
+    """A context manager: DeepSpeed with the patches of the page applied."""
+    changed: dict[str, Any] = {}
+    originals = DeepSpeedZeroOptimizer.scaled_global_norm, utils.all_gather_into_tensor_dp_groups
+    for original, diff in zip(originals, re.findall("```diff\n(.*?)```", PAGE.read_text(), re.S)):
+        function: Any = inspect.unwrap(original)
+        lines = diff.splitlines(keepends=True)
+        before, after = ("".join(one[1:] for one in lines if one[0] in " " + s) for s in "-+")
+        assert inspect.getsource(function).strip() == before.strip()
+        exec(textwrap.dedent(after), function.__globals__, changed)
+    methods = {name: changed.pop(name) for name in ("scaled_global_norm", "_local_square")}
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.multiple(DeepSpeedZeroOptimizer, create=True, **methods))
+    stack.enter_context(mock.patch.multiple(utils, create=True, **changed))
+    return stack
+
+
+def patched_against_plain(case: Case) -> tuple[list[str], list[tuple[int, int]]]:
+    plain = case.engine()
+    runs = [(train(plain, 4), snapshot(plain))]
+    with patched():
+        engine = case.engine()
+        runs.append((train(engine, 4), snapshot(engine)))
+        counts = collectives(case.wrapper, lean=False)
+    return differences(*runs), counts
+
+
+@pytest.mark.parametrize("wrapper", ["zero1", "zero2"])
+def test_patches_of_the_page(wrapper: str) -> None:
+    for problems, counts in run_on_ranks(2, patched_against_plain, Case(wrapper, accumulate=2)):
+        assert problems == []
+        assert len({count for _, count in counts}) == 1
