@@ -37,6 +37,10 @@ FEATURES = {
     "verify": ["test_verify.py"],
     "resume": ["test_resume.py"],
     "compact gradients": ["test_compact_gradients.py::test_trains_the_same"],
+    "lean step": [
+        "test_lean_step.py::test_trains_the_same",
+        "test_lean_step.py::test_optimizers",
+    ],
     "options, freezing": ["test_expert_control.py"],
     "metrics": ["test_group_metrics.py"],
     "losses": ["test_loss_tracker.py", "test_attach_loss.py"],

@@ -188,10 +188,11 @@ class StepConfig:
         Raises:
             InvalidArgumentError: as :meth:`from_deepspeed`.
         """
+        tile = tile_of(engine)
         return replace(
             cls.from_deepspeed(engine.config, engine.basic_optimizer),
-            compact_gradients=keeps_exact_partitions(engine),
-            lean_step=tile_of(engine),
+            compact_gradients=tile is None and keeps_exact_partitions(engine),
+            lean_step=tile,
         )
 
 

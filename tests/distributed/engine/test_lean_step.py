@@ -428,7 +428,8 @@ def patched() -> Any:
     """A context manager: DeepSpeed with the patches of the page applied."""
     changed: dict[str, Any] = {}
     originals = DeepSpeedZeroOptimizer.scaled_global_norm, utils.all_gather_into_tensor_dp_groups
-    for original, diff in zip(originals, re.findall("```diff\n(.*?)```", PAGE.read_text(), re.S)):
+    diffs = re.findall("```diff\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for original, diff in zip(originals, diffs, strict=True):
         function: Any = inspect.unwrap(original)
         lines = diff.splitlines(keepends=True)
         before, after = ("".join(one[1:] for one in lines if one[0] in " " + s) for s in "-+")

@@ -135,6 +135,41 @@ def test_some_on_real_ranks() -> None:
         assert problems(FAST[-1:], runs[-1:])
 
 
+LEAN = [
+    Case(replace(step, optimizer=kind, lean_step=tile), groups, None, shape, accumulate, clip)  # type: ignore[arg-type]
+    for step, kind, tile, groups, shape, accumulate, clip in (
+        (ACCUMULATIONS[1], "foreach", 600_000, "module", SHAPES[1], 4, 1.0),
+        (ACCUMULATIONS[0], "for-loop", 600_000, "stock", SHAPES[0], 1, 0.0),
+        (ACCUMULATIONS[1], "fused", "64MiB", "expert", SHAPES[3], 1, 0.0),
+        (ACCUMULATIONS[4], "foreach", 600_000, "expert", SHAPES[3], 1, 1.0),
+        (ACCUMULATIONS[6], "for-loop", 600_000, "module", SHAPES[2], 1, 0.0),
+        (ACCUMULATIONS[8], "foreach", 600_000, "parallel_group", SHAPES[2], 1, 0.0),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "cases", [LEAN[:2], pytest.param(LEAN[2:], marks=pytest.mark.long)], ids=["some", "more"]
+)
+def test_lean_steps(cases: list[Case]) -> None:
+    cases = [on_gloo(case) for case in cases]
+    for runs in run_on_ranks(2, run_all, cases, 2, timeout=300):
+        check(cases, runs)
+
+
+def read_off_an_engine() -> list[StepConfig]:
+    found = []
+    for case in (Case(), Case(StepConfig(compact_gradients=True)), LEAN[0], LEAN[4]):
+        found.append(StepConfig.from_engine(start(case)[0]))
+    return found
+
+
+def test_read_off_an_engine() -> None:
+    expected = [StepConfig(), StepConfig(compact_gradients=True), LEAN[0].step, LEAN[4].step]
+    for found in run_on_ranks(2, read_off_an_engine):
+        assert found == expected
+
+
 @pytest.mark.parametrize(("rank", "world"), [pytest.param(5, 8, marks=pytest.mark.long), (63, 64)])
 def test_some_in_large_worlds(rank: int, world: int) -> None:
     cases = [case._replace(shape=case.shape.times(max(1, world // 16))) for case in FAST]

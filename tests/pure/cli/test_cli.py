@@ -93,8 +93,12 @@ def test_json_is_what_the_library_says(config: str, capsys: pytest.CaptureFixtur
         assert found["memory"][figure] == getattr(memory, figure)
     assert [group["name"] for group in found["groups"]] == [group[0] for group in plan.groups]
     assert found["curve"] == [
-        {"groups": point.groups, "step_peak": point.step_peak} for point in plan.curve
+        {"groups": one.groups, "step_peak": one.step_peak, "lean_peak": one.lean_peak}
+        for one in plan.curve
     ]
+    lean = StepConfig(lean_step="64MiB")
+    peak = estimate_step_memory(plan, step=lean).step_peak
+    assert found["marks"]["plan"]["lean_peak"] == peak
     assert found["marks"]["plan"]["groups"] == len(plan.groups)
     assert found["topology"] == {
         "world_size": 8,
@@ -155,6 +159,17 @@ def test_offloading_has_a_host_and_no_curve(
     assert found["memory"]["step_peak"] == 0
     assert found["memory"]["host"]["optimizer state"] > 0
     assert found["curve"] == []
+
+
+def test_lean_step_has_the_fewest_groups(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--world-size", 8, "--ep", 4, "--split-by", "expert", "--lean-step", "12KiB")
+    found = as_json(capsys, config, *options)
+    (point,) = found["curve"]
+    assert point["groups"] == len(found["groups"]) == found["marks"]["no_cap"]["groups"]
+    assert point["step_peak"] == point["lean_peak"] == found["memory"]["step_peak"]
+    assert found["memory"]["transient"] <= 12 * 1024
+    assert found["step"]["lean_step"] == "12KiB"
+    assert not any("lean_step" in hint for hint in found["hints"])
 
 
 @pytest.mark.long

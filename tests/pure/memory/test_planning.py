@@ -232,6 +232,17 @@ def test_a_budget_is_met_with_the_fewest_groups_of_the_curve(split_by: Any) -> N
         assert plan.memory.step_peak == point.step_peak
 
 
+@pytest.mark.parametrize("split_by", LEVELS)
+def test_lean_step_needs_no_more_groups_than_the_split(split_by: Any) -> None:
+    options: dict[str, Any] = {"split_by": split_by, "data_parallel_size": 8}
+    lean = StepConfig(lean_step="12KiB")
+    plan = plan_param_groups(Model(), step=lean, **options)
+    assert len(plan.groups) == len(create_moe_param_groups(Model(), split_by=split_by))
+    plain = plan_param_groups(Model(), **options)
+    peak = estimate_step_memory(plan, step=StepConfig(lean_step="64MiB")).step_peak
+    assert plain.curve[0].lean_peak == peak
+
+
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     with pytest.raises(PlanError, match=r"lowest peak.*step_memory_budget=\d+") as error:
         plan_param_groups(Model(), step_memory_budget="1KiB", data_parallel_size=4)

@@ -158,6 +158,37 @@ def test_groups_with_a_count_cost_as_much_as_one_by_one(
     assert together.held.tolist() == one_by_one.held.tolist()
 
 
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 20_000), min_size=1, max_size=4), st.integers(1, 4)),
+        min_size=1,
+        max_size=6,
+    ),
+    SETTINGS,
+    st.integers(1, 4),
+)
+def test_lean_step_takes_no_more_than_the_tile(
+    counted: list[tuple[list[int], int]], step: StepSettings, tiles: int
+) -> None:
+    """Whatever the groups are; and equal groups together cost what they cost one by one."""
+    tile = 12 * 1024 * tiles
+    zero = step.wrapper == "zero"
+    lean = replace(step, tile_bytes=tile, compact=zero, keeps_low_precision=False)
+    ranks = np.arange(4)
+    groups = [GroupOnRanks(tuple(sizes), ranks, 4, count) for sizes, count in counted]
+    cost = step_cost(groups, lean)
+    elements = sum(group.count * group.layout.partition for group in groups)
+    assert cost.held.tolist() == [lean.grad_bytes * elements if zero else 0] * 4
+    assert cost.transient.max() <= tile
+    single = [replace(group, count=1) for group in groups for _ in range(group.count)]
+    for first in (False, True):
+        one_by_one = step_cost(single, lean, first)
+        if not first:
+            assert one_by_one.peak.tolist() == cost.peak.tolist()
+        state = lean.state_bytes * (elements + tile // 12)
+        assert one_by_one.transient.max() <= tile + (state if first else 0)
+
+
 def test_layout_by_hand() -> None:
     """Sizes 6 + 3 on 2 ranks: 12 elements with padding, 6 each; the second has 3 of padding."""
     found = layout((6, 3), 2)
