@@ -21,7 +21,13 @@ from benchmarks.timing import milliseconds
 from tests.support import ROOT
 from tests.support.ranks import close_pools, run_in_fresh_processes
 
-WAYS = ("DeepSpeed's split", "moe-groups, by layer", "planned", "planned, compact gradients")
+WAYS = (
+    "DeepSpeed's split",
+    "moe-groups, by layer",
+    "planned",
+    "planned, compact gradients",
+    "by expert, lean_step",
+)
 
 
 def demo_arguments(*options: str) -> argparse.Namespace:
@@ -47,6 +53,8 @@ def groups_of(way: str, demo: Any, args: argparse.Namespace, model: torch.nn.Mod
     if way == "DeepSpeed's split":
         return demo.stock_groups(model)
     rules: dict[str, Any] = {"weight_decay": 0.1, "no_decay": is_norm_or_bias}
+    if way == "by expert, lean_step":
+        return create_moe_param_groups(model, split_by="expert", **rules)
     if way == "moe-groups, by layer":
         return create_moe_param_groups(model, max_group_size=args.max_group_size, **rules)
     step = StepConfig(
@@ -64,7 +72,7 @@ def measure(steps: int) -> list[tuple[int, int, int, int, float]]:
     import deepspeed
     import train_moe_lm as demo
 
-    from moe_groups import compact_gradients
+    from moe_groups import compact_gradients, lean_step
 
     deepspeed.utils.logger.setLevel("ERROR")
     torch.manual_seed(torch.distributed.get_rank())
@@ -76,6 +84,8 @@ def measure(steps: int) -> list[tuple[int, int, int, int, float]]:
         engine = demo.start_engine(args, again, groups_of(way, demo, args, again))
         if "compact" in way:
             compact_gradients(engine)
+        elif "lean" in way:
+            lean_step(engine, "1MiB")
         engines.append(engine)
     for engine in engines:
         iteration(engine, batch)

@@ -1,8 +1,8 @@
 """What does a step cost with 1 to 1,000 groups of one constant total size?
 
 The same dense parameters in more and more groups on 2 gloo ranks:
-milliseconds of a step, and for compact gradients the ratio to DeepSpeed alone with the same number
-of groups; both engines step in turn.
+milliseconds of a step, and for compact gradients and the lean step the ratio to DeepSpeed alone
+with the same number of groups; both engines step in turn.
 
     python -m benchmarks.group_count_cost [--steps 7]
 """
@@ -18,18 +18,23 @@ from deepspeed.accelerator import get_accelerator
 from benchmarks.plots import lines
 from benchmarks.report import write
 from benchmarks.timing import milliseconds
-from moe_groups import StepConfig, compact_gradients, create_moe_param_groups
+from moe_groups import StepConfig, compact_gradients, create_moe_param_groups, lean_step
 from tests.support.ranks import close_pools, run_in_fresh_processes
 from tests.support.step_runs import Case, deepspeed_config
 from tests.support.training import initialize
 
-COUNTS = (1, 4, 10, 40, 100, 250, 1000)  # divisors of the last
+COUNTS = (1, 4, 10, 50, 100, 250, 1000)  # divisors of the last
 ELEMENTS = 6_000_000
+BF16 = StepConfig(optimizer="fused", zero_stage=1, grad_accum_dtype="fp32")
 STEPS = {
     "ZeRO-2": StepConfig(optimizer="fused"),
     "ZeRO-2, compact": StepConfig(optimizer="fused", compact_gradients=True),
-    "BF16_Optimizer": StepConfig(optimizer="fused", zero_stage=1, grad_accum_dtype="fp32"),
+    "ZeRO-2, lean": StepConfig(optimizer="fused", lean_step="64MiB"),
+    "ZeRO-2, lean, small tiles": StepConfig(optimizer="fused", lean_step="768KiB"),
+    "BF16_Optimizer": BF16,
+    "BF16_Optimizer, lean": replace(BF16, lean_step="64MiB"),
 }
+"""A small tile has 65,536 elements."""
 
 
 class Weights(torch.nn.Module):
@@ -56,7 +61,9 @@ def engine(step: StepConfig, count: int) -> Any:
     assert len(groups) == count
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     made = initialize(model, optimizer, deepspeed_config(Case(step)))
-    if step.compact_gradients:
+    if step.lean_step:
+        lean_step(made, step.lean_step)
+    elif step.compact_gradients:
         compact_gradients(made)
     return made
 
@@ -67,10 +74,10 @@ def timed_step(made: Any) -> float:
 
 
 def measure(step: StepConfig, count: int, steps: int) -> tuple[float, float]:
-    """Median milliseconds of a step, and the median ratio to the step without ``compact``."""
+    """Median milliseconds of a step, and the median ratio to DeepSpeed's alone."""
     pair = [engine(step, count)]
-    if step.compact_gradients:
-        pair.append(engine(replace(step, compact_gradients=False), count))
+    if (plain := replace(step, compact_gradients=False, lean_step=None)) != step:
+        pair.append(engine(plain, count))
     times = [[timed_step(made) for made in pair] for _ in range(steps + 2)][2:]
     median = statistics.median(both[0] for both in times)
     return median, statistics.median(both[0] / both[-1] for both in times)
@@ -88,8 +95,8 @@ def main() -> None:
             results = run_in_fresh_processes(2, measure, step, count, steps, timeout=1800)
             median, ratio = results[0]
             row[f"{label}, ms"] = round(median, 1)
-            if step.compact_gradients:
-                row["compact / ZeRO-2, same groups"] = round(ratio, 2)
+            if step.compact_gradients or step.lean_step:
+                row[f"{label} / plain"] = round(ratio, 2)
             curves[label].append((count, median))
         rows.append(row)
     close_pools()

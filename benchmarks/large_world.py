@@ -36,6 +36,7 @@ def ways(shape: Shape, divisor: int) -> dict[str, Case]:
         "per layer": Case(PLAIN, "module", None, shape),
         "planned": Case(PLAIN, "planned mixed", most, shape),
         "planned, compact": Case(COMPACT, "planned mixed", most, shape),
+        "per expert, lean": Case(StepConfig(lean_step=2**26 // divisor), "expert", None, shape),
     }
 
 

@@ -28,18 +28,25 @@ from tests.support.ranks import close_pools, run_in_fresh_processes
 from tests.support.step_runs import OPTIONS, Case, Model, Run, Shape, make_groups, run_all, start
 
 MIB = 2**20
+TILE = 2**26 // 16**2
+"""Bytes: 64 MiB, divided as the elements are."""
 WRAPPERS = {
     "ZeRO-1": StepConfig(zero_stage=1),
     "ZeRO-1, compact": StepConfig(zero_stage=1, compact_gradients=True),
     "ZeRO-2": StepConfig(zero_stage=2),
     "ZeRO-2, compact": StepConfig(zero_stage=2, compact_gradients=True),
+    "ZeRO-1, lean": StepConfig(zero_stage=1, lean_step=TILE),
+    "ZeRO-2, lean": StepConfig(zero_stage=2, lean_step=TILE),
     "ZeRO-2, fp32 gradients": StepConfig(zero_stage=2, grad_accum_dtype="fp32"),
     "BF16_Optimizer": StepConfig(zero_stage=1, grad_accum_dtype="fp32"),
     "BF16_Optimizer, immediate": StepConfig(
         zero_stage=1, grad_accum_dtype="fp32", immediate_grad_update=True
     ),
+    "BF16_Optimizer, immediate, lean": StepConfig(
+        zero_stage=1, grad_accum_dtype="fp32", immediate_grad_update=True, lean_step=TILE
+    ),
 }
-TIMED = ("ZeRO-2", "ZeRO-2, compact", "ZeRO-2, fp32 gradients", "BF16_Optimizer")
+TIMED = ("ZeRO-2", "ZeRO-2, compact", "ZeRO-2, lean", "ZeRO-2, fp32 gradients", "BF16_Optimizer")
 STOCK = "stock, default cap"
 
 
@@ -148,7 +155,7 @@ def time_rows(shape: Shape, cap: int, count: int) -> list[dict[str, Any]]:
     for wrapper in TIMED:
         step = replace(WRAPPERS[wrapper], optimizer="fused")
         ways = groupings(shape, step, 2, cap)
-        stock = Case(replace(step, compact_gradients=False), *ways[STOCK][1:])
+        stock = Case(replace(step, compact_gradients=False, lean_step=None), *ways[STOCK][1:])
         ways["ours, as many as stock's"] = as_many(stock, step, cap)
         cases = [stock, *ways.values()]
         ratios = run_in_fresh_processes(2, times_in_turn, cases, count, timeout=3600)[0]

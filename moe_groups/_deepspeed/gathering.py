@@ -17,7 +17,7 @@ class Piece(NamedTuple):
 
 
 def buckets(
-    partitions: Sequence[tuple[int, int]], ranks: int, bytes_: int, most_bytes: int, on_host: bool
+    partitions: Sequence[tuple[int, int]], ranks: int, bytes_: int, most_bytes: int, copies: bool
 ) -> Iterator[list[Piece]]:
     """Cut and collect what the same ranks share into buckets.
 
@@ -26,14 +26,14 @@ def buckets(
         ranks: that share them.
         bytes_: of an element.
         most_bytes: of what a bucket takes: the part that a rank sends, the parts that it
-            receives, and on the host a copy of them (gloo's).
-        on_host: elsewhere a group that is larger is received into its weights, uncut.
+            receives, and a copy of them if the backend makes one.
+        copies: it does, as gloo; others receive a larger group into its weights, uncut.
     """
-    most = max(1, most_bytes // (bytes_ * (1 + (2 if on_host else 1) * ranks)))
+    most = max(1, most_bytes // (bytes_ * (1 + (2 if copies else 1) * ranks)))
     bucket: list[Piece] = []
     room = most
     for index, size in partitions:
-        for start, end in slices(size, most if on_host else max(size, most)):
+        for start, end in slices(size, most if copies else max(size, most)):
             if end - start > room and bucket:
                 yield bucket
                 bucket, room = [], most
@@ -58,6 +58,8 @@ class Gathering:
         self, flats: Sequence[torch.Tensor], owners: Sequence[Any], most_bytes: int
     ) -> None:
         self.flats, self.owners = flats, owners
+        backend = str(torch.distributed.get_backend_config(owners[0]))
+        self.copies = flats[0].is_cpu and "gloo" in backend
         # By ranks: with ep_size 1 experts have a process group of their own with the same ranks.
         sharing: dict[tuple[tuple[int, ...], torch.dtype], list[tuple[int, int]]] = {}
         for index, (flat, owner) in enumerate(zip(flats, owners, strict=True)):
@@ -68,9 +70,7 @@ class Gathering:
         self.buckets = [
             bucket
             for (ranks, dtype), partitions in sharing.items()
-            for bucket in buckets(
-                partitions, len(ranks), dtype.itemsize, most_bytes, flats[0].is_cpu
-            )
+            for bucket in buckets(partitions, len(ranks), dtype.itemsize, most_bytes, self.copies)
         ]
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class Gathering:
         for bucket in self.buckets:
             flat, owner = self.flats[bucket[0].group], self.owners[bucket[0].group]
             ranks = torch.distributed.get_world_size(owner)
-            if len(bucket) == 1 and not flat.is_cpu:
+            if len(bucket) == 1 and not self.copies:
                 own = flat.view(ranks, -1)[torch.distributed.get_rank(owner)]
                 all_gather(flat, own, owner)
                 continue
@@ -93,8 +93,8 @@ class Gathering:
         return max(
             buffer_size(bucket, torch.distributed.get_world_size(self.owners[bucket[0].group]))
             for bucket in self.buckets
-            if (flat := self.flats[bucket[0].group]).dtype == dtype
-            and (len(bucket) > 1 or flat.is_cpu)
+            if self.flats[bucket[0].group].dtype == dtype
+            and (len(bucket) > 1 or self.copies)
         )
 
     def _gather(self, bucket: list[Piece], ranks: int, buffer: torch.Tensor) -> None:

@@ -285,7 +285,7 @@ def _gather(
 def _gather_in_buckets(
     cost: StepCost, groups: Sequence[GroupOnRanks], settings: StepSettings, now: Ints
 ) -> None:
-    on_host, bytes_ = settings.gather_copies, settings.weight_bytes
+    copies, bytes_ = settings.gather_copies, settings.weight_bytes
     sharing: dict[tuple[int, bytes], list[tuple[int, int]]] = {}
     for index, group in enumerate(groups):
         if group.ranks > 1:
@@ -294,10 +294,10 @@ def _gather_in_buckets(
             sharing.setdefault(owner, []).extend(partitions)
     buffer = copied = 0
     for (ranks, _), partitions in sharing.items():
-        for bucket in buckets(partitions, ranks, bytes_, settings.tile_bytes, on_host):
-            if len(bucket) > 1 or on_host:
+        for bucket in buckets(partitions, ranks, bytes_, settings.tile_bytes, copies):
+            if len(bucket) > 1 or copies:
                 buffer = max(buffer, bytes_ * buffer_size(bucket, ranks))
-            if on_host:
+            if copies:
                 elements = sum(piece.end - piece.start for piece in bucket)
                 copied = max(copied, bytes_ * ranks * elements)
     cost.raise_to(now + buffer + copied, _GATHER, -1)
