@@ -15,7 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.support.ranks import EXTENSIONS, PRELOAD, RankError, _use_extensions
+from tests.support.ranks import EXTENSIONS, PRELOAD, RankError, _use_extensions, build_nothing
 
 _PORT = 29500  # no process listens there, but DeepSpeed reads one
 
@@ -109,4 +109,5 @@ def join(rank: int, world_size: int) -> None:
     torch.distributed.init_process_group(
         "fake", rank=rank, world_size=world_size, store=FakeStore()
     )
+    build_nothing()
     deepspeed.init_distributed("gloo", verbose=False)

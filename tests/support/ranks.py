@@ -325,9 +325,20 @@ def _join_world() -> None:
     from tests.support.old_deepspeed import repair
 
     repair()
+    build_nothing()
     logger.setLevel("ERROR")
     backend = "gloo" if os.environ["DS_ACCELERATOR"] == "cpu" else None  # NCCL for CUDA
     deepspeed.init_distributed(backend, verbose=False)
+
+
+def build_nothing() -> None:
+    """Leave out the extension that DeepSpeed compiles when it starts on CPUs, for over a minute.
+
+    It is for inference alone, and exchanges by gloo where there is no compiler.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_stock() -> None:
