@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import utils
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -119,6 +120,31 @@ def test_expert_without_gradient_on_one_rank() -> None:
 
 def test_overflow_skips_the_same_step() -> None:
     assert run_on_ranks(2, overflow_against_plain, in_tiles) == [[], []]
+
+
+def in_fp16(wrapper: str, options: dict[str, Any]) -> tuple[list[str], int]:
+    """Differences, and skipped steps. torch computes in fp16 on any processor, if slowly."""
+    other = {"fp16": {"enabled": True, **options}, "bf16": {"enabled": False}, "data_types": {}}
+    case = Case(wrapper, "module", accumulate=2, other=other)
+    anywhere = mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: True)
+    with anywhere:
+        problems = against_plain(in_tiles, [case], 6)
+        engine = case.engine(in_tiles)
+        train(engine, 12)
+    return problems, engine.skipped_steps
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "options", "skips"),
+    [
+        ("zero1", {"loss_scale": 128}, False),
+        ("zero2", {"initial_scale_power": 24, "hysteresis": 1}, True),
+    ],
+)
+def test_fp16_with_loss_scaling(wrapper: str, options: dict[str, Any], skips: bool) -> None:
+    for problems, skipped in run_on_ranks(2, in_fp16, wrapper, options):
+        assert problems == []
+        assert bool(skipped) == skips
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
