@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import re
 import textwrap
@@ -15,6 +16,7 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import utils
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from moe_groups import GroupMetrics, MoE, compact_gradients, lean_step, set_group_options
@@ -126,8 +128,8 @@ def in_fp16(wrapper: str, options: dict[str, Any]) -> tuple[list[str], int]:
     """Differences, and skipped steps. torch computes in fp16 on any processor, if slowly."""
     other = {"fp16": {"enabled": True, **options}, "bf16": {"enabled": False}, "data_types": {}}
     case = Case(wrapper, "module", accumulate=2, other=other)
-    anywhere = mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: True)
-    with anywhere:
+    device = type(get_accelerator())
+    with mock.patch.object(device, "is_fp16_supported", return_value=True):
         problems = against_plain(in_tiles, [case], 6)
         engine = case.engine(in_tiles)
         train(engine, 12)
@@ -443,6 +445,27 @@ def test_unsupported_deepspeed() -> None:
     for message, unchanged in run_on_ranks(2, without_means, EXACT_MEANS[0]):
         assert "install deepspeed 0.19.8 or newer, or leave lean_step out" in message
         assert unchanged
+
+
+# ---- what is followed in DeepSpeed -----------------------------------------------------
+
+FOLLOWED = {
+    (DeepSpeedZeroOptimizer, "step"): "9520884fd916d178",
+    (DeepSpeedZeroOptimizer, "scaled_global_norm"): "63c6a6fe100c4e49",
+    (DeepSpeedZeroOptimizer, "get_grad_norm_direct"): "72af0993ad8cde2c",
+    (DeepSpeedZeroOptimizer, "_average_expert_grad_norms"): "75e2e7693e3f19d7",
+    (DeepSpeedZeroOptimizer, "unscale_and_clip_grads"): "6bf2ce6f97eafcc2",
+    (BF16_Optimizer, "step"): "9b21d4a28f8714d9",
+    (BF16_Optimizer, "update_lp_params"): "128911db918ae80c",
+}
+"""What ``lean_step.py`` does as DeepSpeed does, and the digest of its source."""
+
+
+@pytest.mark.parametrize(("owner", "name"), FOLLOWED)
+def test_what_is_followed_is_as_it_was(owner: type, name: str) -> None:
+    """If this fails for a new DeepSpeed, compare the function with ours first."""
+    source = inspect.getsource(inspect.unwrap(vars(owner)[name]))
+    assert hashlib.sha256(source.encode()).hexdigest()[:16] == FOLLOWED[owner, name]
 
 
 # ---- the patches on the page ----------------------------------------------------------
