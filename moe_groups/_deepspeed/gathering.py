@@ -93,8 +93,7 @@ class Gathering:
         return max(
             buffer_size(bucket, torch.distributed.get_world_size(self.owners[bucket[0].group]))
             for bucket in self.buckets
-            if self.flats[bucket[0].group].dtype == dtype
-            and (len(bucket) > 1 or self.copies)
+            if self.flats[bucket[0].group].dtype == dtype and (len(bucket) > 1 or self.copies)
         )
 
     def _gather(self, bucket: list[Piece], ranks: int, buffer: torch.Tensor) -> None:

@@ -199,8 +199,8 @@ class ZeroStep:
     def scaled_global_norm(self, norm_type: int = 2) -> torch.Tensor:
         """The norm of all gradients: as DeepSpeed's, with one all-reduce per process group.
 
-        The last bit can differ: a slice's squares are added for each tile, and ranks in another
-        order.
+        The last bit can differ: squares are added for each tile instead of each parameter, and
+        ranks in another order.
         """
         from deepspeed import comm
         from deepspeed.runtime import utils
@@ -219,25 +219,35 @@ class ZeroStep:
         norm = utils.combine_grad_norm_groups(list(norms), norm_type=norm_type)
         return same_on_all_stages(zero, norm) if differ else norm
 
-    def _square(self, index: int) -> torch.Tensor | float:
+    def _square(self, index: int) -> torch.Tensor:
         """The sum of the squares of this rank's gradients of a group that the norm counts."""
         from deepspeed.runtime.zero import stage_1_and_2 as deepspeed
 
-        zero = self.zero
-        gradients = zero.averaged_gradients[index]
-        counted = (one for one in gradients if not getattr(one, "_zero_padding", False))
-        norms = []
-        # There may be one more: padding that DeepSpeed does not mark.
-        for gradient, param in zip(counted, zero.params_in_partition[index], strict=False):
-            if getattr(param, "ds_pipe_replicated", False):
-                continue
-            if deepspeed.is_model_parallel_parameter(param) or zero.model_parallel_rank == 0:
-                flat = gradient.detach().view(-1)
-                norms += [
-                    torch.linalg.vector_norm(flat[start:end].to(deepspeed.get_norm_dtype()))
-                    for start, end in tiles.slices(flat.numel(), self.most)
-                ]
-        return torch.stack(norms).pow(2).sum().float() if norms else 0.0
+        dtype = deepspeed.get_norm_dtype()
+        norms = [
+            torch.linalg.vector_norm(gradient[start:end].to(dtype))
+            for gradient in self._counted(index)
+            for start, end in tiles.slices(gradient.numel(), self.most)
+        ]
+        none = torch.zeros((), dtype=dtype, device=self.zero.device)
+        return torch.stack([none, *norms]).square().sum().float()
+
+    def _counted(self, index: int) -> list[torch.Tensor]:
+        """Flat gradients of a group that the norm counts on this rank: all at once, or some."""
+        from deepspeed.runtime.zero import stage_1_and_2 as deepspeed
+
+        zero, params = self.zero, self.zero.params_in_partition[index]
+        counts = [
+            not getattr(param, "ds_pipe_replicated", False)
+            and (zero.model_parallel_rank == 0 or deepspeed.is_model_parallel_parameter(param))
+            for param in params
+        ]
+        if all(counts):
+            return [self._flat(index)]
+        pieces = zero.averaged_gradients[index]
+        own = (one for one in pieces if not getattr(one, "_zero_padding", False))
+        pairs = zip(own, counts, strict=False)  # the last piece may be padding without a mark
+        return [gradient.detach().view(-1) for gradient, counted in pairs if counted]
 
     def _average(self, norms: torch.Tensor) -> None:
         """Average the norms of expert groups over the ranks that share them, as DeepSpeed does."""

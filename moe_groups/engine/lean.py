@@ -22,9 +22,9 @@ def lean_step(engine: InitializedEngine, tile: Bytes = TILE) -> None:
       size of the weights, not from the number of groups. A bucket takes at most ``tile``; a larger
       group on a GPU is received into its weights.
 
-    The norm can differ in its last bit where a parameter's slice is larger than a tile (squares are
-    added for each tile), or with three and more ranks (an all-reduce of several numbers may add
-    in another order); then gradients are clipped by that norm.
+    The norm can differ in its last bit: squares are added for each tile instead of each parameter,
+    and with three and more ranks an all-reduce of several numbers may add in another order.
+    Gradients are clipped by that norm.
 
     Call it once after ``deepspeed.initialize``, on all ranks, before the first ``backward``
     or after any ``engine.step()`` that ended an accumulation; before or after

@@ -170,8 +170,7 @@ def _lean_zero(groups: Sequence[GroupOnRanks], settings: StepSettings, first: bo
     now = np.full(ranks, settings.grad_bytes * sum(sizes), dtype=np.int64)
     cost = _begin(now)
     for index, group in enumerate(groups):
-        slices = np.minimum(group.layout.largest_slice[group.partition_of], tile)
-        cost.raise_to(now + NORM * slices, _NORM, index)
+        cost.raise_to(now + NORM * min(group.layout.partition, tile), _NORM, index)
     state, upcast = 0, settings.upcast_bytes
     peaks = [0] * len(groups)
     for batch in batches(sizes, tile):
