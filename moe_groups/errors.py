@@ -87,7 +87,10 @@ class CheckpointWarning(UserWarning):
 
 
 class CostlyGroupsWarning(UserWarning):
-    """Groups need much more memory in the optimizer step than others of the same ``split_by``."""
+    """Groups need much more memory in the optimizer step than others of the same ``split_by``.
+
+    Also, with ``lean_step``, if a hook keeps it from stepping them in tiles.
+    """
 
 
 class UnmarkedExpertsWarning(UserWarning):

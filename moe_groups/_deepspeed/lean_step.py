@@ -1,7 +1,7 @@
-"""The step of ZeRO-1/2 and BF16_Optimizer in tiles, with few collectives for any groups.
+"""The step of ZeRO-1/2 in tiles, with few collectives for any groups.
 
-Follows ``DeepSpeedZeroOptimizer.step`` (``runtime/zero/stage_1_and_2.py``) and
-``BF16_Optimizer.step`` (``runtime/bf16_optimizer.py``). The methods are replaced on one optimizer.
+Follows ``DeepSpeedZeroOptimizer.step`` (``runtime/zero/stage_1_and_2.py``). The methods are
+replaced on one optimizer.
 """
 
 from collections.abc import Callable
@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from moe_groups._common.warn import warn
 from moe_groups._deepspeed import tiles
 from moe_groups._deepspeed.exact_partitions import check_can_be_exact, keep_exact_partitions
 from moe_groups._deepspeed.gathering import Gathering
+from moe_groups._deepspeed.lean_bf16 import Bf16Step
 from moe_groups._deepspeed.norms import groups_of_stages, same_on_all_stages
-from moe_groups.errors import InvalidArgumentError
+from moe_groups.errors import CostlyGroupsWarning, InvalidArgumentError
 
 _LEAN = "_moe_groups_lean_step"
 
@@ -27,31 +29,49 @@ def step_lean(engine: Any, tile_bytes: int) -> None:
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-    most, wrapper = tiles.elements_of(tile_bytes), engine.optimizer
+    wrapper = engine.optimizer
+    kind = Bf16Step if isinstance(wrapper, BF16_Optimizer) else ZeroStep
     known: ZeroStep | Bf16Step | None = getattr(wrapper, _LEAN, None)
     if known is None:
-        if isinstance(wrapper, BF16_Optimizer):
-            if any(group.get("use_muon") for group in wrapper.param_groups):
-                raise InvalidArgumentError(
-                    "lean_step cannot be used on this engine: Muon steps whole matrices. Leave out "
-                    "the call, or step all parameters with another optimizer."
-                )
-            tiles.check_elementwise(wrapper.optimizer)
-            known = Bf16Step(wrapper)
-        else:
+        if kind is ZeroStep:
             check_can_be_exact(engine, "lean_step")
-            if wrapper.torch_autocast_gradscaler:
-                raise InvalidArgumentError(
-                    "lean_step cannot be used on this engine: the gradient scaler of "
-                    "torch_autocast with fp16 steps each group itself. Leave out the call, or use "
-                    "bf16."
-                )
-            tiles.check_elementwise(wrapper.optimizer)
+        if problem := _why_not_lean(wrapper):
+            raise InvalidArgumentError(f"lean_step cannot be used on this engine: {problem}.")
+        tiles.check_elementwise(wrapper.optimizer)
+    each = tiles.bytes_per_element(wrapper.optimizer)
+    most = tiles.elements_of(tile_bytes, each=each)
+    gathering = Gathering(*kind.shared(wrapper), tile_bytes)
+    if known is None:
+        if kind is ZeroStep:
             keep_exact_partitions(engine, "lean_step")
-            known = ZeroStep(wrapper)
+        known = kind(wrapper)
         setattr(wrapper, _LEAN, known)
-    known.most, known.tile_bytes = most, tile_bytes
-    known.gathering = known.gathers(tile_bytes)
+    known.most, known.tile_bytes, known.gathering = most, tile_bytes, gathering
+
+
+def _why_not_lean(wrapper: Any) -> str | None:
+    """Why this wrapper cannot step in tiles, though it is the right one; None if it can."""
+    if any(group.get("use_muon") for group in wrapper.param_groups):
+        return (
+            "Muon steps whole matrices. Leave out the call, or step all parameters with another "
+            "optimizer"
+        )
+    if getattr(wrapper, "grad_acc_dtype", torch.float32) != torch.float32:
+        return (
+            "BF16_Optimizer copies all gradients to fp32 at once if they accumulate in bf16. Leave "
+            "out the call, or accumulate in fp32"
+        )
+    if getattr(wrapper, "torch_autocast_gradscaler", None):
+        return (
+            "the gradient scaler of torch_autocast with fp16 steps each group itself. Leave out "
+            "the call, or use bf16"
+        )
+    if {"step", "scaled_global_norm"} & vars(wrapper).keys():
+        return (
+            "engine.optimizer.step has been replaced already, and that would be lost. Call "
+            "lean_step first"
+        )
+    return None
 
 
 def tile_of(engine: Any) -> int | None:
@@ -74,12 +94,14 @@ class ZeroStep:
     gathering: Gathering
 
     def __init__(self, zero: Any) -> None:
-        self.zero = zero
+        self.zero, self._warned = zero, False
         zero.step = self.step
         zero.scaled_global_norm = self.scaled_global_norm
 
-    def gathers(self, most_bytes: int) -> Gathering:
-        return Gathering(self.zero.bit16_groups_flat, self.zero.real_dp_process_group, most_bytes)
+    @staticmethod
+    def shared(zero: Any) -> tuple[list[torch.Tensor], list[Any]]:
+        """The weights of each group, and the process group that shares them."""
+        return zero.bit16_groups_flat, zero.real_dp_process_group
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """As DeepSpeed's, but that groups are stepped in tiles, or several at once."""
@@ -140,6 +162,14 @@ class ZeroStep:
         sizes = [master.numel() for master in masters]
         # A hook that reads gradients gets them as without tiles: one group after another.
         most = 0 if (whole := tiles.need_gradients(optimizer)) else self.most
+        if whole and not self._warned:
+            self._warned = True
+            warn(
+                "a hook of the optimizer's step may read gradients, so lean_step steps each group "
+                "whole. If it reads none, let it be a method of an object with "
+                "needs_gradients = False.",
+                CostlyGroupsWarning,
+            )
         for batch in tiles.batches(sizes, most):
             groups = [optimizer.param_groups[index] for index in batch]
             if sizes[batch[0]] > most and not whole:
@@ -161,22 +191,21 @@ class ZeroStep:
         master = self.zero.single_partition_of_fp32_groups[index]
         # Tells hooks that there is a gradient, without the memory of one.
         master.grad = master.new_zeros(()).expand(master.shape)
-        with tiles.only(optimizer, [group]), tiles.around_hooks(optimizer):
-            if master.grad is not None:  # a hook removes it to skip a frozen group
-                master.grad = None
-                tiles.step_in_tiles(optimizer, group, self._gradient(index, scale), self.most)
+        try:
+            with tiles.only(optimizer, [group]), tiles.around_hooks(optimizer):
+                if master.grad is not None:  # a hook removes it to skip a frozen group
+                    gradient = self._gradient(index, scale)
+                    tiles.step_in_tiles(optimizer, group, gradient, self.most)
+        finally:
+            master.grad = None
         self._release(index)
 
-    def _flat(self, index: int) -> torch.Tensor:
-        """The exact gradients of a group's partition."""
-        flat: torch.Tensor = self.zero._get_preflattened_grad_partition(index)
-        return flat
-
     def _gradient(self, index: int, scale: torch.Tensor | float | None) -> tiles.Gradient:
-        flat, dtype = self._flat(index), self.zero.single_partition_of_fp32_groups[index].dtype
+        flat = self.zero._get_preflattened_grad_partition(index)
+        dtype = self.zero.single_partition_of_fp32_groups[index].dtype
 
         def gradient(start: int, end: int) -> torch.Tensor:
-            tile = flat[start:end].to(dtype)
+            tile: torch.Tensor = flat[start:end].to(dtype)
             return tile if scale is None else tile.mul_(scale)
 
         return gradient
@@ -243,7 +272,7 @@ class ZeroStep:
             for param in params
         ]
         if all(counts):
-            return [self._flat(index)]
+            return [zero._get_preflattened_grad_partition(index)]
         pieces = zero.averaged_gradients[index]
         own = (one for one in pieces if not getattr(one, "_zero_padding", False))
         pairs = zip(own, counts, strict=False)  # the last piece may be padding without a mark
@@ -262,65 +291,3 @@ class ZeroStep:
             averaged = norms[indices] * 1.0 / torch.distributed.get_world_size(owner)
             comm.all_reduce(averaged, group=owner)
             norms[indices] = averaged
-
-
-class Bf16Step:
-    """What is lean in the step of ``BF16_Optimizer``: its optimizer's, and the gathering.
-
-    Its fp32 gradients stay, and all groups have one all-reduce per process group already.
-    """
-
-    tile_bytes: int
-    most: int
-    gathering: Gathering
-
-    def __init__(self, bf16: Any) -> None:
-        self.bf16, self._step = bf16, bf16.step
-        bf16.step = self.step
-        bf16.update_lp_params = self.update_lp_params
-
-    def gathers(self, most_bytes: int) -> Gathering:
-        return Gathering(self.bf16.bf16_groups_flat, self.bf16.real_dp_process_group, most_bytes)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """DeepSpeed's, with an optimizer that steps in tiles."""
-        optimizer = self.bf16.optimizer
-        self.bf16.optimizer = _Tiled(optimizer, self.most)
-        try:
-            self._step(closure)
-        finally:
-            self.bf16.optimizer = optimizer
-
-    def update_lp_params(self) -> None:
-        """As DeepSpeed's, with few collectives."""
-        bf16 = self.bf16
-        for index, master in enumerate(bf16.fp32_groups_flat_partition):
-            rank = torch.distributed.get_rank(bf16.real_dp_process_group[index])
-            bf16.bf16_partitioned_groups[index][rank].data.copy_(master.data)
-        self.gathering.run()
-
-
-class _Tiled:
-    """Stands for an optimizer during one step: all but ``step`` is the optimizer's own."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, most: int) -> None:
-        self._optimizer, self._most = optimizer, most
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
-
-    def step(self) -> None:
-        optimizer, most = self._optimizer, self._most
-        with tiles.around_hooks(optimizer):
-            large = [g for g in optimizer.param_groups if g["params"][0].numel() > most]
-            small = [g for g in optimizer.param_groups if g["params"][0].numel() <= most]
-            with tiles.only(optimizer, small):
-                optimizer.step()
-            for group in large:
-                gradient = group["params"][0].grad
-                if gradient is not None:  # a hook removes that of a frozen group
-                    tiles.step_in_tiles(optimizer, group, _slices_of(gradient), most)
-
-
-def _slices_of(gradient: torch.Tensor) -> tiles.Gradient:
-    return lambda start, end: gradient[start:end]

@@ -17,12 +17,15 @@ from moe_groups.errors import InvalidArgumentError
 ALIGNED = 1024
 """Tiles begin at multiples of this: vectorized kernels treat the end of a tensor differently."""
 BYTES_PER_ELEMENT = 12
-"""What a tile takes: the fp32 copy of its gradients, and two more for the optimizer or the norm."""
+"""What a tile takes: the fp32 copy of its gradients, and two more for AdamW or the norm."""
+MORE_BYTES = 24
+"""The same with another of torch's optimizers, or other options: RAdam's for-loop takes so much."""
 ELEMENTWISE = {
     "torch.optim": ("AdamW", "Adam", "Adamax", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam"),
     "deepspeed.ops": ("FusedAdam", "DeepSpeedCPUAdam", "FusedLion", "DeepSpeedCPULion"),
 }
-"""Optimizers by package; the tests step each of them whole and in tiles."""
+"""Optimizers by package. The tests step torch's and FusedAdam whole and in tiles; the others update
+each element in one line of their kernel (``csrc/adam``, ``csrc/lion``)."""
 
 _GLOBAL = importlib.import_module("torch.optim.optimizer")  # torch.optim hides the name
 
@@ -39,7 +42,7 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """
     kind = type(optimizer)
     known = any(
-        kind.__module__.startswith(package) and kind.__name__ in names
+        f"{kind.__module__}.".startswith(f"{package}.") and kind.__name__ in names
         for package, names in ELEMENTWISE.items()
     )
     if not known:
@@ -55,17 +58,29 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def elements_of(tile_bytes: int) -> int:
-    """Elements of a tile whose temporaries take ``tile_bytes``.
+def bytes_per_element(optimizer: torch.optim.Optimizer) -> int:
+    """What the optimizer takes for an element of a tile, its gradient included, at most."""
+    if not type(optimizer).__module__.startswith("torch."):
+        return BYTES_PER_ELEMENT  # its kernel allocates nothing
+    groups = optimizer.param_groups
+    plain = type(optimizer) is torch.optim.AdamW and not any(
+        group.get(option) for group in groups for option in ("amsgrad", "maximize", "capturable")
+    )
+    fused = all(group.get("fused") for group in groups)
+    return BYTES_PER_ELEMENT if plain or fused else MORE_BYTES
+
+
+def elements_of(tile_bytes: int, name: str = "tile", each: int = BYTES_PER_ELEMENT) -> int:
+    """Elements of a tile whose temporaries take ``tile_bytes``, ``each`` so much.
 
     Raises:
-        InvalidArgumentError: less than the smallest tile takes.
+        InvalidArgumentError: less than the smallest tile takes; ``name`` is the argument's.
     """
-    elements = tile_bytes // BYTES_PER_ELEMENT // ALIGNED * ALIGNED
+    elements = tile_bytes // each // ALIGNED * ALIGNED
     if elements == 0:
         raise InvalidArgumentError(
-            f"tile={tile_bytes} bytes is less than the smallest tile takes: give at least "
-            f"{ALIGNED * BYTES_PER_ELEMENT}."
+            f"{name}={tile_bytes} bytes is less than the smallest tile takes: give at least "
+            f"{ALIGNED * each}."
         )
     return elements
 
@@ -100,9 +115,14 @@ def only(optimizer: torch.optim.Optimizer, groups: list[Group]) -> Iterator[None
 
 
 def need_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    """Does a hook of the optimizer's step read gradients? Ours say no if they do not."""
+    """Does a hook of the optimizer's step read gradients?
+
+    It may, unless the object whose method it is says ``needs_gradients = False``, as ours do. torch
+    itself has one for its profiler.
+    """
     hooks = (hook for owner, name in _hooks_of(optimizer) for hook in getattr(owner, name).values())
-    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    others = (hook for hook in hooks if not str(hook.__module__).startswith("torch."))
+    owners = (getattr(hook, "__self__", None) for hook in others)
     return any(getattr(owner, "needs_gradients", True) for owner in owners)
 
 
@@ -130,8 +150,8 @@ def around_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for (owner, name), kept in zip(places, hooks, strict=True):
             setattr(owner, name, kept)
-        for hook in (*hooks[2].values(), *hooks[3].values()):
-            hook(optimizer, (), {})
+    for hook in (*hooks[2].values(), *hooks[3].values()):
+        hook(optimizer, (), {})
 
 
 def step_in_tiles(
@@ -145,7 +165,7 @@ def step_in_tiles(
     """
     (param,) = group["params"]
     before: Mapping[str, Any] = dict(optimizer.state.get(param, {}))
-    state, tile_group = dict(before), dict(group)
+    state, tile_group = dict(before), group
     for start, end in slices(param.numel(), most):
         tile = param.detach()[start:end]
         tile.grad = gradient(start, end)
@@ -164,7 +184,7 @@ def step_in_tiles(
         if isinstance(value, torch.Tensor) and value is not state[key]:
             state[key] = value.copy_(state[key])  # others may hold it
     if state:
-        optimizer.state[param] = state
+        optimizer.state[param].update(state)
     group.update({key: value for key, value in tile_group.items() if key != "params"})
 
 
@@ -176,7 +196,7 @@ def _take(
         if not isinstance(value, torch.Tensor) or value.shape != (end - start,):
             state[key] = value
             continue
-        if key not in state:
+        if state.get(key) is None:
             state[key] = param.new_empty(param.shape, dtype=value.dtype)
         kept = state[key][start:end]
         if kept.data_ptr() != value.data_ptr():

@@ -27,8 +27,7 @@ _OPTIONS = {
     "pp_size": "--pp",
     "pp_rank": "--pp-rank",
     "compact_gradients": "--compact-gradients",
-    "lean_step": "--lean-step",
-    "tile": "--lean-step",
+    "lean_step": "--tile",
     "optimizer": "--optimizer",
 }
 """Arguments of the library in messages, and their options on the command line."""
@@ -135,13 +134,8 @@ def _add_step(plan: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compact-gradients", action="store_true", help="compact_gradients(engine) is called"
     )
-    group.add_argument(
-        "--lean-step",
-        nargs="?",
-        const=TILE,
-        metavar="TILE",
-        help=f"lean_step(engine, TILE) is called ({TILE})",
-    )
+    group.add_argument("--lean-step", action="store_true", help="lean_step(engine, tile) is called")
+    group.add_argument("--tile", metavar="SIZE", help=f"of lean_step ({TILE})")
 
 
 def _add_groups(plan: argparse.ArgumentParser) -> None:
@@ -201,9 +195,11 @@ def _request(args: argparse.Namespace) -> "PlanRequest":
         optimizer=args.optimizer,
         grad_accum_dtype=args.grad_accum_dtype,
         compact_gradients=args.compact_gradients,
-        lean_step=args.lean_step,
+        lean_step=(args.tile or TILE) if args.lean_step else None,
         tp_size=args.tp,
     )
+    if args.tile is not None and not args.lean_step:
+        raise InvalidArgumentError("--tile is of lean_step: give --lean-step too, or neither.")
     if args.world_size % (args.tp * args.pp):
         raise InvalidArgumentError(
             f"--world-size {args.world_size} is no multiple of --tp {args.tp} times --pp {args.pp}."

@@ -143,13 +143,14 @@ def _curve(report: "PlanReport") -> "Table":
         labels.setdefault(at := (mark.groups, mark.memory.step_peak), []).append(mark.label)
         lean.setdefault(at, mark.lean_peak)
     most = max(peak for _, peak in labels) or 1
-    columns = (">groups", ">peak", ">lean_step", "", "")
+    plain = report.request.step.lean_step is None
+    columns = (">groups", ">peak", *[">lean_step"] * plain, "", "")
     table = new_table("Trade-off: step peak against number of groups", columns)
     for (groups, peak), marks in sorted(labels.items()):
         chosen = report.marks[-1].label in marks
         bar = ("#" if chosen else "-") * max(1, round(_BAR * peak / most))
         known = lean[groups, peak]
-        sizes = show_bytes(peak), "" if known is None else show_bytes(known)
+        sizes = [show_bytes(peak), "" if known is None else show_bytes(known)][: 1 + plain]
         style = "bold" if chosen else None
         table.add_row(str(groups), *sizes, bar, "; ".join(marks), style=style)
     return table

@@ -11,11 +11,12 @@ def lean_step(engine: InitializedEngine, tile: Bytes = TILE) -> None:
     """Make the optimizer step need as little memory, and as few collectives, for any groups.
 
     For ZeRO-1 and ZeRO-2, where it includes :func:`compact_gradients`, and ``BF16_Optimizer``.
-    Weights, optimizer state and checkpoints are those of the plain step, bit for bit.
+    Weights, optimizer state and checkpoints are those of the plain step bit for bit; where
+    gradients are clipped, up to the last bit of the norm.
 
     - The step of a group goes through slices of its flat partition, *tiles*: the fp32 copy of the
-      gradients, the optimizer's temporaries and the norm's never take more than ``tile``, however
-      large the largest group is. Several small groups are stepped at once.
+      gradients, the optimizer's temporaries and the norm's take at most ``tile``, however large the
+      largest group is. Several small groups are stepped at once.
     - The norms of all groups are summed in one all-reduce for each process group, and the factor
       that clips and unscales is computed once.
     - Weights are gathered in buckets of several groups: the number of collectives follows from the
@@ -30,20 +31,23 @@ def lean_step(engine: InitializedEngine, tile: Bytes = TILE) -> None:
     or after any ``engine.step()`` that ended an accumulation; before or after
     ``load_checkpoint``. It changes this one engine; calling it again changes the tile.
 
-    Hooks of the torch optimizer's step see each group once a step. If one of them reads
-    gradients, which any hook may but those of this library mostly do not, the groups are stepped
-    whole and one after another in that step, as without this call.
+    Hooks of the torch optimizer's step see each group once a step. A hook may read gradients, so
+    under ZeRO its groups are stepped whole and one after another, with a warning, unless the hook
+    is a method of an object with ``needs_gradients = False``. Hooks of torch and of this library
+    are known; ``GroupMetrics`` needs gradients in steps with a report.
 
     Args:
         engine: what ``deepspeed.initialize`` returned first.
-        tile: bytes of a tile's temporaries, 12 for each element: a number, or "64MiB".
+        tile: bytes of a tile's temporaries: a number, or "64MiB". AdamW takes 12 for an element,
+            some others 24. The first step also takes the state of a tile.
 
     Raises:
         InvalidArgumentError: not an engine, or one that is not supported (no ZeRO, ZeRO-3,
-            optimizer offload, ZenFlow, DeepCompile, ``torch_autocast`` with fp16); an optimizer
-            that is not elementwise (Muon, LAMB, Adafactor, 8-bit optimizers) or not known;
-            a tile that is no size or too small; the middle of an accumulation. The engine
-            is not changed.
+            optimizer offload, ZenFlow, DeepCompile, ``torch_autocast`` with fp16,
+            ``BF16_Optimizer`` with bf16 accumulation, one whose ``step`` was replaced); an
+            optimizer that is not elementwise (Muon, LAMB, Adafactor, 8-bit optimizers) or not known;
+            a tile that is no size or too small; under ZeRO the middle of an accumulation. The
+            engine is not changed.
         UnsupportedDeepSpeedError: this DeepSpeed does not support it. The engine is not changed.
 
     Example:

@@ -80,7 +80,7 @@ class StepConfig:
                 "BF16_Optimizer and offloading hold no gradients that it could make smaller."
             )
         if self.lean_step is not None:
-            elements_of(parse_bytes(self.lean_step, "lean_step"))
+            elements_of(parse_bytes(self.lean_step, "lean_step"), "lean_step")
             if self.offloads:
                 raise InvalidArgumentError(
                     f"lean_step={self.lean_step!r} needs the optimizer on the device: leave it "

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from moe_groups import measure_step_memory
 from moe_groups._deepspeed import tiles
 from moe_groups.errors import InvalidArgumentError
 
@@ -91,6 +92,23 @@ def test_tiles_equal_the_whole(name: str, most: int) -> None:
     assert_same(plain[0], loaded[0])
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_temporaries_of_a_tile(name: str) -> None:
+    """In a step after the first: the gradient's copy and what the optimizer takes besides."""
+    optimizer, param = made(name)
+    step(optimizer, param, 0, 4 * tiles.ALIGNED)
+    gradient = torch.randn(SIZE)
+    (group,) = optimizer.param_groups
+
+    def copied(start: int, end: int) -> torch.Tensor:
+        return gradient[start:end].clone()
+
+    with measure_step_memory(torch.device("cpu")) as memory:
+        tiles.step_in_tiles(optimizer, group, copied, 4 * tiles.ALIGNED)
+    most = tiles.bytes_per_element(optimizer) * 4 * tiles.ALIGNED
+    assert 4 * 4 * tiles.ALIGNED <= memory.step_peak <= most + 1024  # scalars
+
+
 def test_states_keep_their_identity() -> None:
     """DeepSpeed holds slices of them."""
     optimizer, param = made("AdamW fused")
@@ -101,8 +119,20 @@ def test_states_keep_their_identity() -> None:
     assert list(optimizer.state) == [param]
 
 
+def test_a_state_without_a_tensor_yet() -> None:
+    optimizer, param = made("SGD momentum")
+    optimizer.state[param]["momentum_buffer"] = None
+    plain = made("SGD momentum")
+    step(optimizer, param, 0, tiles.ALIGNED)
+    step(*plain, 0, 0)
+    assert_same(plain[0], optimizer)
+
+
 class NotElementwise(torch.optim.Adafactor):
     pass
+
+
+Pretender = type("AdamW", (torch.optim.SGD,), {"__module__": "torch.optimizers_of_mine"})
 
 
 @pytest.mark.parametrize(
@@ -111,6 +141,7 @@ class NotElementwise(torch.optim.Adafactor):
         (torch.optim.Adafactor, "cannot step torch.optim.Adafactor in tiles"),
         (torch.optim.LBFGS, "cannot step torch.optim.lbfgs.LBFGS in tiles"),
         (NotElementwise, "NotElementwise in tiles: it is not known"),
+        (Pretender, "cannot step torch.optimizers_of_mine.AdamW in tiles"),
     ],
 )
 def test_others_are_refused_by_name(optimizer: Any, words: str) -> None:
@@ -185,10 +216,12 @@ def test_hooks_come_back_after_an_error() -> None:
     optimizer, param = made("AdamW")
     hook = Hook(False)
     optimizer.register_step_pre_hook(hook.seen)
+    optimizer.register_step_post_hook(hook.seen)
     with pytest.raises(ZeroDivisionError), tiles.around_hooks(optimizer):
         raise ZeroDivisionError
+    assert hook.calls == 1  # as in torch, none after a step that failed
     step(optimizer, param, 0, 0)
-    assert hook.calls == 2
+    assert hook.calls == 3
 
 
 def test_which_hooks_need_gradients() -> None:
@@ -199,5 +232,7 @@ def test_which_hooks_need_gradients() -> None:
     handle = optimizer.register_step_post_hook(Hook(True).seen)
     assert tiles.need_gradients(optimizer)
     handle.remove()
+    optimizer.register_step_post_hook(torch.optim.lr_scheduler.LRScheduler.step)  # type: ignore[arg-type]
+    assert not tiles.need_gradients(optimizer)
     optimizer.register_step_pre_hook(lambda *_: None)
     assert tiles.need_gradients(optimizer)

@@ -162,7 +162,17 @@ def test_offloading_has_a_host_and_no_curve(
 
 
 def test_lean_step_has_the_fewest_groups(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--world-size", 8, "--ep", 4, "--split-by", "expert", "--lean-step", "12KiB")
+    options = (
+        "--world-size",
+        8,
+        "--ep",
+        4,
+        "--split-by",
+        "expert",
+        "--lean-step",
+        "--tile",
+        "12KiB",
+    )
     found = as_json(capsys, config, *options)
     (point,) = found["curve"]
     assert point["groups"] == len(found["groups"]) == found["marks"]["no_cap"]["groups"]
@@ -279,6 +289,9 @@ BAD = [
     (["CONFIG", *EIGHT, "--optimizer", "sgd"], "invalid choice: 'sgd'"),
     (["CONFIG", *EIGHT, "--optimizer", "CPUAdam", "--budget", "1GiB"], "on the host"),
     (["CONFIG", *EIGHT, "--bf16-optimizer", "--compact-gradients"], "--compact-gradients is for"),
+    (["CONFIG", *EIGHT, "--tile", "1MiB"], "--tile is of lean_step: give --lean-step too"),
+    (["--lean-step", "CONFIG", *EIGHT, "--tile", "1KiB"], "--tile 1024 bytes is less than"),
+    (["CONFIG", *EIGHT, "--lean-step", "--optimizer", "CPUAdam"], "needs the optimizer on the"),
     (["CONFIG", *EIGHT, "--plot", "plan.pdf"], "must end in .png or .html"),
     (["CONFIG", *EIGHT, "--plot", "no/such/plan.png"], "there is no directory 'no/such'"),
     (["no/config.json", *EIGHT], "'no/config.json' does not exist"),

@@ -1,0 +1,78 @@
+"""The step of BF16_Optimizer in tiles, with few collectives for any groups.
+
+Goes through ``BF16_Optimizer.step`` (``runtime/bf16_optimizer.py``).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_groups._deepspeed import tiles
+from moe_groups._deepspeed.gathering import Gathering
+
+
+class Bf16Step:
+    """What is lean in the step of ``BF16_Optimizer``: its optimizer's, and the gathering.
+
+    Its fp32 gradients stay, and all groups have one all-reduce per process group already.
+    """
+
+    tile_bytes: int
+    most: int
+    gathering: Gathering
+
+    def __init__(self, bf16: Any) -> None:
+        self.bf16, self._step = bf16, bf16.step
+        bf16.step = self.step
+        bf16.update_lp_params = self.update_lp_params
+
+    @staticmethod
+    def shared(bf16: Any) -> tuple[list[torch.Tensor], list[Any]]:
+        """The weights of each group, and the process group that shares them."""
+        return bf16.bf16_groups_flat, bf16.real_dp_process_group
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """DeepSpeed's, with an optimizer that steps in tiles."""
+        optimizer = self.bf16.optimizer
+        self.bf16.optimizer = _Tiled(optimizer, self.most)
+        try:
+            self._step(closure)
+        finally:
+            self.bf16.optimizer = optimizer
+
+    def update_lp_params(self) -> None:
+        """As DeepSpeed's, with few collectives."""
+        bf16 = self.bf16
+        for index, master in enumerate(bf16.fp32_groups_flat_partition):
+            rank = torch.distributed.get_rank(bf16.real_dp_process_group[index])
+            bf16.bf16_partitioned_groups[index][rank].data.copy_(master.data)
+        self.gathering.run()
+
+
+class _Tiled:
+    """Stands for an optimizer during one step: all but ``step`` is the optimizer's own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, most: int) -> None:
+        self._optimizer, self._most = optimizer, most
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self) -> None:
+        optimizer, most = self._optimizer, self._most
+        with tiles.around_hooks(optimizer):
+            large = [g for g in optimizer.param_groups if g["params"][0].numel() > most]
+            small = [g for g in optimizer.param_groups if g["params"][0].numel() <= most]
+            with tiles.only(optimizer, small):
+                optimizer.step()
+            for group in large:
+                gradient = group["params"][0].grad
+                if gradient is not None:  # a hook removes that of a frozen group
+                    part = functools.partial(_part, gradient)
+                    tiles.step_in_tiles(optimizer, group, part, most)
+
+
+def _part(gradient: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    return gradient[start:end]
