@@ -45,7 +45,7 @@ def lean_step(engine: InitializedEngine, tile: Bytes = TILE) -> None:
         InvalidArgumentError: not an engine, or one that is not supported (no ZeRO, ZeRO-3,
             optimizer offload, ZenFlow, DeepCompile, ``torch_autocast`` with fp16,
             ``BF16_Optimizer`` with bf16 accumulation, one whose ``step`` was replaced); an
-            optimizer that is not elementwise (Muon, LAMB, Adafactor, 8-bit optimizers) or not known;
+            optimizer that is not elementwise (Muon, LAMB, Adafactor, 8-bit ones) or not known;
             a tile that is no size or too small; under ZeRO the middle of an accumulation. The
             engine is not changed.
         UnsupportedDeepSpeedError: this DeepSpeed does not support it. The engine is not changed.
