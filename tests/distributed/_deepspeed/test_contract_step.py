@@ -1,5 +1,7 @@
 """Facts about the optimizer step in DeepSpeed's wrappers, for metrics and experts' options."""
 
+import hashlib
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,11 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import distributed
 
-from tests.support.old_deepspeed import NO_BF16, WRONG_NORM, known_before
+from tests.support.old_deepspeed import NO_BF16, WRONG_NORM, before as is_before, known_before
 from tests.support.ranks import run_on_ranks
 from tests.support.training import groups_by, largest_difference, start, train, weights
 
@@ -150,3 +154,25 @@ def test_weights_of_the_module_are_not_those_that_are_stepped(wrapper: str) -> N
         assert hooked or not hasattr(deepspeed.DeepSpeedEngine, "_create_module_forward_pre_hook")
         assert before < 3
         assert after == 3
+
+
+# ---- what lean_step follows -----------------------------------------------------------
+
+FOLLOWED = {
+    (DeepSpeedZeroOptimizer, "step"): "9520884fd916d178",
+    (DeepSpeedZeroOptimizer, "scaled_global_norm"): "63c6a6fe100c4e49",
+    (DeepSpeedZeroOptimizer, "get_grad_norm_direct"): "72af0993ad8cde2c",
+    (DeepSpeedZeroOptimizer, "_average_expert_grad_norms"): "75e2e7693e3f19d7",
+    (DeepSpeedZeroOptimizer, "unscale_and_clip_grads"): "6bf2ce6f97eafcc2",
+    (BF16_Optimizer, "step"): "9b21d4a28f8714d9",
+    (BF16_Optimizer, "update_lp_params"): "128911db918ae80c",
+}
+"""What ``lean_step.py`` does as DeepSpeed does, and the digest of its source."""
+
+
+@pytest.mark.skipif(is_before("0.19.8"), reason="lean_step refuses DeepSpeed before 0.19.8")
+@pytest.mark.parametrize(("owner", "name"), FOLLOWED)
+def test_what_is_followed_is_as_it_was(owner: type, name: str) -> None:
+    """If this fails for a new DeepSpeed, compare the function with ours first."""
+    source = inspect.getsource(inspect.unwrap(vars(owner)[name]))
+    assert hashlib.sha256(source.encode()).hexdigest()[:16] == FOLLOWED[owner, name]
