@@ -23,7 +23,7 @@ pytest.importorskip(
     "deepspeed.module_inject.auto_ep_layer", reason="DeepSpeed before 0.19.2 has no AutoEP"
 )
 pytest.importorskip(
-    "transformers.utils.output_capturing", reason="AutoEP's presets need transformers 5"
+    "transformers.utils.output_capturing", reason="the presets of AutoEP need transformers 5"
 )
 
 KINDS = ["mixtral", "qwen3", "deepseek"]
