@@ -16,6 +16,11 @@ class Piece(NamedTuple):
     end: int
 
 
+def bucket_bytes(tile_bytes: int, released: int) -> int:
+    """What a bucket may take: some tiles, if the step has released as much before it gathers."""
+    return max(tile_bytes, min(released, 4 * tile_bytes))
+
+
 def buckets(
     partitions: Sequence[tuple[int, int]], ranks: int, bytes_: int, most_bytes: int, copies: bool
 ) -> Iterator[list[Piece]]:

@@ -29,6 +29,11 @@ class Bf16Step:
         bf16.update_lp_params = self.update_lp_params
 
     @staticmethod
+    def bucket_bytes(bf16: Any, tile_bytes: int) -> int:
+        """Its gradients stay."""
+        return tile_bytes
+
+    @staticmethod
     def shared(bf16: Any) -> tuple[list[torch.Tensor], list[Any]]:
         """The weights of each group, and the process group that shares them."""
         return bf16.bf16_groups_flat, bf16.real_dp_process_group

@@ -20,8 +20,8 @@ def lean_step(engine: InitializedEngine, tile: Bytes = TILE) -> None:
     - The norms of all groups are summed in one all-reduce for each process group, and the factor
       that clips and unscales is computed once.
     - Weights are gathered in buckets of several groups: the number of collectives follows from the
-      size of the weights, not from the number of groups. A bucket takes at most ``tile``; a larger
-      group on a GPU is received into its weights.
+      size of the weights, not from the number of groups. A bucket takes at most ``tile``, or under
+      ZeRO four of them, where as many gradients have been released.
 
     The norm can differ in its last bit: squares are added for each tile instead of each parameter,
     and with three and more ranks an all-reduce of several numbers may add in another order.

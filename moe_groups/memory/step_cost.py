@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from moe_groups._deepspeed.gathering import buckets, buffer_size
+from moe_groups._deepspeed.gathering import bucket_bytes, buckets, buffer_size
 from moe_groups._deepspeed.tiles import batches, elements_of
 from moe_groups.memory.group_layout import GroupOnRanks, Ints
 
@@ -291,9 +291,11 @@ def _gather_in_buckets(
             owner = group.ranks, group.partition_of.tobytes()
             partitions = [(index, group.layout.partition)] * group.count
             sharing.setdefault(owner, []).extend(partitions)
+    released = int(cost.held.min()) if settings.wrapper == "zero" else 0
+    most = bucket_bytes(settings.tile_bytes, released)
     buffer = copied = 0
     for (ranks, _), partitions in sharing.items():
-        for bucket in buckets(partitions, ranks, bytes_, settings.tile_bytes, copies):
+        for bucket in buckets(partitions, ranks, bytes_, most, copies):
             if len(bucket) > 1 or copies:
                 buffer = max(buffer, bytes_ * buffer_size(bucket, ranks))
             if copies:
