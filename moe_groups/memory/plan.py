@@ -111,8 +111,9 @@ def cost_lines(found: list[Line], table: Table, world: int, tensor_ranks: int) -
 GROUP_PRICE = 64 << 20
 """Bytes that one more group must save for "auto".
 
-A group costs about 1.7 ms of a step under ZeRO (``benchmarks/group_cost.py``): a tenth of a
-percent of a step of two seconds, priced like a tenth of a percent of 64 GiB of memory.
+A group costs about 1.7 ms of a step under ZeRO on gloo ranks (``benchmarks/group_cost.py``): a
+tenth of a percent of a step of two seconds, priced like a tenth of a percent of 64 GiB of memory.
+With ``lean_step`` a group saves nothing, and there is one plan.
 """
 
 
