@@ -16,8 +16,11 @@ class Piece(NamedTuple):
     end: int
 
 
-def bucket_bytes(tile_bytes: int, released: int) -> int:
-    """What a bucket may take: some tiles, if the step has released as much before it gathers."""
+def bucket_bytes(
+    tile_bytes: int, released_bytes: int, partitions: Sequence[tuple[int, int]]
+) -> int:
+    """What a bucket may take: up to four tiles, if the step has released as much before."""
+    released = released_bytes * sum(size for _, size in partitions)
     return max(tile_bytes, min(released, 4 * tile_bytes))
 
 
@@ -56,11 +59,16 @@ class Gathering:
     Args:
         flats: the weights of each group, one partition after another.
         owners: the process group that shares each.
-        most_bytes: of what a bucket takes; see :func:`buckets`.
+        tile_bytes: of the lean step.
+        released_bytes: for an element of a partition, released before weights are gathered.
     """
 
     def __init__(
-        self, flats: Sequence[torch.Tensor], owners: Sequence[Any], most_bytes: int
+        self,
+        flats: Sequence[torch.Tensor],
+        owners: Sequence[Any],
+        tile_bytes: int,
+        released_bytes: int,
     ) -> None:
         self.flats, self.owners = flats, owners
         backend = str(torch.distributed.get_backend_config(owners[0]))
@@ -72,11 +80,11 @@ class Gathering:
             if len(ranks) > 1:
                 partition = index, flat.numel() // len(ranks)
                 sharing.setdefault((ranks, flat.dtype), []).append(partition)
-        self.buckets = [
-            bucket
-            for (ranks, dtype), partitions in sharing.items()
-            for bucket in buckets(partitions, len(ranks), dtype.itemsize, most_bytes, self.copies)
-        ]
+        self.buckets: list[list[Piece]] = []
+        for (ranks, dtype), partitions in sharing.items():
+            # From these groups alone: ranks that share them may differ in others.
+            most = bucket_bytes(tile_bytes, released_bytes, partitions)
+            self.buckets += buckets(partitions, len(ranks), dtype.itemsize, most, self.copies)
 
     @torch.no_grad()
     def run(self) -> None:

@@ -29,14 +29,9 @@ class Bf16Step:
         bf16.update_lp_params = self.update_lp_params
 
     @staticmethod
-    def bucket_bytes(bf16: Any, tile_bytes: int) -> int:
-        """Its gradients stay."""
-        return tile_bytes
-
-    @staticmethod
-    def shared(bf16: Any) -> tuple[list[torch.Tensor], list[Any]]:
-        """The weights of each group, and the process group that shares them."""
-        return bf16.bf16_groups_flat, bf16.real_dp_process_group
+    def gathers(bf16: Any, tile_bytes: int) -> Gathering:
+        """The gradients stay."""
+        return Gathering(bf16.bf16_groups_flat, bf16.real_dp_process_group, tile_bytes, 0)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """DeepSpeed's, with an optimizer that steps in tiles."""

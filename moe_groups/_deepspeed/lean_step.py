@@ -12,7 +12,7 @@ import torch
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed import tiles
 from moe_groups._deepspeed.exact_partitions import check_can_be_exact, keep_exact_partitions
-from moe_groups._deepspeed.gathering import Gathering, bucket_bytes
+from moe_groups._deepspeed.gathering import Gathering
 from moe_groups._deepspeed.lean_bf16 import Bf16Step
 from moe_groups._deepspeed.norms import groups_of_stages, same_on_all_stages
 from moe_groups.errors import CostlyGroupsWarning, InvalidArgumentError
@@ -40,7 +40,7 @@ def step_lean(engine: Any, tile_bytes: int) -> None:
         tiles.check_elementwise(wrapper.optimizer)
     each = tiles.bytes_per_element(wrapper.optimizer)
     most = tiles.elements_of(tile_bytes, each=each)
-    gathering = Gathering(*kind.shared(wrapper), kind.bucket_bytes(wrapper, tile_bytes))
+    gathering = kind.gathers(wrapper, tile_bytes)
     if known is None:
         if kind is ZeroStep:
             keep_exact_partitions(engine, "lean_step")
@@ -99,15 +99,11 @@ class ZeroStep:
         zero.scaled_global_norm = self.scaled_global_norm
 
     @staticmethod
-    def bucket_bytes(zero: Any, tile_bytes: int) -> int:
-        """The gradients are gone when weights are gathered."""
-        held = sum(map(int, zero.partition_size)) * zero.gradient_accumulation_dtype.itemsize
-        return bucket_bytes(tile_bytes, held)
-
-    @staticmethod
-    def shared(zero: Any) -> tuple[list[torch.Tensor], list[Any]]:
-        """The weights of each group, and the process group that shares them."""
-        return zero.bit16_groups_flat, zero.real_dp_process_group
+    def gathers(zero: Any, tile_bytes: int) -> Gathering:
+        """The gradients are gone by then."""
+        released = zero.gradient_accumulation_dtype.itemsize
+        owners = zero.real_dp_process_group
+        return Gathering(zero.bit16_groups_flat, owners, tile_bytes, released)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """As DeepSpeed's, but that groups are stepped in tiles, or several at once."""

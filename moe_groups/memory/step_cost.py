@@ -291,10 +291,10 @@ def _gather_in_buckets(
             owner = group.ranks, group.partition_of.tobytes()
             partitions = [(index, group.layout.partition)] * group.count
             sharing.setdefault(owner, []).extend(partitions)
-    released = int(cost.held.min()) if settings.wrapper == "zero" else 0
-    most = bucket_bytes(settings.tile_bytes, released)
+    released = settings.grad_bytes if settings.wrapper == "zero" else 0
     buffer = copied = 0
     for (ranks, _), partitions in sharing.items():
+        most = bucket_bytes(settings.tile_bytes, released, partitions)
         for bucket in buckets(partitions, ranks, bytes_, most, copies):
             if len(bucket) > 1 or copies:
                 buffer = max(buffer, bytes_ * buffer_size(bucket, ranks))
