@@ -46,7 +46,12 @@ WRAPPERS = {
         zero_stage=1, grad_accum_dtype="fp32", immediate_grad_update=True, lean_step=TILE
     ),
 }
-TIMED = ("ZeRO-2", "ZeRO-2, compact", "ZeRO-2, lean", "ZeRO-2, fp32 gradients", "BF16_Optimizer")
+TIMED = {
+    **{name: WRAPPERS[name] for name in ("ZeRO-2", "ZeRO-2, compact")},
+    "ZeRO-2, lean": StepConfig(lean_step="64MiB"),
+    "ZeRO-2, lean, 65,536 elements": StepConfig(lean_step="768KiB"),
+    **{name: WRAPPERS[name] for name in ("ZeRO-2, fp32 gradients", "BF16_Optimizer")},
+}
 STOCK = "stock, default cap"
 
 
@@ -152,8 +157,8 @@ def as_many(stock: Case, step: StepConfig, cap: int) -> Case:
 
 def time_rows(shape: Shape, cap: int, count: int) -> list[dict[str, Any]]:
     rows = []
-    for wrapper in TIMED:
-        step = replace(WRAPPERS[wrapper], optimizer="fused")
+    for wrapper, config in TIMED.items():
+        step = replace(config, optimizer="fused")
         ways = groupings(shape, step, 2, cap)
         stock = Case(replace(step, compact_gradients=False, lean_step=None), *ways[STOCK][1:])
         ways["ours, as many as stock's"] = as_many(stock, step, cap)
