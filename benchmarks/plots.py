@@ -38,9 +38,11 @@ def grouped_bars(name: str, bars: Mapping[str, Mapping[str, float]], title: str)
         places = [index + (number - (len(series) - 1) / 2) * width for index in range(len(bars))]
         heights = [values[one] for values in bars.values()]
         axis.bar(places, heights, 0.92 * width, label=one, color=COLOURS[number])
-    axis.set_xticks(range(len(bars)), [key.replace(", ", ",\n") for key in bars])
+    axis.set_xticks(
+        range(len(bars)), [key.replace(", ", ",\n").replace("6_Opt", "6_\nOpt") for key in bars]
+    )
     axis.set_title(title, loc="left", fontsize=11)
-    axis.legend(ncols=len(series), frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axis.legend(ncols=len(series), frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     _save(pyplot, figure, name)
 
 
