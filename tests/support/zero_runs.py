@@ -4,12 +4,16 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import pytest
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moe_groups._deepspeed.releases import need
+from moe_groups.errors import InvalidArgumentError, UnsupportedDeepSpeedError
 from tests.support.models import HIDDEN
 from tests.support.skipping import SkippingMoE, skip
 from tests.support.training import batches, config, groups_by, initialize, start, train
@@ -214,3 +218,53 @@ def resume(case: Case, before: Change | None, after: Change | None, folder: Path
         del history["norm"][: case.accumulate - 1]  # still that of the step before
         runs.append((history, snapshot(engine)))
     return differences(*runs)
+
+
+def changed_late(first: Change, second: Change, folder: Path) -> list[str]:
+    """Changed after the checkpoint was loaded, between two steps, and once more."""
+    case = Case(accumulate=2)
+    plain, late = case.engine(), case.engine()
+    train(plain, 2)
+    plain.save_checkpoint(str(folder))
+    late.load_checkpoint(str(folder))
+    train(plain, 2), train(late, 2)
+    first(late), second(late)
+    return differences((train(plain, 4), snapshot(plain)), (train(late, 4), snapshot(late)))
+
+
+def refusal(change: Change, engine: Any) -> str:
+    """Why ``change`` refuses this engine, which stays as it is."""
+    optimizer = getattr(engine, "optimizer", None)
+    before = list(vars(optimizer)) if optimizer is not None else []
+    with pytest.raises(InvalidArgumentError) as failure:
+        change(engine)
+    assert (list(vars(optimizer)) if optimizer is not None else []) == before
+    return str(failure.value)
+
+
+def changed_too_late(change: Change, case: Case) -> tuple[str, list[str]]:
+    """Between ``backward`` and ``step``, and in the middle of an accumulation."""
+    plain, engine = case.engine(), case.engine()
+    runs = []
+    for number, tried in enumerate((plain, engine)):
+        (x, y), *rest = (tuple(data.bfloat16() for data in one) for one in batches(case.accumulate))
+        tried.backward(tried(x, y))
+        if number:
+            with pytest.raises(InvalidArgumentError) as failure:
+                change(tried)
+        tried.step()
+        for x, y in rest:
+            tried.backward(tried(x, y))
+            tried.step()
+        runs.append((train(tried, 2 * case.accumulate), snapshot(tried)))
+    return str(failure.value), differences(*runs)
+
+
+def changed_without(change: Change, name: str) -> tuple[str, bool]:
+    """What is said where DeepSpeed lacks a method, and whether the engine stays as it is."""
+    engine = Case().engine()
+    before = list(vars(engine.optimizer))
+    missing = mock.patch.object(DeepSpeedZeroOptimizer, name, None)
+    with missing, pytest.raises(UnsupportedDeepSpeedError) as failure:
+        change(engine)
+    return str(failure.value), list(vars(engine.optimizer)) == before

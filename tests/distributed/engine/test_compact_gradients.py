@@ -16,7 +16,6 @@ from deepspeed.utils import safe_get_full_grad
 from moe_groups._deepspeed import exact_partitions as exact
 from moe_groups._deepspeed.releases import EXACT_MEANS
 from moe_groups.engine.compact import compact_gradients
-from moe_groups.errors import InvalidArgumentError, UnsupportedDeepSpeedError
 from tests.support import ROOT
 from tests.support.pairwise import Row, label, long_on_four_ranks, pairwise
 from tests.support.ranks import HANG, RankError, run_on_ranks
@@ -28,10 +27,14 @@ from tests.support.zero_runs import (
     Case,
     Cost,
     against_plain,
+    changed_late,
+    changed_too_late,
+    changed_without,
     cost,
     dense_against_plain,
     differences,
     overflow_against_plain,
+    refusal,
     resume,
     skipping_an_expert,
     snapshot,
@@ -209,21 +212,8 @@ def test_resume(row: Row, tmp_path: Path) -> None:
     assert found == [[]] * row["world"]
 
 
-def compact_late(folder: Path) -> list[str]:
-    """After the checkpoint was loaded, between two steps, and once more."""
-    case = Case(accumulate=2)
-    plain, late = case.engine(), case.engine()
-    train(plain, 2)
-    plain.save_checkpoint(str(folder))
-    late.load_checkpoint(str(folder))
-    train(plain, 2), train(late, 2)
-    for _ in range(2):
-        compact_gradients(late)
-    return differences((train(plain, 4), snapshot(plain)), (train(late, 4), snapshot(late)))
-
-
 def test_may_be_called_between_steps_and_twice(tmp_path: Path) -> None:
-    assert run_on_ranks(2, compact_late, tmp_path) == [[], []]
+    assert run_on_ranks(2, changed_late, compact_gradients, compact_gradients, tmp_path) == [[], []]
 
 
 # ---- memory ---------------------------------------------------------------------------
@@ -291,13 +281,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 def refuse(what: str) -> str:
-    engine = REFUSED[what][0]()
-    optimizer = getattr(engine, "optimizer", None)
-    before = list(vars(optimizer)) if optimizer is not None else []
-    with pytest.raises(InvalidArgumentError) as failure:
-        compact_gradients(engine)
-    assert (list(vars(optimizer)) if optimizer is not None else []) == before
-    return str(failure.value)
+    return refusal(compact_gradients, REFUSED[what][0]())
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -306,45 +290,18 @@ def test_refused(what: str) -> None:
         assert REFUSED[what][1] in message
 
 
-def compact_too_late(case: Case) -> tuple[str, list[str]]:
-    """Between ``backward`` and ``step``, and in the middle of an accumulation."""
-    plain, engine = case.engine(), case.engine()
-    runs = []
-    for number, tried in enumerate((plain, engine)):
-        (x, y), *rest = (tuple(data.bfloat16() for data in one) for one in batches(case.accumulate))
-        tried.backward(tried(x, y))
-        if number:
-            with pytest.raises(InvalidArgumentError) as failure:
-                compact_gradients(tried)
-        tried.step()
-        for x, y in rest:
-            tried.backward(tried(x, y))
-            tried.step()
-        runs.append((train(tried, 2 * case.accumulate), snapshot(tried)))
-    return str(failure.value), differences(*runs)
-
-
 @pytest.mark.parametrize("wrapper", ZERO)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_refused_while_gradients_are_held(wrapper: str, accumulate: int) -> None:
     case = Case(wrapper, accumulate=accumulate)
-    for message, problems in run_on_ranks(2, compact_too_late, case):
+    for message, problems in run_on_ranks(2, changed_too_late, compact_gradients, case):
         assert "after the engine.step() that ends a gradient accumulation" in message
         assert problems == []
 
 
-def compact_without_means(name: str) -> tuple[str, bool]:
-    engine = Case().engine()
-    before = list(vars(engine.optimizer))
-    missing = mock.patch.object(DeepSpeedZeroOptimizer, name, None)
-    with missing, pytest.raises(UnsupportedDeepSpeedError) as failure:
-        compact_gradients(engine)
-    return str(failure.value), list(vars(engine.optimizer)) == before
-
-
 @pytest.mark.parametrize("name", EXACT_MEANS)
 def test_unsupported_deepspeed(name: str) -> None:
-    for message, unchanged in run_on_ranks(2, compact_without_means, name):
+    for message, unchanged in run_on_ranks(2, changed_without, compact_gradients, name):
         assert "cannot keep exact gradient partitions: install deepspeed 0.19.8 or newer" in message
         assert unchanged
 

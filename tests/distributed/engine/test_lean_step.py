@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from moe_groups import GroupMetrics, MoE, compact_gradients, lean_step, set_group_options
 from moe_groups._deepspeed.releases import EXACT_MEANS
 from moe_groups._deepspeed.tiles import ALIGNED, BYTES_PER_ELEMENT
-from moe_groups.errors import CostlyGroupsWarning, InvalidArgumentError, UnsupportedDeepSpeedError
+from moe_groups.errors import CostlyGroupsWarning
 from tests.support import ROOT
 from tests.support.models import TinyMoE
 from tests.support.pairwise import Row, label, long_on_four_ranks, pairwise
@@ -31,10 +31,14 @@ from tests.support.zero_runs import (
     CLIP,
     Case,
     against_plain,
+    changed_late,
+    changed_too_late,
+    changed_without,
     cost,
     dense_against_plain,
     differences,
     overflow_against_plain,
+    refusal,
     resume,
     skipping_an_expert,
     snapshot,
@@ -279,20 +283,8 @@ def test_hooks_see_what_they_see_without(wrapper: str) -> None:
         assert lean == plain
 
 
-def called_late(folder: Path) -> list[str]:
-    """After the checkpoint was loaded, between two steps, and again with another tile."""
-    case = Case(accumulate=2)
-    plain, late = case.engine(), case.engine()
-    train(plain, 2)
-    plain.save_checkpoint(str(folder))
-    late.load_checkpoint(str(folder))
-    train(plain, 2), train(late, 2)
-    at_once(late), in_tiles(late)
-    return differences((train(plain, 4), snapshot(plain)), (train(late, 4), snapshot(late)))
-
-
 def test_may_be_called_between_steps_and_again(tmp_path: Path) -> None:
-    assert run_on_ranks(2, called_late, tmp_path) == [[], []]
+    assert run_on_ranks(2, changed_late, at_once, in_tiles, tmp_path) == [[], []]
 
 
 # ---- collectives and memory -----------------------------------------------------------
@@ -404,13 +396,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 
 
 def refuse(what: str) -> str:
-    engine = REFUSED[what][0]()
-    optimizer = getattr(engine, "optimizer", None)
-    before = list(vars(optimizer)) if optimizer is not None else []
-    with pytest.raises(InvalidArgumentError) as failure:
-        lean_step(engine, **REFUSED[what][1])
-    assert (list(vars(optimizer)) if optimizer is not None else []) == before
-    return str(failure.value)
+    engine, options, _ = REFUSED[what]
+    return refusal(functools.partial(lean_step, **options), engine())
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -419,38 +406,14 @@ def test_refused(what: str) -> None:
         assert REFUSED[what][2] in message
 
 
-def too_late() -> tuple[str, list[str]]:
-    """Between ``backward`` and ``step``."""
-    plain, engine = Case().engine(), Case().engine()
-    runs = []
-    for tried in (plain, engine):
-        x, y = (data.bfloat16() for data in next(batches(1)))
-        tried.backward(tried(x, y))
-        if tried is engine:
-            with pytest.raises(InvalidArgumentError) as failure:
-                lean_step(tried)
-        tried.step()
-        runs.append((train(tried, 2), snapshot(tried)))
-    return str(failure.value), differences(*runs)
-
-
 def test_refused_while_gradients_are_held() -> None:
-    for message, problems in run_on_ranks(2, too_late):
+    for message, problems in run_on_ranks(2, changed_too_late, lean_step, Case()):
         assert "lean_step was called while the engine holds gradients" in message
         assert problems == []
 
 
-def without_means(name: str) -> tuple[str, bool]:
-    engine = Case().engine()
-    before = list(vars(engine.optimizer))
-    missing = mock.patch.object(DeepSpeedZeroOptimizer, name, None)
-    with missing, pytest.raises(UnsupportedDeepSpeedError) as failure:
-        lean_step(engine)
-    return str(failure.value), list(vars(engine.optimizer)) == before
-
-
 def test_unsupported_deepspeed() -> None:
-    for message, unchanged in run_on_ranks(2, without_means, EXACT_MEANS[0]):
+    for message, unchanged in run_on_ranks(2, changed_without, lean_step, EXACT_MEANS[0]):
         assert "install deepspeed 0.19.8 or newer, or leave lean_step out" in message
         assert unchanged
 
