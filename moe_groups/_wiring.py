@@ -15,6 +15,16 @@ def _engine_started(engine: Any) -> None:
     guard_from_now_on(engine)
 
 
+def _modules_replaced(model: Any, sources: Mapping[int, Any]) -> bool:
+    from moe_groups.experts.find import find_experts
+    from moe_groups.groups.origin import follow_replacement
+
+    followed = follow_replacement(list(model.parameters()), sources)
+    if followed:
+        find_experts(model).write()
+    return followed
+
+
 def _process_groups_made(model: Any) -> None:
     from moe_groups.weights.local_experts import check_places
 
@@ -51,6 +61,7 @@ def _checkpoint_loaded(engine: Any) -> None:
 def connect() -> None:
     """Let the changed DeepSpeed call the package."""
     PORTS.engine_started = _engine_started
+    PORTS.modules_replaced = _modules_replaced
     PORTS.process_groups_made = _process_groups_made
     PORTS.stage_problem = _stage_problem
     PORTS.save_checkpoint = _save_checkpoint

@@ -8,6 +8,7 @@ DeepSpeed's own (``deepspeed/moe/experts.py``); ``expert_group_name`` and
 
 import itertools
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ STEP_OPTIONS = "step_options"
 PARALLEL_GROUP = re.compile(r"ep_size_[1-9]\d*")
 _GROUP_NAME = re.compile(r"(ep_size_[1-9]\d*)_.+")
 _BAD_IN_LABEL = re.compile(r"[\s\x00-\x1f\x7f]")
+EXPERT_RANKS = "expert_ranks"
+"""Attribute: ranks to which AutoEP will distribute a tensor, which now holds all experts."""
 _ATTRIBUTES = (
     "allreduce",
     "group_name",
@@ -31,6 +34,7 @@ _ATTRIBUTES = (
     "fused_experts",
     "expert_layer_id",
     "expert_label_found",
+    EXPERT_RANKS,
 )
 
 
@@ -85,9 +89,12 @@ def shape_of(param: torch.Tensor) -> torch.Size:
 
 
 def numel_of(param: torch.Tensor) -> int:
-    """Number of elements, also of an empty placeholder of ZeRO-3 (``ds_numel``)."""
-    numel: int | None = param.__dict__.get("ds_numel")
-    return param.numel() if numel is None else numel
+    """Number of elements, also of an empty placeholder of ZeRO-3 (``ds_numel``).
+
+    Of a tensor that AutoEP will distribute, a rank's part.
+    """
+    numel: int = param.__dict__.get("ds_numel", param.numel())
+    return numel // int(param.__dict__.get(EXPERT_RANKS, 1))
 
 
 @checked
@@ -216,3 +223,25 @@ def addresses(name: str, tag: ExpertTag | None, path: str, inner: str) -> list[s
         end = f".{inner}" if inner else ""
         found += [f"{base}{number}{end}" for base in (tag.layer, path) if base]
     return list(dict.fromkeys(found))
+
+
+def layers_around(
+    names: Sequence[str], labels: Sequence[str | None], wanted: Sequence[bool]
+) -> list[str | None]:
+    """For each parameter that is ``wanted``, the label of the MoE layer that it is inside of.
+
+    Args:
+        names: qualified names.
+        labels: of their layers, for experts; None for others.
+    """
+    paths = {
+        name.partition(".experts.")[0].removesuffix(".deepspeed_moe"): label
+        for name, label in zip(names, labels, strict=True)
+        if label and ".experts." in name
+    }
+    found: list[str | None] = [None] * len(names)
+    for row, name in enumerate(names):
+        while wanted[row] and labels[row] is None and name and found[row] is None:
+            name = name.rpartition(".")[0]
+            found[row] = paths.get(name)
+    return found

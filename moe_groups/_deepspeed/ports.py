@@ -15,6 +15,10 @@ def _nothing(_: Any) -> None:
     """The default: do nothing with an engine or a model."""
 
 
+def _not_followed(*_: Any) -> bool:
+    return False
+
+
 def _no_problem(*_: Any) -> tuple[bool, str | None]:
     return False, None
 
@@ -29,6 +33,8 @@ class Ports:
 
     Attributes:
         engine_started: with an engine, before it wraps its optimizer.
+        modules_replaced: with the model in which AutoEP has replaced modules, and for the ``id`` of
+            each new parameter those that it was made of: do groups of ours hold such?
         process_groups_made: with the engine's model, before its weights are broadcast.
         stage_problem: with a pipeline stage's layers and loss function, whether activations are
             partitioned, whether DeepSpeed recomputes them, and the stage's name in errors: does
@@ -39,6 +45,7 @@ class Ports:
     """
 
     engine_started: Callable[[Any], None] = _nothing
+    modules_replaced: Callable[[Any, Mapping[int, Any]], bool] = _not_followed
     process_groups_made: Callable[[Any], None] = _nothing
     stage_problem: Callable[[Any, Any, bool, bool, str], tuple[bool, str | None]] = _no_problem
     save_checkpoint: Callable[[Any, Call, Arguments, Mapping[str, Any]], Any] = _call

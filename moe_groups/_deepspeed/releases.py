@@ -52,6 +52,12 @@ def _top_k() -> bool:
     return hasattr(sharded_moe, "topkgating")
 
 
+def _remapped_groups() -> bool:
+    from deepspeed.runtime import engine
+
+    return hasattr(engine, "_remap_client_optimizer_after_module_replacement")
+
+
 def _pickled_files() -> bool:
     """0.16 says weights_only=False itself; before, torch 2.6 and newer take True."""
     forced = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0") in ("1", "y", "yes", "true")
@@ -86,6 +92,11 @@ FEATURES = {
         _since("0.16.4"),
     ),
     "top-k gating": Feature("sends a token to at most two experts", "0.15.0", _top_k),
+    "remapped groups": Feature(
+        "does not put what AutoEP makes into groups that were made before",
+        "0.19.7",
+        _remapped_groups,
+    ),
     "pickled files": Feature(
         "cannot read its own checkpoints with torch 2.6 or newer, which loads tensors only",
         "0.16.0",

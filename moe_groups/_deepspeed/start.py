@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from moe_groups._common.warn import warn
+from moe_groups._deepspeed.autoep import keep_model_order
 from moe_groups._deepspeed.engines import remember
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import register_names
@@ -62,6 +63,7 @@ def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
             need("BF16_Optimizer", 'set "data_types": {"grad_accum_dtype": "bf16"} for ZeRO-1')
         if self.has_moe_layers:
             _check_experts(self, basic_optimizer, wrapper)
+        keep_model_order(self, basic_optimizer)
         settle_muon(self, basic_optimizer)
         register_names(str(g.get("name")) for g in moe)
         remember(self, basic_optimizer)

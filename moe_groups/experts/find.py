@@ -6,7 +6,7 @@ experts of a layer, as in AutoEP and in Hugging Face's ``*Experts`` modules).
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -101,16 +101,9 @@ class TaggedModel:
     @contextlib.contextmanager
     def written(self) -> Iterator[None]:
         """The tags are on the parameters inside, and afterwards unless there was an error."""
-        experts = [param.__dict__ for _, param in self._found()]
-        before = list(map(dict.copy, experts))
-        try:
+        with restored_on_error([param for _, param in self._found()]):
             self.write()
             yield
-        except BaseException:
-            for attributes, saved in zip(experts, before, strict=True):
-                attributes.clear()
-                attributes.update(saved)
-            raise
 
     def _found(self) -> Iterator[tuple[FoundExpert, torch.Tensor]]:
         for found, param in zip(self.experts, self.params, strict=True):
@@ -166,11 +159,10 @@ def tag_experts(
         return _written(find_experts(model))
     ep_size = ep_size or 1
     matched = _below(model, pattern)
-    before = [dict(param.__dict__) for param in matched]
     group = f"ep_size_{ep_size}"
-    for param in matched:
-        set_expert_tag(param, ExpertTag(group))
-    try:
+    with restored_on_error(matched):
+        for param in matched:
+            set_expert_tag(param, ExpertTag(group))
         found = find_experts(model)
         tags = found.tags()
         own = (tags[id(param)] for param in matched)
@@ -181,10 +173,18 @@ def tag_experts(
                 "or a pattern that leaves the layer out."
             )
         return _written(found)
-    except (TagError, InvalidArgumentError):
-        for param, attributes in zip(matched, before, strict=True):
+
+
+@contextlib.contextmanager
+def restored_on_error(params: Sequence[torch.Tensor]) -> Iterator[None]:
+    """After an error inside, the parameters have the attributes of before."""
+    before = [dict(param.__dict__) for param in params]
+    try:
+        yield
+    except BaseException:
+        for param, saved in zip(params, before, strict=True):
             param.__dict__.clear()
-            param.__dict__.update(attributes)
+            param.__dict__.update(saved)
         raise
 
 

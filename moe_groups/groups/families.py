@@ -16,6 +16,8 @@ from moe_groups.tags import (
     check_label,
     check_number,
     get_expert_tag,
+    layers_around,
+    numel_of,
     shape_of,
 )
 
@@ -43,7 +45,10 @@ def read_table(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
     families = reader.read()
     _check_trainable(given, families)
     if rules.active:
-        families = _split(families, "variant", _apply(rules, given, families))
+        variants = _apply(rules, given, families)
+        families = _split(families, "variant", variants)
+        if split_by != "parallel_group" and any(variant.overrides for variant in variants):
+            families = _by_layer(families, given, variants)
     elif len(given.groups) > 1:
         families = _split(families, "variant", [Variant(source) for source in given.sources])
     if any(hasattr(kind, "device_mesh") for kind in set(map(type, given.params))):
@@ -99,8 +104,8 @@ class _Reader:
         start, here, here_dtype = 0, _DENSE, None
         for row, (param, place) in enumerate(zip(params, self._places(), strict=True)):
             size = sizes[row]
-            if not size:  # ZeRO-3 leaves an empty placeholder
-                size = sizes[row] = param.__dict__.get("ds_numel", 0)
+            if not size or place is not _DENSE:  # ZeRO-3's placeholder, or AutoEP will share it
+                size = sizes[row] = numel_of(param)
             dtype = param.dtype if size and param.requires_grad else None
             if place != here or dtype is not here_dtype:
                 if here_dtype is not None:
@@ -163,6 +168,26 @@ class _Reader:
             )
 
 
+def _by_layer(families: Families, given: GroupInput, variants: Sequence[Variant]) -> Families:
+    """Dense parameters inside of MoE layers, as routers, by layer where an override names them.
+
+    So a pattern of one layer selects whole groups, also of options that are set later.
+    """
+    labels: list[str | None] = [None] * len(given.params)
+    for row in (row for key in families if key.parallel_group for row in _rows(families[key])):
+        expert = given.model.experts[row] if given.model else None
+        param = given.params[row]
+        labels[row] = expert.tag.layer if expert else param.__dict__.get("expert_group_name")
+    layers = layers_around(given.names, labels, [bool(each.overrides) for each in variants])
+    dense = {key: rows for key, rows in families.items() if key.parallel_group is None}
+    experts = {key: rows for key, rows in families.items() if key.parallel_group}
+    return _split(dense, "layer", layers) | experts
+
+
+def _rows(experts: dict[int, Rows]) -> Iterator[int]:
+    return chain.from_iterable(experts.values())
+
+
 def _split(families: Families, field: str, values: Sequence[Any]) -> Families:
     """The families with one part for each value that rows have of this field of the key."""
     parts: dict[Key, dict[int, list[int]]] = {}
@@ -190,7 +215,7 @@ def _apply(rules: Rules, given: GroupInput, families: Families) -> list[Variant]
     """The variant of each parameter."""
     found = [Variant(source) for source in given.sources]
     example: list[str] = []
-    for row in sorted(chain(*(rows for experts in families.values() for rows in experts.values()))):
+    for row in sorted(chain.from_iterable(map(_rows, families.values()))):
         param, name, source = given.params[row], given.names[row], given.sources[row]
         if given.model is None:
             tag = get_expert_tag(param, name)

@@ -18,7 +18,8 @@ NO_EXPERT = -1
 class Key(NamedTuple):
     """What all parameters of a group have in common besides the expert.
 
-    ``layer`` is None if groups mix layers; it and ``parallel_group`` are None for dense ones.
+    ``layer`` is None if groups mix layers. ``parallel_group`` is None for dense ones, and so is
+    ``layer``, but for what an override names inside of an MoE layer.
     ``mesh`` is the device mesh of parameters that are DTensors, as FSDP2 makes them.
     """
 

@@ -59,9 +59,10 @@ class GroupNames:
         return name
 
     def _prefix(self, key: Key) -> str:
-        """The process groups and the layer."""
+        """The process groups, or ``dense`` or the caller's name, and the layer."""
         if key.parallel_group is None:
-            return self.given[key.variant.source] or "dense"
+            layer = f".{key.layer}" if key.layer else ""
+            return (self.given[key.variant.source] or "dense") + layer
         return f"{key.parallel_group}_{key.layer or 'experts'}"
 
     def _suffix(self, key: Key) -> str:

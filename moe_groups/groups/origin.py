@@ -17,7 +17,7 @@ from moe_groups._common.arguments import SplitBy
 from moe_groups.groups.keys import NO_EXPERT, Families, Key, PlannedGroup, Table
 from moe_groups.groups.names import given_name
 from moe_groups.groups.rules import Variant
-from moe_groups.tags import get_expert_tag, is_expert_parameter, numel_of
+from moe_groups.tags import get_expert_tag, is_expert_parameter, layers_around, numel_of
 
 
 class OriginRow(NamedTuple):
@@ -26,7 +26,8 @@ class OriginRow(NamedTuple):
     Attributes:
         name: qualified name on the ranks that have the parameter.
         parallel_group: ``ep_size_<N>``; None for a dense parameter.
-        layer: label of the MoE layer; None for a dense parameter, and where no tag says it.
+        layer: label of the MoE layer; None where no tag says it, and for a dense parameter unless
+            an override names it inside of a layer.
         number: of the expert on its rank; None where one tensor holds all experts.
         variant: the caller's group, and the rules that apply.
         dtype: when the parameter was grouped; the engine may cast it afterwards.
@@ -94,6 +95,7 @@ _Groups: TypeAlias = tuple[int, tuple[tuple[str, int], ...]]
 """``id`` of the first parameter, and name and number of parameters of each group."""
 
 _made: OrderedDict[_Groups, _Made] = OrderedDict()
+_LABELS = "expert_group_name", "expert_label_found"
 _MOST = 16
 """Calls that are remembered, the last ones."""
 
@@ -120,11 +122,55 @@ def remember_groups(
         left_out = (param for param in params if id(param) not in grouped)
         frozen = any(is_expert_parameter(param) and numel_of(param) > 0 for param in left_out)
     names = [given_name(source.get("name")) for source in sources]
-    groups = ids[0], tuple((name, len(own)) for name, _, _, own in plan)
-    _made[groups] = _Made(plan, ids, names, frozen)
+    _keep(_Made(plan, ids, names, frozen))
+
+
+def _keep(made: _Made) -> None:
+    groups = made.params[0], tuple((name, len(own)) for name, _, _, own in made.plan)
+    _made[groups] = made
     _made.move_to_end(groups)
     while len(_made) > _MOST:
         _made.popitem(last=False)
+
+
+def follow_replacement(
+    params: Sequence[torch.Tensor], sources: Mapping[int, Sequence[torch.Tensor]]
+) -> bool:
+    """Remember groups anew whose parameters were replaced, as if they were made afterwards.
+
+    The new parameters get the labels of those that they were made of.
+
+    Args:
+        params: of the model, in its order, after the replacement.
+        sources: the parameters that a new one was made of, by its ``id``.
+
+    Returns:
+        Whether there were such groups.
+    """
+    old = {id(source) for each in sources.values() for source in each}
+    followed = False
+    for groups, made in list(_made.items()):
+        if old.isdisjoint(made.params):
+            continue
+        followed = True
+        del _made[groups]
+        lengths = [len(rows) for *_, rows in made.plan]
+        homes = chain.from_iterable([index] * length for index, length in enumerate(lengths))
+        home = dict(zip(made.params, homes, strict=True))
+        rows: list[list[int]] = [[] for _ in made.plan]
+        for row, param in enumerate(params):
+            first = next(iter(sources.get(id(param), ())), param)
+            if id(first) in home:
+                rows[home[id(first)]].append(row)
+        plan: list[PlannedGroup] = [
+            (*group[:3], own) for group, own in zip(made.plan, rows, strict=True)
+        ]
+        _keep(_Made(plan, [id(params[row]) for own in rows for row in own], *made[2:]))
+    for param in params if followed else ():
+        for source in sources.get(id(param), ()):
+            labels = {key: source.__dict__[key] for key in _LABELS if key in source.__dict__}
+            param.__dict__.update(labels)
+    return followed
 
 
 def origin_of(
@@ -154,5 +200,12 @@ def origin_of(
         found[row] = OriginRow(name, group, layer, number, variant, dtype)
     if len({row.name for row in found.values()}) < len(found):
         return None
-    rows = tuple(found[row] for row in sorted(found))
-    return Origin(rows, tuple(made.names), made.frozen_experts)
+    rows = [found[row] for row in sorted(found)]
+    labels = [row.layer for row in rows]
+    wanted = [bool(row.variant.overrides) for row in rows]
+    if any(wanted):
+        around = layers_around([row.name for row in rows], labels, wanted)
+        rows = [
+            row._replace(layer=row.layer or layer) for row, layer in zip(rows, around, strict=True)
+        ]
+    return Origin(tuple(rows), tuple(made.names), made.frozen_experts)

@@ -1,5 +1,7 @@
 """Groups for an optimizer that Accelerate prepares, with or without an optimizer block."""
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +11,7 @@ from moe_groups._common.arguments import need
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.experts.find import TaggedModel, find_experts
 from moe_groups.groups.inputs import ParamGroup
+from moe_groups.integrations.autoep import autoep_enabled, autoep_experts_tagged
 from moe_groups.param_groups import create_moe_param_groups
 
 need("accelerate", "hf", "groups for Accelerate")
@@ -61,13 +64,16 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
             f"the optimizer has groups of moe-groups already ({grouped[0].get('name')!r}): make it "
             "from model.parameters(), or from your own groups, and group it once."
         )
-    found = find_experts(model)
-    given = _named_groups(own, found)
-    if "no_decay" not in options and _second_has_no_decay(given, optimizer):
-        given, rule = _as_one_group(given, found)
-        options = options | rule
-    with found.written():
-        groups = create_moe_param_groups(given, **options)
+    config = _deepspeed_config()
+    early = autoep_experts_tagged(model, config) if autoep_enabled(config) else nullcontext()
+    with early:
+        found = find_experts(model)
+        given = _named_groups(own, found)
+        if "no_decay" not in options and _second_has_no_decay(given, optimizer):
+            given, rule = _as_one_group(given, found)
+            options = options | rule
+        with found.written():
+            groups = create_moe_param_groups(given, **options)
     if isinstance(optimizer, DummyOptim):
         optimizer.params = groups
     else:
@@ -77,10 +83,15 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
     return optimizer
 
 
+def _deepspeed_config() -> Mapping[str, Any]:
+    plugin = AcceleratorState().deepspeed_plugin if is_initialized() else None
+    config: Mapping[str, Any] = plugin.deepspeed_config if plugin else {}
+    return config
+
+
 def _check_optimizer(optimizer: Any) -> None:
     if isinstance(optimizer, DummyOptim):
-        plugin = AcceleratorState().deepspeed_plugin if is_initialized() else None
-        block = plugin.deepspeed_config.get("optimizer", {}) if plugin else {}
+        block = _deepspeed_config().get("optimizer", {})
         if str(block.get("type")).lower() == "muon":
             raise InvalidArgumentError(
                 'the optimizer block of the DeepSpeed config has "type": "Muon", for which '

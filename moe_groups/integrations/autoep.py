@@ -1,17 +1,25 @@
 """DeepSpeed's AutoEP, which turns the MoE blocks of a ``transformers`` model expert-parallel."""
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_groups.errors import ParameterInputError
+from moe_groups._common.arguments import FilePath, checked
+from moe_groups._common.json_file import read_json
+from moe_groups._deepspeed.autoep import find_sources, support_early_groups
+from moe_groups.errors import InvalidArgumentError, ParameterInputError
+from moe_groups.experts.find import restored_on_error, tag_experts
 from moe_groups.param_groups import create_moe_param_groups
-from moe_groups.tags import is_expert_parameter
+from moe_groups.tags import EXPERT_RANKS, ExpertTag, is_expert_parameter, set_expert_tag
 
+_log = logging.getLogger(__name__)
 _REGISTRY = "transformers.utils.output_capturing"
 
 
@@ -20,9 +28,9 @@ def autoep_optimizer(
 ) -> Callable[[Any], torch.optim.Optimizer]:
     """An ``optimizer=`` for ``deepspeed.initialize`` that groups the experts which AutoEP makes.
 
-    AutoEP replaces modules inside of ``deepspeed.initialize``, so groups that were made before
-    hold parameters that are no longer in the model. The returned function is called later,
-    and it groups the new parameters, with ``split_by="module"`` by layer.
+    AutoEP replaces modules inside of ``deepspeed.initialize``. The returned function is called
+    later, and it groups the new parameters, with ``split_by="module"`` by layer. Where the groups
+    are needed before, call :func:`tag_autoep_experts`.
 
     Also makes AutoEP work with transformers 5.3 and newer
     (:func:`support_new_transformers`).
@@ -57,6 +65,69 @@ def autoep_optimizer(
     return optimizer
 
 
+@checked
+def tag_autoep_experts(
+    model: nn.Module, config: Mapping[str, Any] | FilePath
+) -> dict[str, ExpertTag]:
+    """Tag the experts that AutoEP will distribute, before ``deepspeed.initialize``.
+
+    Afterwards :func:`create_moe_param_groups` groups them by layer, where somebody else calls
+    ``deepspeed.initialize`` (Lightning), or wants an optimizer before. DeepSpeed puts what AutoEP
+    makes of a layer's experts into the groups of these, and the groups are then those that
+    :func:`autoep_optimizer` makes. Caps and budgets count a rank's part of the experts.
+    ``MoETrainer`` and ``group_optimizer`` call this themselves.
+
+    The model of transformers may be inside of another module, as PEFT's or Lightning's. Also makes
+    AutoEP work with transformers 5.3 and newer (:func:`support_new_transformers`).
+
+    Args:
+        model: the model that ``deepspeed.initialize`` gets.
+        config: the DeepSpeed config, or the path of its file.
+
+    Returns:
+        As :func:`tag_experts`.
+
+    Raises:
+        InvalidArgumentError: the config does not enable AutoEP, or AutoEP cannot distribute the
+            experts of this model. Nothing has been tagged then.
+        UnsupportedDeepSpeedError: DeepSpeed before 0.19.7.
+
+    Example:
+        >>> def configure_optimizers(self):                               # doctest: +SKIP
+        ...     tag_autoep_experts(self, self.trainer.strategy.config)
+        ...     return AdamW(create_moe_param_groups(self), lr=1e-5)
+    """
+    with autoep_experts_tagged(model, config) as tags:
+        return tags
+
+
+@contextlib.contextmanager
+def autoep_experts_tagged(
+    model: nn.Module, config: Mapping[str, Any] | FilePath
+) -> Iterator[dict[str, ExpertTag]]:
+    """:func:`tag_autoep_experts`, taken back after an error inside."""
+    if not isinstance(config, Mapping):
+        config = read_json(Path(config), InvalidArgumentError)
+    if not autoep_enabled(config):
+        raise InvalidArgumentError(
+            'the DeepSpeed config does not enable AutoEP: add "expert_parallel": {"enabled": true, '
+            '"autoep_size": N}.'
+        )
+    support_early_groups()
+    support_new_transformers()
+    params, ranks = find_sources(model, config["expert_parallel"])
+    with restored_on_error(list(model.parameters())):
+        for param in params:
+            set_expert_tag(param, ExpertTag(f"ep_size_{ranks}"))
+            setattr(param, EXPERT_RANKS, ranks)
+        yield tag_experts(model)
+
+
+def autoep_enabled(config: Mapping[str, Any]) -> bool:
+    """Does this DeepSpeed config turn AutoEP on?"""
+    return bool((config.get("expert_parallel") or {}).get("enabled"))
+
+
 def support_new_transformers() -> None:
     """Let AutoEP find the outputs that a ``transformers`` model records, whatever its version.
 
@@ -78,3 +149,4 @@ def support_new_transformers() -> None:
 
     get._moe_groups_original = original  # type: ignore[attr-defined]
     registry.get = get
+    _log.info("AutoEP can read the registry of this transformers now (support_new_transformers)")

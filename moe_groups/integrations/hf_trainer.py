@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from moe_groups._common.arguments import checked, need
+from moe_groups._common.arguments import Bytes, checked, need
 from moe_groups._deepspeed.engines import known_engines
 from moe_groups.checkpoints.guard.guard import Regroup, guard_of, protect_checkpoints
+from moe_groups.engine.lean import lean_step
 from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.weights.save import gather_experts
@@ -59,6 +60,7 @@ class MoETrainer(Trainer):
             ``overrides``, ``step_memory_budget`` and their further arguments.
         regroup: what to do with a checkpoint of other groups, as in
             :func:`moe_groups.protect_checkpoints`.
+        lean_step: True, or the size of a tile: step with :func:`moe_groups.lean_step`.
 
     Raises:
         InvalidArgumentError: an option that Trainer sets, or one that does not exist; an optimizer
@@ -75,9 +77,11 @@ class MoETrainer(Trainer):
         *args: Any,
         group_options: Mapping[str, Any] | None = None,
         regroup: Regroup = "refuse",
+        lean_step: bool | Bytes = False,
         **kwargs: Any,
     ) -> None:
         self.group_options, self.regroup = dict(group_options or {}), regroup
+        self.lean_step = lean_step
         if unknown := sorted(self.group_options.keys() - _OPTIONS):
             raise InvalidArgumentError(
                 f"group_options has {', '.join(unknown)}: expected some of {', '.join(_OPTIONS)}. "
@@ -150,6 +154,8 @@ class MoETrainer(Trainer):
             assert guard is not None
             guard.own_schedules = True  # in _load_optimizer_and_scheduler
             verify(engine)
+            if self.lean_step:
+                lean_step(engine, *([] if self.lean_step is True else [self.lean_step]))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer keeps a torch scheduler's state itself, with a rate for each group."""

@@ -1,0 +1,113 @@
+"""AutoEP replaces MoE blocks inside of ``deepspeed.initialize``: groups that were made before.
+
+DeepSpeed puts each parameter that AutoEP makes into the group of those that it is made of
+(``_remap_client_optimizer_after_module_replacement`` in ``runtime/engine.py``), at its end.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_groups._deepspeed.patching import Change, change_functions
+from moe_groups._deepspeed.ports import PORTS
+from moe_groups._deepspeed.releases import need
+from moe_groups.errors import InvalidArgumentError
+
+_FOLLOWED: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""Engines whose groups hold replacements of what they were made for."""
+
+
+def support_early_groups() -> None:
+    """Let ``deepspeed.initialize`` follow our groups through AutoEP's replacement of modules.
+
+    AutoEP then also finds a model of transformers inside of another module, such as PEFT's or
+    Lightning's, unless the config has a ``moe_layer_pattern``.
+
+    Raises:
+        UnsupportedDeepSpeedError: this DeepSpeed cannot. Nothing has been changed then.
+    """
+    need("remapped groups", "make groups with autoep_optimizer")
+    change_functions(_CHANGES, "groups that are made before AutoEP need")
+
+
+def find_sources(model: nn.Module, block: Mapping[str, Any]) -> tuple[list[torch.Tensor], int]:
+    """The expert parameters of ``model`` that AutoEP will distribute, and to how many ranks.
+
+    Args:
+        block: ``"expert_parallel"`` of the DeepSpeed config.
+
+    Raises:
+        InvalidArgumentError: AutoEP finds no MoE block, or cannot distribute one.
+    """
+    from deepspeed.module_inject.auto_ep import AutoEP
+    from deepspeed.module_inject.auto_ep_config import (
+        parse_autoep_config,
+        validate_autoep_post_detection,
+    )
+
+    config = parse_autoep_config(dict(block))
+    try:
+        parser = AutoEP(model, config)
+        specs = parser.ep_parser()
+        validate_autoep_post_detection(config, specs)
+    except ValueError as error:
+        raise InvalidArgumentError(f"AutoEP cannot distribute the model's experts: {error}") from (
+            error
+        )
+    if not specs:
+        raise InvalidArgumentError(
+            "AutoEP finds no MoE block in the model: it knows "
+            f"{', '.join(_known_types())} of transformers; for another one set moe_layer_pattern, "
+            'router_pattern and expert_pattern in "expert_parallel" of the DeepSpeed config.'
+        )
+    blocks = [parser.model.get_submodule(spec.moe_module_name) for spec in specs]
+    experts = [getattr(block, spec.experts_name) for block, spec in zip(blocks, specs, strict=True)]
+    return [param for each in experts for param in each.parameters()], int(config.autoep_size)
+
+
+def _known_types() -> list[str]:
+    from deepspeed.module_inject.auto_ep_presets.registry import PRESET_MODELS
+
+    return sorted(kind for preset in PRESET_MODELS.values() for kind in preset.hf_model_types)
+
+
+def keep_model_order(engine: Any, optimizer: Any) -> None:
+    """Put replacements where the model has them, as in groups that are made afterwards."""
+    if engine in _FOLLOWED:
+        place = {id(param): index for index, param in enumerate(engine.module.parameters())}
+        for group in optimizer.param_groups:
+            group["params"].sort(key=lambda param: place.get(id(param), len(place)))
+
+
+def _wrap_configure(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Tag what AutoEP has made, and remember what the groups were made from."""
+
+    def _configure_expert_parallel(self: Any, model: nn.Module, collect_sources: Any = None) -> Any:
+        replaced = original(self, model, collect_sources)
+        if replaced and PORTS.modules_replaced(model, replaced.sources):
+            _FOLLOWED.add(self)
+        return replaced
+
+    return _configure_expert_parallel
+
+
+def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Look for the blocks in the model of transformers: the presets' patterns begin there."""
+
+    def begin(self: Any, model: nn.Module, config: Any) -> None:
+        base = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
+        inside = (part for part in model.modules() if isinstance(part, base))
+        whole = config.moe_layer_pattern is not None
+        original(self, model if whole else next(inside, model), config)
+
+    return begin
+
+
+_CHANGES: tuple[Change, ...] = (
+    ("deepspeed.runtime.engine:DeepSpeedEngine", "_configure_expert_parallel", _wrap_configure),
+    ("deepspeed.module_inject.auto_ep:AutoEP", "__init__", _wrap_init),
+)

@@ -1,0 +1,275 @@
+"""AutoEP under Trainer, TRL, Accelerate and Lightning, with groups that are made before."""
+
+import os
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+from transformers import TrainerCallback
+
+from moe_groups import (
+    create_moe_param_groups,
+    describe,
+    is_norm_or_bias,
+    set_group_options,
+    tag_experts,
+    verify,
+)
+from moe_groups._deepspeed.lean_step import tile_of
+from moe_groups.checkpoints.guard.engine_layout import own_groups, own_origin
+from moe_groups.errors import (
+    CheckpointMismatchError,
+    InvalidArgumentError,
+    OverrideError,
+    UnmarkedExpertsWarning,
+)
+from moe_groups.integrations.autoep import autoep_optimizer, tag_autoep_experts
+from moe_groups.tags import STEP_OPTIONS
+from tests.support.autoep_models import make_model
+from tests.support.autoep_runs import (
+    Tokens,
+    deepspeed_config,
+    engine_through,
+    full_weights,
+    local_difference,
+    make_trainer,
+    one_process,
+    torch_optimizer,
+)
+from tests.support.pairwise import Row, label, pairwise
+from tests.support.ranks import (
+    RankError,
+    forget_process_groups,
+    run_in_fresh_processes,
+    run_on_ranks,
+)
+from tests.support.training import initialize, largest_difference
+
+pytest.importorskip("deepspeed.module_inject.auto_ep_layer", reason="AutoEP came with 0.19.2")
+
+CASES = pairwise(
+    {
+        "tool": ["trainer", "trl", "accelerate", "lightning"],
+        "wrapper": ["zero1", "zero2", "zero3"],
+        "ep_size": [1, 2],
+        "block": [False, True],
+        "kind": ["mixtral", "qwen3", "deepseek"],
+    }
+)
+
+
+def train_and_compare(row: Row, folder: Path) -> dict[str, Any]:
+    engine, losses = engine_through(**row, folder=folder)
+    verify(engine)
+    wanted, all_losses = one_process(row["kind"], "AdamW" if row["block"] else "SGD")
+    mean = row["tool"] in ("trainer", "trl")  # Trainer logs that of all ranks
+    rank = distributed.get_rank()
+    expected = [sum(both) / 2 if mean else both[rank] for both in all_losses]
+    found = {
+        "names": [entry.name for entry in describe(engine).rows],
+        "loss": max(abs(one - other) for one, other in zip(losses, expected, strict=True)),
+        "difference": local_difference(engine, wanted)[0],
+        "still": [
+            name
+            for name, moved in local_difference(engine, make_model(row["kind"]))[1].items()
+            if "experts" in name and moved == 0
+        ],
+    }
+    forget_process_groups()
+    return found
+
+
+@pytest.mark.parametrize("row", CASES, ids=label)
+def test_groups_by_layer_train_as_one_process(row: Row, tmp_path: Path) -> None:
+    if row["tool"] == "trl":
+        pytest.importorskip("trl")
+    prefix = "model." if row["tool"] == "lightning" else ""
+    layers = [1] if row["kind"] == "deepseek" else [0, 1]
+    wanted = [f"ep_size_{row['ep_size']}_{prefix}model.layers.{layer}.mlp" for layer in layers]
+    dense = ["dense", "dense.no_decay"] if row["tool"] in ("trainer", "trl") else ["dense"]
+    for found in run_on_ranks(2, train_and_compare, row, tmp_path, timeout=60):
+        assert found["names"] == dense + wanted
+        assert found["still"] == []
+        assert found["difference"] <= 1e-6
+        assert found["loss"] <= 1e-4 if row["tool"] in ("trainer", "trl") else 1e-6  # 4 digits
+
+
+LAYER = "*layers.1.mlp*"
+GROUPINGS: list[dict[str, Any]] = [
+    {"weight_decay": 0.1, "no_decay": is_norm_or_bias},
+    {"split_by": "parallel_group"},
+    {"overrides": [(LAYER, {"lr": 0.5})]},
+    {"overrides": [("*.mlp*", {})], "max_group_size": 9216},  # a rank's part of a layer
+]
+
+
+def early_and_late(grouping: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """``(groups, origin)`` of groups that were made before AutoEP, and of those made afterwards."""
+    cfg = deepspeed_config("zero2", 2)
+    for early in (True, False):
+        model = make_model("mixtral")
+        if early:
+            tags = tag_autoep_experts(model, cfg)
+            assert {tag.place for tag in tags.values()} == {
+                ("ep_size_2", f"model.layers.{layer}.mlp", None) for layer in (0, 1)
+            }
+            optimizer = torch_optimizer("AdamW", create_moe_param_groups(model, **grouping))
+        else:
+            make = partial(torch_optimizer, "AdamW")
+            optimizer = autoep_optimizer(model, make, **grouping)
+        engine = initialize(model, optimizer, cfg)
+        verify(engine)
+        if "overrides" in grouping:
+            set_group_options(engine, LAYER, lr=0.25)
+            groups = engine.optimizer.param_groups
+            changed = [group["name"] for group in groups if group.get(STEP_OPTIONS)]
+            assert changed == [
+                "dense.model.layers.1.mlp.override.0",  # the router
+                "ep_size_2_model.layers.1.mlp.override.0",
+            ]
+        yield own_groups(engine), own_origin(engine)
+        forget_process_groups()
+
+
+def compare_groups(grouping: dict[str, Any]) -> None:
+    (groups, origin), (later, later_origin) = early_and_late(grouping)
+    assert groups == later
+    assert origin == later_origin
+    assert origin
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=lambda grouping: "-".join(grouping))
+def test_groups_of_before_are_those_of_afterwards(grouping: dict[str, Any]) -> None:
+    run_on_ranks(2, compare_groups, grouping, timeout=60)
+
+
+class Killed(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Ends the process after two steps, when the checkpoint of the first is there."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "save_only_model": False}
+
+
+def train(folder: Path, wrapper: str, kind: str, **options: Any) -> Any:
+    """The engine after three steps of MoETrainer; ``killed`` after two, or ``resumed``."""
+    resumed = options.pop("resumed", False)
+    if options.pop("killed", False):
+        options["callbacks"] = [Killed()]
+    trainer = make_trainer(
+        folder, deepspeed_config(wrapper, 2, "AdamW"), make_model(kind), **options
+    )
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if resumed else None)
+    return trainer.deepspeed
+
+
+def train_for_weights(*args: Any, **options: Any) -> Any:
+    return full_weights(train(*args, **options))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("wrapper", "kind"), [("zero2", "mixtral"), ("zero3", "qwen3")])
+def test_a_killed_run_resumes_as_if_it_had_gone_on(wrapper: str, kind: str, tmp_path: Path) -> None:
+    fresh = partial(run_in_fresh_processes, 2, train_for_weights, tmp_path, wrapper, kind)
+    wanted = fresh()
+    with pytest.raises(RankError):
+        fresh(changes=SAVING, killed=True)
+    assert (tmp_path / "checkpoint-1").exists()
+    for found, other in zip(fresh(resumed=True), wanted, strict=True):
+        assert largest_difference(found, other) == 0
+
+
+def resume_in_other_groups(folder: Path) -> tuple[float, list[str]]:
+    by_layer = train_for_weights(folder, "zero2", "mixtral", changes=SAVING)
+    forget_process_groups()
+    whole: dict[str, Any] = {"group_options": {"split_by": "parallel_group"}, "resumed": True}
+    with pytest.raises(CheckpointMismatchError, match="saved with other groups"):
+        train(folder, "zero2", "mixtral", **whole)
+    forget_process_groups()
+    engine = train(folder, "zero2", "mixtral", **whole, regroup="auto", lean_step="1MiB")
+    assert tile_of(engine) == 1 << 20
+    found = (
+        largest_difference(full_weights(engine), by_layer),
+        [r.name for r in describe(engine).rows],
+    )
+    forget_process_groups()
+    return found
+
+
+def test_a_checkpoint_of_other_groups_is_converted(tmp_path: Path) -> None:
+    for difference, names in run_on_ranks(2, resume_in_other_groups, tmp_path, timeout=120):
+        assert difference == 0
+        assert names == ["dense", "dense.no_decay", "ep_size_2"]
+
+
+def best_model(folder: Path) -> tuple[float, int]:
+    """How far the weights after training are from the best ones; the step of these."""
+    changes = SAVING | {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # the untrained model, nearly
+    }
+    seen: dict[int, Any] = {}
+
+    class Seen(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seen[state.global_step] = full_weights(trainer.deepspeed)
+
+    cfg = deepspeed_config("zero2", 2, "AdamW")
+    some = torch.utils.data.Subset(Tokens(), range(4))
+    trainer = make_trainer(
+        folder, cfg, make_model("mixtral"), changes=changes, callbacks=[Seen()], eval_dataset=some
+    )
+    trainer.train()
+    best = int(str(trainer.state.best_model_checkpoint).rpartition("-")[2])
+    found = largest_difference(full_weights(trainer.deepspeed), seen[best])
+    forget_process_groups()
+    return found, best
+
+
+def test_the_best_model_is_loaded(tmp_path: Path) -> None:
+    for difference, best in run_on_ranks(2, best_model, tmp_path, timeout=60):
+        assert difference == 0
+        assert best == 1
+
+
+def refusals() -> None:
+    model, cfg = make_model("mixtral"), deepspeed_config("zero2", 2)
+    with pytest.raises(InvalidArgumentError, match="does not enable AutoEP"):
+        tag_autoep_experts(model, {"expert_parallel": {"enabled": False}})
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        tag_autoep_experts(model, "no/config.json")
+    odd = cfg | {"expert_parallel": cfg["expert_parallel"] | {"autoep_size": 3}}
+    with pytest.raises(InvalidArgumentError, match="AutoEP cannot distribute"):
+        tag_autoep_experts(model, odd)
+    with pytest.raises(InvalidArgumentError, match="AutoEP finds no MoE block"):
+        tag_autoep_experts(torch.nn.Linear(2, 2), cfg)
+    assert not tag_experts(model)
+    # an error while grouping takes the tags back
+    with pytest.raises(OverrideError):
+        make_trainer(
+            Path(),
+            cfg,
+            model,
+            block=False,
+            group_options={"overrides": [("no such", {"lr": 1.0})]},
+        ).create_optimizer()
+    assert not tag_experts(model)
+    # without AutoEP nothing marks the experts, and the three ways to do it are named
+    del cfg["expert_parallel"]
+    with pytest.warns(UnmarkedExpertsWarning, match="AutoEP.*tag_experts.*moe_groups.MoE"):
+        make_trainer(Path(), cfg, model, block=False).create_optimizer()
+
+
+def test_refusals() -> None:
+    run_on_ranks(2, refusals, timeout=60)
