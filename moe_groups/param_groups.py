@@ -197,13 +197,15 @@ def _warn_if_unmarked(given: GroupInput, split_by: SplitBy) -> None:
     """Warn where experts are meant and none is marked: their groups would be dense in silence."""
     if any(map(is_expert_parameter, given.params)):
         return  # they are frozen
-    named = next((name for name in given.names if _ROUTED.search(name)), None)
+    stepped = zip(given.names, given.params, strict=True)
+    routed = (name for name, param in stepped if param.requires_grad and _ROUTED.search(name))
+    named = next(routed, None)
     if named is None and split_by != "expert":
         return
     meant = f"{named!r} looks like one" if named else "split_by='expert' asks for their groups"
     warn(
         f"no parameter is marked as an expert's, and all are grouped as dense; {meant}. Mark the "
-        "experts of a model before it is grouped: with AutoEP (autoep_optimizer), with "
+        "experts of a model before it is grouped: with AutoEP (tag_autoep_experts), with "
         "tag_experts(model, pattern='*.experts', ep_size=N), or by building it with "
         "moe_groups.MoE.",
         UnmarkedExpertsWarning,

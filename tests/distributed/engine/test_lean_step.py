@@ -161,11 +161,29 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+def cpu_adam(groups: Any) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, lr=1e-2)
+
+
+def cpu_lion(groups: Any) -> torch.optim.Optimizer:
+    from deepspeed.ops.lion import DeepSpeedCPULion
+
+    return DeepSpeedCPULion(groups, lr=1e-3)
+
+
+COMPILED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "DeepSpeedCPUAdam": cpu_adam,
+    "DeepSpeedCPULion": cpu_lion,
+}
+
+
 def with_optimizer(name: str, wrapper: str) -> list[str]:
     runs = []
     for change in (False, True):
         model = TinyMoE(MoE, ep_size=2)
-        optimizer = OPTIMIZERS[name](make_groups(model, "parallel_group"))
+        optimizer = (OPTIMIZERS | COMPILED)[name](make_groups(model, "parallel_group"))
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         engine = initialize(model, optimizer, config(wrapper), lr_scheduler=schedule)
         if change:
@@ -179,6 +197,13 @@ def with_optimizer(name: str, wrapper: str) -> list[str]:
 )
 def test_optimizers(row: Row) -> None:
     assert run_on_ranks(2, with_optimizer, row["optimizer"], row["wrapper"]) == [[], []]
+
+
+@pytest.mark.campaign  # compiling them takes minutes
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("wrapper", ["zero2", "bf16"])
+def test_optimizers_that_deepspeed_compiles(name: str, wrapper: str) -> None:
+    assert run_on_ranks(2, with_optimizer, name, wrapper, timeout=900) == [[], []]
 
 
 # ---- topologies -----------------------------------------------------------------------

@@ -269,6 +269,15 @@ def test_unmarked_experts_are_warned_of(split_by: Any) -> None:
         create_moe_param_groups(model, split_by=split_by)
 
 
+def test_frozen_experts_need_no_marks() -> None:
+    """As with LoRA on attention: nothing is missed where they are not stepped."""
+    model = Tree(ffn=Tree(gate=nn.Linear(8, 4), experts=Fused()))
+    model.ffn.experts.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_moe_param_groups(model)
+
+
 def test_a_dense_model_is_warned_of_only_with_an_expert_split() -> None:
     model = Tree(ffn=nn.Linear(8, 4), shared_experts=nn.Linear(8, 4))
     with pytest.warns(UnmarkedExpertsWarning, match="split_by='expert' asks"):
