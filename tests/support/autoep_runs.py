@@ -254,8 +254,8 @@ def tokenizer() -> Any:
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Master weights of this rank's parameters, under any ZeRO."""
-    named = engine.module.named_parameters()
+    """Master weights of this rank's trainable parameters, under any ZeRO."""
+    named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     return {name: safe_get_full_fp32_param(param).clone() for name, param in named}
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import distributed
-from transformers import TrainerCallback
+from transformers import MixtralForCausalLM, TrainerCallback
+from transformers.integrations import HfDeepSpeedConfig
 
 from moe_groups import (
     create_moe_param_groups,
@@ -39,6 +41,7 @@ from tests.support.autoep_runs import (
     local_difference,
     make_trainer,
     one_process,
+    start_accelerate,
     torch_optimizer,
 )
 from tests.support.pairwise import Row, label, pairwise
@@ -273,3 +276,59 @@ def refusals() -> None:
 
 def test_refusals() -> None:
     run_on_ranks(2, refusals, timeout=60)
+
+
+def with_adapters(folder: Path, wrapper: str) -> tuple[list[str], set[str]]:
+    """Names of the groups, and what of the model has been trained."""
+    torch.manual_seed(0)
+    model: Any = get_peft_model(make_model("mixtral"), LoraConfig(r=4, target_modules=["q_proj"]))
+    if wrapper == "zero2":  # thawed
+        for name, param in model.named_parameters():
+            param.requires_grad_(param.requires_grad or ".experts." in name)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    trainer = make_trainer(folder, deepspeed_config(wrapper, 2, "AdamW"), model)
+    trainer.train()
+    verify(trainer.deepspeed)
+    names = [row.name for row in describe(trainer.deepspeed).rows]
+    after = full_weights(trainer.deepspeed)
+    forget_process_groups()
+    return names, {
+        name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2]
+        for name, weight in after.items()
+        if name not in before or not torch.equal(before[name], weight)
+    }
+
+
+@pytest.mark.parametrize("wrapper", ["zero2", "zero3"])
+def test_adapters_around_the_model(wrapper: str, tmp_path: Path) -> None:
+    for names, trained in run_on_ranks(2, with_adapters, tmp_path, wrapper, timeout=60):
+        if wrapper == "zero2":
+            assert names == ["dense", *(f"ep_size_2_model.layers.{n}.mlp" for n in (0, 1))]
+            assert trained == {"lora_A", "lora_B", "mlp"}
+        else:
+            assert names == ["dense"]
+            assert trained == {"lora_A", "lora_B"}
+
+
+def from_pretrained_under_zero3(source: Path, folder: Path) -> float:
+    """transformers partitions the weights while it loads them."""
+    start_accelerate()
+    cfg = deepspeed_config("zero3", 2, "AdamW")
+    keep = HfDeepSpeedConfig(cfg)
+    model = MixtralForCausalLM.from_pretrained(source)
+    assert all(hasattr(param, "ds_id") for param in model.parameters())
+    trainer = make_trainer(folder, cfg, model)
+    trainer.train()
+    del keep
+    verify(trainer.deepspeed)
+    difference = local_difference(trainer.deepspeed, one_process("mixtral", "AdamW")[0])[0]
+    forget_process_groups()
+    return difference
+
+
+def test_a_model_that_transformers_has_partitioned(tmp_path: Path) -> None:
+    make_model("mixtral").save_pretrained(tmp_path / "source")
+    for difference in run_on_ranks(
+        2, from_pretrained_under_zero3, tmp_path / "source", tmp_path, timeout=60
+    ):
+        assert difference <= 1e-6

@@ -1,4 +1,4 @@
-"""The programs of docs/hf-trainer.md and docs/peft.md, run as a user would."""
+"""The programs of docs/hf-trainer.md, docs/autoep.md and docs/peft.md, run as a user would."""
 
 import re
 
@@ -10,6 +10,9 @@ from tests.support import ROOT
 EXAMPLES = {
     "hf_trainer_moe.py": ("'loss': '", "ep_size_2_model.layers.1.mlp.expert.1.no_decay", 10),
     "accelerate_moe.py": (": loss ", "ep_size_2_moe.1.expert.1.no_decay", 10),
+    "autoep_trainer.py": ("'loss': '", "ep_size_2_model.layers.1.mlp", 4),
+    "autoep_accelerate.py": (": loss ", "ep_size_2_model.layers.1.mlp.override.0", 6),
+    "trl_lora_zero3.py": ("'loss': '", "dense", 1),
     "peft_experts.py": (": loss ", "ep_size_2_moe.1.expert.1", 5),
 }
 
