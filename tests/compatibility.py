@@ -46,7 +46,7 @@ FEATURES = {
     "losses": ["test_loss_tracker.py", "test_attach_loss.py"],
     "activations": ["test_checkpointing.py"],
     "load, save experts": ["test_load_experts.py"],
-    "HF Trainer": ["test_hf_trainer.py"],
+    "HF Trainer": ["test_hf_trainer.py", "test_moe_metrics.py"],
     "Accelerate": ["test_accelerate.py"],
     "Lightning": ["test_lightning.py"],
     "PEFT": ["test_peft.py"],

@@ -32,5 +32,6 @@ train as before, bit for bit, unless clipping uses a norm that DeepSpeed compute
   setup, 0.3 s a group: with more than a few groups it does neither.
 
 What ``collectives.support_kept_collectives`` changes, only in ``checkpoint_activations``: in a
-recomputation the MoE layers' collectives return the results of the forward pass.
+recomputation the collectives of the MoE layers, AutoEP's too, return the results of the forward
+pass.
 """

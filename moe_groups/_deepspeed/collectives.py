@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,13 +34,15 @@ def support_kept_collectives() -> None:
 
     Outside of a checkpointed region, for example in the backward pass, they run as before. Does
     nothing when called again, or if DeepSpeed is not imported: then no layer is DeepSpeed's.
+    AutoEP's are changed once it is imported; DeepSpeed before 0.19.2 has none.
 
     Raises:
         UnsupportedDeepSpeedError: this DeepSpeed lacks a function that is needed.
             Nothing has been changed then.
     """
     if "deepspeed" in sys.modules:
-        change_functions(KEPT, "checkpoint_activations needs")
+        changes = KEPT_OF_AUTOEP + KEPT if _AUTOEP in sys.modules else KEPT
+        change_functions(changes, "checkpoint_activations needs")
 
 
 def _wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -73,6 +76,25 @@ def _wrap_all_reduce(original: Callable[..., Any]) -> Callable[..., Any]:
     return all_reduce
 
 
+def _wrap_split_plan(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep AutoEP's plan of who sends how many tokens to whom: counts on the device, and lists."""
+
+    def compute_split_plan(*args: Any, **kwargs: Any) -> Any:
+        if not inside_region():
+            return original(*args, **kwargs)
+        made = SimpleNamespace()
+
+        def run() -> torch.Tensor:
+            made.plan = original(*args, **kwargs)
+            counts: torch.Tensor = made.plan.local_counts_by_source
+            return counts
+
+        counts = once("compute_split_plan", made, run)
+        return made.plan._replace(local_counts_by_source=counts)
+
+    return compute_split_plan
+
+
 def _is_async(
     op: Any = None, group: Any = None, async_op: bool = False, *_: Any, **__: Any
 ) -> bool:
@@ -83,4 +105,9 @@ KEPT: tuple[Change, ...] = (
     ("deepspeed.moe.sharded_moe:_AllToAll", "forward", _wrap_forward),
     ("deepspeed.moe.mappings:_GatherTokens", "forward", _wrap_forward),
     ("deepspeed.comm", "all_reduce", _wrap_all_reduce),
+)
+_AUTOEP = "deepspeed.module_inject.auto_ep_layer"
+KEPT_OF_AUTOEP: tuple[Change, ...] = (
+    (f"{_AUTOEP}:_AllToAllV", "forward", _wrap_forward),
+    (_AUTOEP, "compute_split_plan", _wrap_split_plan),
 )

@@ -30,7 +30,9 @@ def checkpoint_activations(
     runs 4 all-to-alls for each layer (2 forward, 2 backward) where torch's checkpoint runs 6. It
     keeps the results of the two all-to-alls, the capacity that ranks agree on with
     ``drop_tokens=False``, and the gathered tokens under tensor parallelism. The gate makes the
-    same random choices in the recomputation, as long as ``preserve_rng_state`` is on.
+    same random choices in the recomputation, as long as ``preserve_rng_state`` is on. AutoEP's
+    layers run 5 (one is of counts) where torch's checkpoint runs 8; their DeepEP backend
+    exchanges tokens in another way, which is repeated.
 
     **Memory**: besides what torch's checkpoint keeps, each rank keeps for each MoE layer with
     ``ep_size > 1``, from its forward to its backward pass,
@@ -38,13 +40,15 @@ def checkpoint_activations(
     and capacity is the largest number of tokens that one rank sends to an expert (about
     capacity_factor x k x tokens / experts). So about 2 x capacity_factor x k tensors of the size
     of the layer's input. Under tensor parallelism these are split over its ranks, and the
-    gathered tokens come on top: one such tensor, unsplit.
+    gathered tokens come on top: one such tensor, unsplit. AutoEP's layers keep the tokens that
+    the rank's experts receive, and their results for its own: on average 2 x k tensors.
 
     It also serves as ``activation_checkpoint_func`` of DeepSpeed's ``PipelineModule``. All
     ranks of an expert-parallel group must checkpoint a layer in the same way.
 
-    The first call changes three functions of DeepSpeed; outside of checkpointed functions they
-    behave as before. Source: ``MOELayer.forward`` in DeepSpeed's ``moe/sharded_moe.py``, and
+    The first call changes three functions of DeepSpeed, and two of AutoEP if it is in use; outside
+    of checkpointed functions they behave as before. Source: ``MOELayer.forward`` in DeepSpeed's
+    ``moe/sharded_moe.py``, ``AutoEPMoELayer`` in its ``module_inject/auto_ep_layer.py``, and
     ``context_fn`` of ``torch.utils.checkpoint.checkpoint``.
 
     Args:

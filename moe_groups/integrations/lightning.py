@@ -1,10 +1,13 @@
-"""Learning rates in Lightning's loggers: a curve for each layer or expert, not for each group."""
+"""Learning rates and metrics of MoE layers in Lightning's loggers."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from moe_groups._common.arguments import checked, need
+from moe_groups._common.arguments import Positive, checked, need
+from moe_groups._common.warn import warn
+from moe_groups._deepspeed.engines import is_engine
+from moe_groups.integrations.moe_values import MoEValues
 
 need("lightning", "lightning", "curves in Lightning's loggers")
 
@@ -83,6 +86,66 @@ class GroupLearningRateMonitor(Callback):
             ]
             stays = max(parts, key=lambda part: _claim(name, part[0]))
             self.curves |= {(name if part is stays else part[0][0]): part[1] for part in parts}
+
+
+class MoEMetricsCallback(Callback):
+    """Logs norms, loads and memory of MoE layers to all loggers, under ``DeepSpeedStrategy``.
+
+    The names are those of :class:`moe_groups.integrations.hf_metrics.MoEMetricsCallback`: by
+    default ten or fewer, over all MoE layers. The step of a report is that under which Lightning
+    logs what the module logs in it: the first optimizer step is 0.
+
+    Args:
+        interval: optimizer steps between reports; None: the trainer's ``log_every_n_steps``.
+        per_layer: add all values of each layer, as ``moe/<layer>/grad_norm``.
+        per_expert: add norms and shares of each expert, as ``moe/<layer>/expert_5/share``.
+        update_ratio: as of :class:`moe_groups.GroupMetrics`.
+
+    Raises:
+        InvalidArgumentError: an interval below 1.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[MoEMetricsCallback()])           # doctest: +SKIP
+    """
+
+    @checked
+    def __init__(
+        self,
+        *,
+        interval: Positive | None = None,
+        per_layer: bool = False,
+        per_expert: bool = False,
+        update_ratio: bool = True,
+    ) -> None:
+        self._interval, self._options = interval, (per_layer, per_expert, update_ratio)
+        self._values: MoEValues | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+        interval = self._interval or trainer.log_every_n_steps
+        engine = trainer.strategy.model
+        if is_engine(engine) and interval:
+            self._values = MoEValues(engine, interval, *self._options)
+        elif interval and trainer.is_global_zero:
+            warn(
+                "MoEMetricsCallback logs nothing, because DeepSpeed does not train the module: "
+                'use Trainer(strategy="deepspeed_stage_2"), or DeepSpeedStrategy.',
+                UserWarning,
+            )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        values = self._values.read() if self._values is not None else {}
+        if values:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step - 1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._values is not None:
+            self._values.close()
+        self._values = None
 
 
 def _claim(curve: str, names: Sequence[str]) -> tuple[bool, bool, int]:

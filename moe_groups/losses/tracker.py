@@ -40,6 +40,11 @@ class LayerBalance:
         """Load of the busiest expert, divided by the mean load: 1 if all loads are equal."""
         return max(self.shares) * len(self.shares)
 
+    @property
+    def dead_experts(self) -> int:
+        """How many experts got no token."""
+        return self.shares.count(0.0)
+
 
 @dataclass(frozen=True)
 class BalanceReport:
@@ -185,20 +190,31 @@ class LossTracker:
 
     def report(self) -> BalanceReport:
         """The report since the last one, over all ranks; all ranks call it together."""
-        self._reported = self.engine.global_steps
-        distributed.all_reduce(self._sums)
-        head, *rows = self._sums.tolist()
-        self._sums.zero_()
-        layers = {
-            name: _layer(row, count)
-            for (name, count), row in zip(self._experts.items(), rows, strict=True)
-        }
+        head, layers = self._summed()
         aux = self.coefficient * sum(layer.loss for layer in layers.values())
         given = head[_LOSS] / max(head[_FORWARDS], 1)
         lm = given - aux if self.in_loss else given
         report = BalanceReport(self.engine.global_steps, lm + aux, lm, aux, layers)
         send_to_monitor(self.engine, report, self.per_expert)
         return report
+
+    def balance(self) -> dict[str, LayerBalance]:
+        """The layers of a report alone, for where nobody calls :meth:`step`; not to the monitor.
+
+        Since the last report or balance, over all ranks; all ranks call it together.
+        """
+        return self._summed()[1]
+
+    def _summed(self) -> tuple[list[float], dict[str, LayerBalance]]:
+        """The row of the loss, and the layers, over all ranks; counting begins anew."""
+        self._reported = self.engine.global_steps
+        distributed.all_reduce(self._sums)
+        head, *rows = self._sums.tolist()
+        self._sums.zero_()
+        return head, {
+            name: _layer(row, count)
+            for (name, count), row in zip(self._experts.items(), rows, strict=True)
+        }
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -69,6 +69,21 @@ class MetricsReport:
     dense: Mapping[str, GroupStats]
     layers: Mapping[str, LayerStats]
 
+    @property
+    def experts(self) -> GroupStats | None:
+        """Of the experts of all layers together; None if none is trained."""
+        layers = [layer.total for layer in self.layers.values()]
+        elements = sum(one.elements for one in layers)
+        if not elements:
+            return None
+        return GroupStats(
+            lr=sum(one.lr * one.elements for one in layers) / elements,
+            grad_norm=math.hypot(*(one.grad_norm for one in layers)),
+            param_norm=math.hypot(*(one.param_norm for one in layers)),
+            update_norm=math.hypot(*(one.update_norm for one in layers)),
+            elements=elements,
+        )
+
     @checked
     def as_dict(self, per_expert: bool = False) -> dict[str, float]:
         """Names and numbers for a logger; ``per_expert`` adds those of each expert.

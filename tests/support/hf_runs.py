@@ -108,37 +108,41 @@ def trainer(
     model: nn.Module | None = None,
     kind: type[Any] = MoETrainer,
     clip: float = CLIP,
+    data: Any = None,
+    changes: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """A Trainer that saves after two of its four steps."""
+    """A Trainer that saves after two of its four steps; ``changes`` are of its arguments."""
     start_accelerate()
-    args = TrainingArguments(
-        output_dir=str(output),
-        max_steps=4,
-        optim="adamw_torch_fused",  # the default of new releases
-        per_device_train_batch_size=BATCH,
-        learning_rate=LR,
-        weight_decay=DECAY,
-        adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1],
-        adam_epsilon=EPS,
-        max_grad_norm=clip,
-        warmup_steps=2,
-        deepspeed=cfg,
-        bf16=True,
-        use_cpu=True,
-        accelerator_config={"use_configured_state": True},
-        save_steps=2,
-        logging_steps=1,
-        disable_tqdm=True,
-    )
+    settings: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": 4,
+        "optim": "adamw_torch_fused",  # the default of new releases
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": LR,
+        "weight_decay": DECAY,
+        "adam_beta1": BETAS[0],
+        "adam_beta2": BETAS[1],
+        "adam_epsilon": EPS,
+        "max_grad_norm": clip,
+        "warmup_steps": 2,
+        "deepspeed": cfg,
+        "bf16": True,
+        "use_cpu": True,
+        "accelerator_config": {"use_configured_state": True},
+        "save_steps": 2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    args = TrainingArguments(**settings | (changes or {}))
 
     def sampler(self: Any, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
     # TrainingArguments can ask for this order only since transformers 5.
     in_order = type(kind.__name__, (kind,), {"_get_train_sampler": sampler})
-    return in_order(model=model or make_model(), args=args, train_dataset=Data(), **options)
+    made = model or make_model()
+    return in_order(model=made, args=args, train_dataset=data or Data(), **options)
 
 
 AcceleratedRun: TypeAlias = tuple[Accelerator, Any, Any, Any, Any]

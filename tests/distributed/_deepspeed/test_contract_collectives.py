@@ -56,6 +56,23 @@ def test_layer_communicates_through_these_alone() -> None:
     assert "_GatherTokens.apply(" in inspect.getsource(mappings.gather_tokens)
 
 
+def test_autoep_communicates_through_these_alone() -> None:
+    """Without folded tensor parallelism, DeepEP and ``async_split_plan``."""
+    autoep = pytest.importorskip(collectives._AUTOEP, reason="DeepSpeed before 0.19.2")
+    layer = autoep.AutoEPMoELayer
+    source = inspect.getsource(getattr(layer, "_forward", layer.forward))  # 0.19.7 split it
+    assert source.count("_AllToAllV.apply(") == 2
+    assert source.count("compute_split_plan(") == 1
+    assert "dist.all_to_all" not in source
+    assert "local_counts_by_source" in autoep.SplitPlan._fields
+    assert "save_for_backward" not in inspect.getsource(autoep._AllToAllV)
+    places = [patching.find(owner, name) for owner, name, _ in collectives.KEPT_OF_AUTOEP]
+    assert [inspect.unwrap(function).__name__ for _, function in places] == [
+        "forward",
+        "compute_split_plan",
+    ]
+
+
 def regions_seen() -> list[bool]:
     seen = []
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import nn
 
 from moe_groups import create_moe_param_groups, describe, verify
@@ -16,6 +16,7 @@ from moe_groups.integrations.autoep import autoep_optimizer, support_new_transfo
 from moe_groups.tags import is_expert_parameter
 from tests.distributed.test_demo import run_example
 from tests.support.autoep_models import autoep_config, make_model, train_autoep
+from tests.support.checkpointed_models import WAYS, Tensors, communication, different
 from tests.support.ranks import run_in_fresh_processes, run_on_ranks
 from tests.support.training import initialize
 
@@ -142,6 +143,48 @@ def test_frozen_experts(wrapper: str, tmp_path: Path) -> None:
     for stay, losses, resumed in run_on_ranks(2, frozen, wrapper, tmp_path, timeout=300):
         assert all(stay)
         assert losses == resumed
+
+
+# ---- activation checkpointing ----------------------------------------------------------
+
+
+def step_three_ways(kind: str) -> dict[str, tuple[int, list[str]]]:
+    """All-to-alls of a step with each kind of checkpointing, and what differs from none."""
+    model = make_model(kind)
+    optimizer = autoep_optimizer(model, lambda groups: torch.optim.SGD(groups, lr=0.0))
+    engine = initialize(model, optimizer, autoep_config(kind, "zero2"))
+    tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(own_rank()))
+    steps: dict[str, tuple[int, Tensors]] = {}
+    for name, way in WAYS.items():
+        model._set_gradient_checkpointing(gradient_checkpointing_func=way)
+        found: Tensors = {}
+
+        def forward_and_backward(found: Tensors = found) -> None:
+            loss = engine(input_ids=tokens, labels=tokens).loss
+            engine.backward(loss)
+            found["loss"] = loss.detach()
+
+        counted, _ = communication(forward_and_backward)
+        found |= {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters()}
+        engine.step()
+        steps[name] = counted, found
+    assert all(value.any() for value in found.values())
+    return {name: (n, different(found, steps["plain"][1])) for name, (n, found) in steps.items()}
+
+
+def own_rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def test_checkpointing_repeats_no_all_to_all() -> None:
+    """Of 5 for each layer: counts, tokens there and back, and two of gradients."""
+    layers = 2
+    for found in run_on_ranks(2, step_three_ways, "mixtral", timeout=300):
+        assert found == {
+            "plain": (5 * layers, []),
+            "torch": (8 * layers, []),
+            "ours": (5 * layers, []),
+        }
 
 
 # ---- groups that came too early --------------------------------------------------------

@@ -4,6 +4,7 @@ Lightning's DeepSpeedStrategy refuses a CPU in ``setup_environment``, and nowher
 its devices have indices. Here that check alone is lifted; all the rest of it runs.
 """
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from moe_groups import MoE, create_moe_param_groups, protect_checkpoints, verify
+from moe_groups import GroupMetrics, MoE, create_moe_param_groups, protect_checkpoints, verify
 from moe_groups._deepspeed.engines import stepped_groups
 from moe_groups.checkpoints.manifest import read_manifest
 from moe_groups.errors import CheckpointMismatchError
-from moe_groups.integrations.lightning import GroupLearningRateMonitor
+from moe_groups.integrations.lightning import GroupLearningRateMonitor, MoEMetricsCallback
 from tests.distributed.test_demo import run_example
 from tests.support.models import TinyMoE
 from tests.support.old_deepspeed import known_before
@@ -235,6 +237,58 @@ def test_monitors() -> None:
     assert ours == [rates, {name: rate / 2 for name, rate in rates.items()}]
     (_, ours), _ = run_on_ranks(2, log_rates, "expert")
     assert set(ours[0]) == {f"lr/{name.removeprefix('ep_size_2_')}" for name in groups}
+
+
+class ByHand(pl.Callback):
+    """The same norms, without the callback."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.metrics = GroupMetrics(trainer.strategy.model, interval=1)
+        self.expected: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        report = self.metrics.step()
+        if report is not None:
+            layers = {name: layer.total for name, layer in report.layers.items()}
+            found = {f"moe/{name}/grad_norm": one.grad_norm for name, one in layers.items()}
+            found["moe/lr"] = sum(one.lr for one in layers.values()) / len(layers)
+            self.expected.append(found)
+
+
+class Logs(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+def log_metrics(folder: str, wrapper: str, accumulate: int) -> list[dict[str, float]]:
+    runner = trainer(1, MoEMetricsCallback(per_layer=True), hand := ByHand(), wrapper=wrapper)
+    runner.loggers = [runner.logger, CSVLogger(folder, version=0)]
+    runner.accumulate_grad_batches = accumulate
+    data: Any = list(batches(2 * accumulate, 0))
+    runner.fit(Logs(), torch.utils.data.DataLoader(data, batch_size=None))
+    kept: Any = runner.loggers[0]
+    written = [one for one in kept.metrics if "moe/lr" in one]
+    assert len(written) in (0, 2)  # of rank 0
+    for one, wanted in zip(written, hand.expected, strict=bool(written)):
+        assert one["moe/lr"] == pytest.approx(wanted.pop("moe/lr"))
+        assert wanted.items() <= one.items()
+        assert len(one) == 9 + 2 * 8
+    return written
+
+
+@pytest.mark.parametrize(("wrapper", "accumulate"), [("zero2", 2), ("bf16", 1)])
+def test_metrics_of_layers(wrapper: str, accumulate: int, tmp_path: Path) -> None:
+    with known_before("0.16.9", "BF16_Optimizer has no zero_grad, which Lightning calls"):
+        logged, _ = run_on_ranks(2, log_metrics, str(tmp_path), wrapper, accumulate)
+    with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
+        table = [*csv.DictReader(file)]
+    rows = [row for row in table if row["moe/lr"]]
+    losses = [row["step"] for row in table if row["loss"]]
+    assert [row["step"] for row in rows] == ["0", "1"] == sorted(set(losses))
+    for row, values in zip(rows, logged, strict=True):
+        assert {name: float(row[name]) for name in values} == values
 
 
 def what_is_refused() -> list[str]:
