@@ -161,13 +161,13 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-def cpu_adam(groups: Any) -> torch.optim.Optimizer:
+def cpu_adam(groups: Any) -> Any:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(groups, lr=1e-2)
 
 
-def cpu_lion(groups: Any) -> torch.optim.Optimizer:
+def cpu_lion(groups: Any) -> Any:
     from deepspeed.ops.lion import DeepSpeedCPULion
 
     return DeepSpeedCPULion(groups, lr=1e-3)

@@ -271,8 +271,8 @@ def test_unmarked_experts_are_warned_of(split_by: Any) -> None:
 
 def test_frozen_experts_need_no_marks() -> None:
     """As with LoRA on attention: nothing is missed where they are not stepped."""
-    model = Tree(ffn=Tree(gate=nn.Linear(8, 4), experts=Fused()))
-    model.ffn.experts.requires_grad_(False)
+    experts = Fused().requires_grad_(False)
+    model = Tree(ffn=Tree(gate=nn.Linear(8, 4), experts=experts))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         create_moe_param_groups(model)
