@@ -24,6 +24,11 @@ from moe_groups.tags import is_expert_parameter
 
 _ROUTED = re.compile(r"(^|\.)experts\.")
 """In names of routed experts; those of shared experts have another word there."""
+MARKS = (
+    "Mark the experts of a model before it is grouped: with AutoEP (tag_autoep_experts), with "
+    "tag_experts(model, pattern='*.experts', ep_size=N), or by building it with moe_groups.MoE."
+)
+"""What to do where no expert is found."""
 
 GroupDicts: TypeAlias = Annotated[
     Mapping[str, Any] | Sequence[Mapping[str, Any]],
@@ -198,18 +203,20 @@ def _warn_if_unmarked(given: GroupInput, split_by: SplitBy) -> None:
     if any(map(is_expert_parameter, given.params)):
         return  # they are frozen
     stepped = zip(given.names, given.params, strict=True)
-    routed = (name for name, param in stepped if param.requires_grad and _ROUTED.search(name))
+    routed = (name for name, param in stepped if param.requires_grad and speaks_of_experts(name))
     named = next(routed, None)
     if named is None and split_by != "expert":
         return
     meant = f"{named!r} looks like one" if named else "split_by='expert' asks for their groups"
     warn(
-        f"no parameter is marked as an expert's, and all are grouped as dense; {meant}. Mark the "
-        "experts of a model before it is grouped: with AutoEP (tag_autoep_experts), with "
-        "tag_experts(model, pattern='*.experts', ep_size=N), or by building it with "
-        "moe_groups.MoE.",
+        f"no parameter is marked as an expert's, and all are grouped as dense; {meant}. {MARKS}",
         UnmarkedExpertsWarning,
     )
+
+
+def speaks_of_experts(name: str) -> bool:
+    """Does the qualified name say that the parameter is a routed expert's?"""
+    return _ROUTED.search(name) is not None
 
 
 @checked

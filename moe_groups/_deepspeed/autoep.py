@@ -41,7 +41,8 @@ def find_sources(model: nn.Module, block: Mapping[str, Any]) -> tuple[list[torch
         block: ``"expert_parallel"`` of the DeepSpeed config.
 
     Raises:
-        InvalidArgumentError: AutoEP finds no MoE block, or cannot distribute one.
+        InvalidArgumentError: AutoEP cannot distribute an MoE block, or finds none in a model
+            of a type that has some.
     """
     from deepspeed.module_inject.auto_ep import AutoEP
     from deepspeed.module_inject.auto_ep_config import (
@@ -58,18 +59,13 @@ def find_sources(model: nn.Module, block: Mapping[str, Any]) -> tuple[list[torch
         raise InvalidArgumentError(f"AutoEP cannot distribute the model's experts: {error}") from (
             error
         )
-    if not specs:
-        raise InvalidArgumentError(
-            "AutoEP finds no MoE block in the model: it knows "
-            f"{', '.join(_known_types())} of transformers; for another one set moe_layer_pattern, "
-            'router_pattern and expert_pattern in "expert_parallel" of the DeepSpeed config.'
-        )
     blocks = [parser.model.get_submodule(spec.moe_module_name) for spec in specs]
     experts = [getattr(block, spec.experts_name) for block, spec in zip(blocks, specs, strict=True)]
     return [param for each in experts for param in each.parameters()], int(config.autoep_size)
 
 
-def _known_types() -> list[str]:
+def known_model_types() -> list[str]:
+    """The model types of transformers for which AutoEP has presets."""
     from deepspeed.module_inject.auto_ep_presets.registry import PRESET_MODELS
 
     return sorted(kind for preset in PRESET_MODELS.values() for kind in preset.hf_model_types)

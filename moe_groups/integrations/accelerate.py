@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from moe_groups._common.arguments import need
-from moe_groups.errors import InvalidArgumentError, ParameterInputError
+from moe_groups._common.warn import warn
+from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
 from moe_groups.experts.find import TaggedModel, find_experts
 from moe_groups.groups.inputs import ParamGroup
 from moe_groups.integrations.autoep import autoep_enabled, autoep_experts_tagged
-from moe_groups.param_groups import create_moe_param_groups
+from moe_groups.param_groups import MARKS, create_moe_param_groups, speaks_of_experts
+from moe_groups.tags import is_expert_parameter
 
 need("accelerate", "hf", "groups for Accelerate")
 need("deepspeed", "hf", "groups for Accelerate")  # Accelerate has DummyOptim only then
@@ -45,8 +47,12 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
 
     Raises:
         InvalidArgumentError: such an optimizer or option cannot be used.
-        MoEGroupsError: as :func:`moe_groups.create_moe_param_groups`. The optimizer is then
-            not changed.
+        MoEGroupsError: as :func:`moe_groups.create_moe_param_groups` and, if the config enables
+            AutoEP, as :func:`moe_groups.integrations.autoep.tag_autoep_experts`. The optimizer is
+            then not changed.
+
+    Warns:
+        UnmarkedExpertsWarning: no MoE layer is found.
 
     Example:
         >>> optimizer = group_optimizer(AdamW(model.parameters(), lr=3e-4), model,
@@ -65,7 +71,11 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
             "from model.parameters(), or from your own groups, and group it once."
         )
     config = _deepspeed_config()
-    early = autoep_experts_tagged(model, config) if autoep_enabled(config) else nullcontext()
+    early = (
+        autoep_experts_tagged(model, config, found_none=False)
+        if autoep_enabled(config)
+        else nullcontext()
+    )
     with early:
         found = find_experts(model)
         given = _named_groups(own, found)
@@ -74,6 +84,8 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
             options = options | rule
         with found.written():
             groups = create_moe_param_groups(given, **options)
+    if not any(map(is_expert_parameter, found.params)):
+        _warn_of_a_dense_model(found)
     if isinstance(optimizer, DummyOptim):
         optimizer.params = groups
     else:
@@ -81,6 +93,15 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
         for group in groups:
             optimizer.add_param_group(group)
     return optimizer
+
+
+def _warn_of_a_dense_model(found: TaggedModel) -> None:
+    """Experts that are not marked, if their names say so, are warned of where groups are made."""
+    if not any(map(speaks_of_experts, found.names)):
+        warn(
+            f"no MoE layer is found in the model, and all of it is grouped as dense. {MARKS}",
+            UnmarkedExpertsWarning,
+        )
 
 
 def _deepspeed_config() -> Mapping[str, Any]:

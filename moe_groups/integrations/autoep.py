@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from moe_groups._common.arguments import FilePath, checked
 from moe_groups._common.json_file import read_json
-from moe_groups._deepspeed.autoep import find_sources, support_early_groups
+from moe_groups._deepspeed.autoep import find_sources, known_model_types, support_early_groups
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.experts.find import restored_on_error, tag_experts
 from moe_groups.param_groups import create_moe_param_groups
@@ -103,9 +104,13 @@ def tag_autoep_experts(
 
 @contextlib.contextmanager
 def autoep_experts_tagged(
-    model: nn.Module, config: Mapping[str, Any] | FilePath
+    model: nn.Module, config: Mapping[str, Any] | FilePath, *, found_none: bool = True
 ) -> Iterator[dict[str, ExpertTag]]:
-    """:func:`tag_autoep_experts`, taken back after an error inside."""
+    """:func:`tag_autoep_experts`, taken back after an error inside.
+
+    Args:
+        found_none: raise if AutoEP finds no MoE block.
+    """
     if not isinstance(config, Mapping):
         config = read_json(Path(config), InvalidArgumentError)
     if not autoep_enabled(config):
@@ -116,6 +121,12 @@ def autoep_experts_tagged(
     support_early_groups()
     support_new_transformers()
     params, ranks = find_sources(model, config["expert_parallel"])
+    if found_none and not params:
+        raise InvalidArgumentError(
+            f"AutoEP finds no MoE block in the model: it knows {', '.join(known_model_types())} of "
+            "transformers; for another one set moe_layer_pattern, router_pattern and "
+            'expert_pattern in "expert_parallel" of the DeepSpeed config.'
+        )
     with restored_on_error(list(model.parameters())):
         for param in params:
             set_expert_tag(param, ExpertTag(f"ep_size_{ranks}"))
@@ -149,4 +160,8 @@ def support_new_transformers() -> None:
 
     get._moe_groups_original = original  # type: ignore[attr-defined]
     registry.get = get
-    _log.info("AutoEP can read the registry of this transformers now (support_new_transformers)")
+    if os.environ.get("RANK", "0") == "0":
+        _log.warning(
+            "this transformers has another registry of outputs than DeepSpeed's AutoEP knows; "
+            "moe-groups lets AutoEP read it (support_new_transformers)."
+        )

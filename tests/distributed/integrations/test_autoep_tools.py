@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import distributed
-from transformers import MixtralForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, TrainerCallback
 from transformers.integrations import HfDeepSpeedConfig
 
 from moe_groups import (
@@ -272,6 +272,11 @@ def refusals() -> None:
     del cfg["expert_parallel"]
     with pytest.warns(UnmarkedExpertsWarning, match="AutoEP.*tag_experts.*moe_groups.MoE"):
         make_trainer(Path(), cfg, model, block=False).create_optimizer()
+    # nor is there anything to mark in a dense model, with AutoEP or without
+    dense = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32))
+    for config in (cfg, deepspeed_config("zero2", 2)):
+        with pytest.warns(UnmarkedExpertsWarning, match="no MoE layer is found"):
+            make_trainer(Path(), config, dense, block=False).create_optimizer()
 
 
 def test_refusals() -> None:
