@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.report import write
 from moe_groups import ExpertTag, MoE, create_moe_param_groups, set_expert_tag
-from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
+from moe_groups.groups.grouping import DEEPSPEED_MAX_GROUP_SIZE
 
 HIDDEN, INNER = 7168, 2048
 SIZES = ((58, 256), (58, 32), (4, 8))

@@ -17,7 +17,7 @@ from benchmarks.plots import lines
 from benchmarks.report import HERE, RESULTS, write
 from benchmarks.step_memory import on_meta
 from moe_groups import StepConfig, estimate_step_memory
-from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
+from moe_groups.groups.grouping import DEEPSPEED_MAX_GROUP_SIZE
 from moe_groups.memory import StepMemory
 from tests.support.fake_world import run_as_rank
 from tests.support.step_runs import Case, Shape, make_groups, run_all

@@ -22,7 +22,7 @@ from benchmarks.plots import grouped_bars
 from benchmarks.report import write
 from benchmarks.timing import milliseconds
 from moe_groups import StepConfig, estimate_step_memory
-from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
+from moe_groups.groups.grouping import DEEPSPEED_MAX_GROUP_SIZE
 from tests.support.fake_world import run_as_rank
 from tests.support.ranks import close_pools, run_in_fresh_processes
 from tests.support.step_runs import OPTIONS, Case, Model, Run, Shape, make_groups, run_all, start

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from moe_groups.engine.activation_checkpointing import (
         checkpoint_activations as checkpoint_activations,
     )
-    from moe_groups.engine.compact import compact_gradients as compact_gradients
     from moe_groups.engine.group_options import (
         GroupSchedule as GroupSchedule,
         set_group_options as set_group_options,
     )
-    from moe_groups.engine.lean import lean_step as lean_step
+    from moe_groups.engine.lean import (
+        compact_gradients as compact_gradients,
+        lean_step as lean_step,
+    )
     from moe_groups.engine.verification import verify as verify
     from moe_groups.errors import MoEGroupsError as MoEGroupsError
     from moe_groups.experts.find import tag_experts as tag_experts
@@ -63,8 +65,7 @@ else:
             "checkpoints.guard.guard": ("protect_checkpoints",),
             "checkpoints.inspect.inspect": ("inspect_checkpoint",),
             "engine.activation_checkpointing": ("checkpoint_activations",),
-            "engine.compact": ("compact_gradients",),
-            "engine.lean": ("lean_step",),
+            "engine.lean": ("compact_gradients", "lean_step"),
             "engine.group_options": ("GroupSchedule", "set_group_options"),
             "engine.verification": ("verify",),
             "errors": ("MoEGroupsError",),

@@ -10,9 +10,8 @@ from moe_groups._common.garbage import no_garbage_collection
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups.errors import InvalidArgumentError, UnmarkedExpertsWarning
-from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE, Caps
 from moe_groups.groups.families import read_table
-from moe_groups.groups.grouping import make_plan
+from moe_groups.groups.grouping import DEEPSPEED_MAX_GROUP_SIZE, Caps, make_plan
 from moe_groups.groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
 from moe_groups.groups.keys import Key, PlannedGroup
 from moe_groups.groups.origin import remember_groups

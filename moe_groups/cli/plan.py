@@ -8,9 +8,8 @@ from torch import nn
 
 from moe_groups._common.arguments import SplitBy
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
 from moe_groups.groups.families import read_table
-from moe_groups.groups.grouping import lines, make_plan
+from moe_groups.groups.grouping import DEEPSPEED_MAX_GROUP_SIZE, lines, make_plan
 from moe_groups.groups.inputs import read_input
 from moe_groups.groups.keys import Table
 from moe_groups.groups.rules import Rules

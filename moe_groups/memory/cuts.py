@@ -14,8 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
-from moe_groups.groups.grouping import padded_partition
+from moe_groups.groups.grouping import DEEPSPEED_MAX_GROUP_SIZE, padded_partition
 from moe_groups.groups.packing import fill, pack
 from moe_groups.memory.group_layout import GroupOnRanks, Ints, layout
 from moe_groups.memory.step_cost import StepSettings

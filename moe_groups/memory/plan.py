@@ -16,9 +16,14 @@ from moe_groups._common.arguments import (
 )
 from moe_groups._common.text import parse_bytes, show_bytes
 from moe_groups.errors import InvalidArgumentError, PlanError
-from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE
 from moe_groups.groups.families import read_table
-from moe_groups.groups.grouping import fingerprint, lines, name_groups, split_like_deepspeed
+from moe_groups.groups.grouping import (
+    DEEPSPEED_MAX_GROUP_SIZE,
+    fingerprint,
+    lines,
+    name_groups,
+    split_like_deepspeed,
+)
 from moe_groups.groups.inputs import GroupInput, ParamsInput, read_input
 from moe_groups.groups.keys import Line, PlannedGroup, Table
 from moe_groups.groups.rules import NoDecay, Overrides, Rules

@@ -10,8 +10,7 @@ from torch import nn
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.experts.module_tree import ModuleNode, walk
 from moe_groups.meta_models.expert_layers import ExpertLayer, find_expert_layers
-from moe_groups.meta_models.local_experts import ExpertForm, keep_local_experts
-from moe_groups.meta_models.tensor_parallel import slice_dense
+from moe_groups.meta_models.local_experts import ExpertForm, keep_local_experts, slice_dense
 
 
 def shard_for_rank(

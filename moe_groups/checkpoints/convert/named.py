@@ -7,8 +7,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from moe_groups._common.arguments import SplitBy, check_one_of
 from moe_groups.checkpoints.layout import FlatGroup, Layout, lay_out, merge_ranks
 from moe_groups.errors import CheckpointError
-from moe_groups.groups.caps import DEEPSPEED_MAX_GROUP_SIZE, Caps
-from moe_groups.groups.grouping import make_plan, split_like_deepspeed
+from moe_groups.groups.grouping import (
+    DEEPSPEED_MAX_GROUP_SIZE,
+    Caps,
+    make_plan,
+    split_like_deepspeed,
+)
 from moe_groups.groups.keys import Key, Table
 from moe_groups.groups.names import GroupNames
 from moe_groups.groups.origin import Origin

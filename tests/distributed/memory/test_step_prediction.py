@@ -12,7 +12,7 @@ from moe_groups import StepConfig, estimate_step_memory
 from moe_groups._deepspeed import step_settings
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory import StepMemory
-from moe_groups.memory.live_storages import live_storages
+from moe_groups.memory.recorders import live_storages
 from tests.support.fake_world import run_as_rank
 from tests.support.pairwise import pairwise
 from tests.support.ranks import run_on_ranks
