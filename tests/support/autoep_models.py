@@ -8,6 +8,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -23,7 +25,12 @@ _SHAPE = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
 }
-PRESETS = {"mixtral": "mixtral", "qwen3": "qwen3_moe", "deepseek": "deepseek_v3"}
+PRESETS = {
+    "mixtral": "mixtral",
+    "qwen2": "qwen3_moe",
+    "qwen3": "qwen3_moe",
+    "deepseek": "deepseek_v3",
+}
 
 
 def make_model(kind: str) -> Any:
@@ -35,6 +42,9 @@ def make_model(kind: str) -> Any:
         return Qwen3MoeForCausalLM(
             Qwen3MoeConfig(**_SHAPE, head_dim=16, moe_intermediate_size=24, num_experts=4)
         )
+    if kind == "qwen2":  # has a shared expert with a gate
+        sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_SHAPE, **sizes, num_experts=4))
     return DeepseekV3ForCausalLM(
         DeepseekV3Config(
             **_SHAPE,
@@ -53,7 +63,7 @@ def make_model(kind: str) -> Any:
     )
 
 
-def autoep_config(kind: str, wrapper: str) -> dict[str, Any]:
+def autoep_config(kind: str, wrapper: str, autoep_size: int = 2) -> dict[str, Any]:
     """A DeepSpeed config; ``wrapper`` is "zero1", "zero2", "zero3" or "bf16"."""
     stage = 1 if wrapper == "bf16" else int(wrapper[-1])
     return {
@@ -65,7 +75,7 @@ def autoep_config(kind: str, wrapper: str) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "expert_parallel": {
             "enabled": True,
-            "autoep_size": 2,
+            "autoep_size": autoep_size,
             "preset_model": PRESETS[kind],
         },
     }
