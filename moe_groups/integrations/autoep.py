@@ -102,7 +102,7 @@ def load_autoep(
         ...         AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)
         >>> load_autoep(model, directory, config)                         # doctest: +SKIP
     """
-    need("transformers", "hf", "load_autoep")
+    need("transformers", "cli", "load_autoep")
     settings = config if isinstance(config, Mapping) else _read_config(config)
     _check_empty(model)
     support_new_transformers()

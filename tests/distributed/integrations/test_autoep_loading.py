@@ -91,6 +91,9 @@ def both_ways(
         ("mixtral", "zero3", 1, False, True),
         ("qwen2", "zero1", 2, False, False),
         ("deepseek", "zero2", 1, False, False),
+        pytest.param("deepseek2", "zero2", 2, True, True, marks=pytest.mark.long),
+        pytest.param("qwen3.5", "zero2", 2, True, False, marks=pytest.mark.long),
+        pytest.param("minimax", "zero2", 2, True, False, marks=pytest.mark.long),
     ],
 )
 def test_trains_as_from_pretrained(

@@ -127,6 +127,9 @@ def gather_and_save(
         ("qwen3", "zero3", 2, True, False),
         ("deepseek", "zero3", 2, False, False),
         ("qwen2", "zero2", 2, False, False),
+        pytest.param("deepseek2", "zero2", 2, False, False, marks=pytest.mark.long),
+        pytest.param("qwen3.5", "zero2", 2, False, False, marks=pytest.mark.long),
+        pytest.param("minimax", "zero2", 2, False, False, marks=pytest.mark.long),
     ],
 )
 def test_what_is_gathered_loads_in_transformers(
