@@ -21,9 +21,7 @@ from moe_groups.errors import InvalidArgumentError
 from moe_groups.weights.local_experts import refuse_parts
 from moe_groups.weights.write import Named
 
-_EXPERT = re.compile(
-    r"((?:(.+)\.)?deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..+)", re.DOTALL
-)
+_EXPERT = re.compile(r"((?:(.+)\.)?deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..+)")
 
 
 @checked
@@ -49,7 +47,8 @@ def gather_model(model: InitializedEngine, *, exclude_frozen_parameters: bool = 
 
     Raises:
         InvalidArgumentError: the model is a pipeline or tensor-parallel; or AutoEP's layers are
-            in no transformers model, or not those that its config makes.
+            in no transformers model, not those that its config makes, or have a tensor that it
+            does not have.
 
     Example:
         >>> weights = gather_model(engine)                                # doctest: +SKIP
@@ -64,12 +63,16 @@ def gather_model(model: InitializedEngine, *, exclude_frozen_parameters: bool = 
         if isinstance(tensor, torch.Tensor)
         and not (exclude_frozen_parameters and _is_frozen(tensor))
     }
+    sources = source_layers(model)
+    layers: dict[str, Named] = {}
+    for path, source in sources.items():
+        inside = [name for name in state if name.startswith(f"{path}.")]
+        layers[path] = {name.removeprefix(f"{path}."): state.pop(name) for name in inside}
+        _refuse_unknown(path, source, layers[path])
     gathering = _Gathering(module)
     with ready_to_gather(model):
-        for path, source in source_layers(model).items():
-            inside = [name for name in state if name.startswith(f"{path}.")]
-            own = {name.removeprefix(f"{path}."): state.pop(name) for name in inside}
-            gathering.add_autoep(path, source, own)
+        for path, own in layers.items():
+            gathering.add_autoep(path, sources[path], own)
         for name, tensor in state.items():
             gathering.add(name, tensor)
     return gathering.whole
@@ -77,6 +80,20 @@ def gather_model(model: InitializedEngine, *, exclude_frozen_parameters: bool = 
 
 def _is_frozen(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+
+
+def _refuse_unknown(path: str, source: SourceLayer, inside: Named) -> None:
+    known = {
+        id(tensor)
+        for name, tensor in inside.items()
+        if name.startswith("experts.") or source.name(name)
+    }
+    for name, tensor in inside.items():
+        if id(tensor) not in known:
+            raise InvalidArgumentError(
+                f"{path}.{name} is AutoEP's own: the model of transformers has no such tensor in "
+                "which gather_model could save it."
+            )
 
 
 class _Gathering:
@@ -105,11 +122,7 @@ class _Gathering:
     def add_autoep(
         self, path: str, source: SourceLayer, inside: Mapping[str, torch.Tensor]
     ) -> None:
-        """Add a layer of AutoEP.
-
-        Raises:
-            InvalidArgumentError: it has a tensor that the model of transformers does not have.
-        """
+        """Add a layer of AutoEP."""
         group = autoep_parallel_group(self.module.get_submodule(path))
         experts: Named = {}
         for name, tensor in inside.items():
@@ -120,11 +133,6 @@ class _Gathering:
                 self._known.pop(id(tensor))
             elif known := source.name(name):
                 self.add(f"{path}.{known}", tensor)
-            elif id(tensor) not in self._known:
-                raise InvalidArgumentError(
-                    f"{path}.{name} is AutoEP's own: the model of transformers has no such tensor "
-                    "in which gather_model could save it."
-                )
         self.whole |= {f"{path}.{name}": value for name, value in source.unpack(experts).items()}
 
     def _copies(self, tensor: torch.Tensor, parallel_group: str = "") -> list[torch.Tensor]:

@@ -58,9 +58,11 @@ def make_model(kind: str) -> Any:
         return Qwen3MoeForCausalLM(
             Qwen3MoeConfig(**_SHAPE, head_dim=16, moe_intermediate_size=24, num_experts=4)
         )
-    if kind == "qwen2":  # has a shared expert with a gate
+    if kind == "qwen2":  # has a shared expert with a gate; one tensor for tokens in and out
         sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
-        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_SHAPE, **sizes, num_experts=4))
+        return Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(**_SHAPE, **sizes, num_experts=4, tie_word_embeddings=True)
+        )
     if kind == "qwen3.5":
         return _qwen3_5()
     if kind == "minimax":
