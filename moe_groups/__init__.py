@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         set_expert_tag as set_expert_tag,
     )
     from moe_groups.topology import Topology as Topology
+    from moe_groups.weights.gather import gather_model as gather_model
     from moe_groups.weights.load import load_experts as load_experts
     from moe_groups.weights.save import save_experts as save_experts
 else:
@@ -89,6 +90,7 @@ else:
             ),
             "tags": ("ExpertTag", "copy_expert_tag", "get_expert_tag", "set_expert_tag"),
             "topology": ("Topology",),
+            "weights.gather": ("gather_model",),
             "weights.load": ("load_experts",),
             "weights.save": ("save_experts",),
         },

@@ -173,8 +173,8 @@ def wrap_save_16bit(original: Callable[..., Any]) -> Callable[..., Any]:
                 raise CheckpointError(
                     "save_16bit_model writes the weights of rank 0, which has 1 of "
                     f"{parts.ep_size} parts of the experts of {path}. Nothing was saved. "
-                    "save_experts(engine, directory, family=...) writes all of them, and so does "
-                    "save_checkpoint."
+                    "save_experts(engine, directory, family=...) writes all of them, "
+                    "gather_model(engine) gathers them, and save_checkpoint saves them too."
                 )
         return original(self, *args, **kwargs)
 

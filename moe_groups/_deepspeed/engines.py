@@ -1,9 +1,10 @@
 """The groups that an engine steps, its wrapper, and the options that its groups were given."""
 
 import bisect
+import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
@@ -209,6 +210,29 @@ def refresh_master_weights(engine: Any) -> None:
     refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
     if refresh is not None:
         refresh()
+
+
+@contextlib.contextmanager
+def ready_to_gather(engine: Any) -> Iterator[None]:
+    """Between these, parameters of ZeRO-3 may be gathered, as where DeepSpeed saves them."""
+    if not hasattr(engine.optimizer, "checkpoint_event_prologue"):
+        yield
+        return
+    engine.optimizer.checkpoint_event_prologue()
+    yield
+    engine.optimizer.checkpoint_event_epilogue()
+
+
+@contextlib.contextmanager
+def gathered(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The values of a tensor; of a parameter of ZeRO-3 from all ranks, which call it together."""
+    if not hasattr(tensor, "ds_id"):
+        yield tensor.detach()
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([tensor]):
+        yield tensor.detach()
 
 
 def master_weights(engine: Any) -> Callable[[torch.Tensor], torch.Tensor]:

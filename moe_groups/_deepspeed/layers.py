@@ -14,6 +14,12 @@ def moe_layer_types() -> tuple[type, ...]:
     return () if layer is None else (layer.MoE,)
 
 
+def is_autoep_layer(module: object) -> bool:
+    """Has AutoEP made this module?"""
+    autoep = sys.modules.get("deepspeed.module_inject.auto_ep_layer")
+    return autoep is not None and isinstance(module, autoep.AutoEPMoELayer)
+
+
 def layer_experts(module: Any) -> list[nn.Module]:
     """This rank's experts of a DeepSpeed ``MoE`` layer, in the order of their numbers."""
     return list(module.deepspeed_moe.experts.deepspeed_experts)
@@ -22,6 +28,11 @@ def layer_experts(module: Any) -> list[nn.Module]:
 def layer_parallel_group(module: Any) -> str:
     """Process-group key of a DeepSpeed ``MoE``, which calls it ``expert_group_name``."""
     return str(module.expert_group_name)
+
+
+def autoep_parallel_group(module: Any) -> str:
+    """Process-group key of an AutoEP layer."""
+    return str(module.ep_group_name)
 
 
 class LayerParts(NamedTuple):
@@ -50,9 +61,8 @@ def layer_parts(module: Any) -> LayerParts | None:
     AutoEP names ``gate_proj``, ``down_proj`` and ``up_proj`` of all its experts ``w1``, ``w2`` and
     ``w3`` (``repack_expert_weights``, ``moe/ep_repack.py``).
     """
-    autoep = sys.modules.get("deepspeed.module_inject.auto_ep_layer")
-    if autoep is not None and isinstance(module, autoep.AutoEPMoELayer):
-        layer: Any = module
+    layer: Any = module
+    if is_autoep_layer(module):
         fused = {f"{name}.weight": getattr(layer.experts, name) for name in ("w1", "w2", "w3")}
         own = [
             {name: param.detach()[number] for name, param in fused.items()}
@@ -65,7 +75,6 @@ def layer_parts(module: Any) -> LayerParts | None:
         return LayerParts(*sizes, own, [*fused.values()], router)
     if not isinstance(module, moe_layer_types()):
         return None
-    layer = module
     own = [dict(expert.named_parameters()) for expert in layer_experts(layer)]
     params = [param for expert in own for param in expert.values()]
     router = dict(layer.deepspeed_moe.gate.wg.named_parameters())

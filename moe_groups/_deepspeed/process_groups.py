@@ -60,6 +60,23 @@ def expert_place(parallel_group: str) -> tuple[int, bool] | None:
     return ep_rank, torch.distributed.get_rank() == min(expert_data_parallel_ranks(parallel_group))
 
 
+def gather_from_ep_group(tensor: torch.Tensor, parallel_group: str) -> list[torch.Tensor]:
+    """What the ranks of rank 0's EP group have, in their order, on rank 0; empty on the others.
+
+    The ranks of that group call it together.
+    """
+    from deepspeed.utils import groups
+
+    ranks = expert_parallel_ranks(parallel_group)
+    if 0 not in ranks:
+        return []
+    first = torch.distributed.get_rank() == 0
+    parts = [torch.empty_like(tensor).contiguous() for _ in ranks] if first else None
+    group = groups._get_expert_parallel_group(parallel_group)
+    torch.distributed.gather(tensor.contiguous(), parts, dst=0, group=group)
+    return parts or []
+
+
 def tensor_parallel_size() -> int:
     """Ranks that share each dense layer, from the ``mpu`` that DeepSpeed was given."""
     groups = sys.modules.get("deepspeed.utils.groups")

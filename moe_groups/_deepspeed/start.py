@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed.autoep import keep_model_order
+from moe_groups._deepspeed.autoep.early_groups import keep_model_order
 from moe_groups._deepspeed.engines import remember
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import register_names

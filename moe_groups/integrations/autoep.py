@@ -1,6 +1,7 @@
 """DeepSpeed's AutoEP, which turns the MoE blocks of a ``transformers`` model expert-parallel."""
 
 import contextlib
+import copy
 import functools
 import importlib
 import logging
@@ -10,15 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
-from moe_groups._common.arguments import FilePath, checked
+from moe_groups._common.arguments import FilePath, checked, need
 from moe_groups._common.json_file import read_json
-from moe_groups._deepspeed.autoep import find_sources, known_model_types, support_early_groups
+from moe_groups._common.ranks import on_all_ranks
+from moe_groups._deepspeed.autoep.early_groups import (
+    find_sources,
+    known_model_types,
+    support_early_groups,
+)
+from moe_groups._deepspeed.autoep.made_before import make_autoep_layers
+from moe_groups._deepspeed.layers import is_autoep_layer
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.experts.find import restored_on_error, tag_experts
 from moe_groups.param_groups import create_moe_param_groups
 from moe_groups.tags import EXPERT_RANKS, ExpertTag, is_expert_parameter, set_expert_tag
+from moe_groups.weights.load import LoadedExperts, load_experts
 
 _log = logging.getLogger(__name__)
 _REGISTRY = "transformers.utils.output_capturing"
@@ -121,7 +130,7 @@ def autoep_experts_tagged(
     support_early_groups()
     support_new_transformers()
     params, ranks = find_sources(model, config["expert_parallel"])
-    if found_none and not params:
+    if found_none and not params and not any(map(is_expert_parameter, model.parameters())):
         raise InvalidArgumentError(
             f"AutoEP finds no MoE block in the model: it knows {', '.join(known_model_types())} of "
             "transformers; for another one set moe_layer_pattern, router_pattern and "
@@ -137,6 +146,150 @@ def autoep_experts_tagged(
 def autoep_enabled(config: Mapping[str, Any]) -> bool:
     """Does this DeepSpeed config turn AutoEP on?"""
     return bool((config.get("expert_parallel") or {}).get("enabled"))
+
+
+@checked
+def load_autoep(
+    model: nn.Module, directory: FilePath, config: Mapping[str, Any] | FilePath
+) -> LoadedExperts:
+    """Load a checkpoint into a model for AutoEP; no rank ever has the whole model.
+
+    Each rank gets the dense weights and its own experts, in CPU memory; the MoE layers are AutoEP's
+    afterwards. Make groups then, and call ``deepspeed.initialize`` with the same config, which
+    leaves these layers as they are. Call it on all ranks after ``deepspeed.init_distributed()``.
+
+    Values are converted to the dtype that the parameters of the model have; those that
+    transformers keeps in fp32 are kept so.
+
+    Args:
+        model: of transformers, made on the meta device. It is changed only if all went well on all
+            ranks, and all of its parts are new then: take references to them afterwards.
+        directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files.
+        config: DeepSpeed's, or the path of its file, with ``"expert_parallel"``.
+
+    Returns:
+        What was loaded, with the numbers of this rank's experts by layer.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or names, shapes, dtypes or numbers of
+            experts do not fit the model. All ranks raise it, and nothing has been changed.
+        InvalidArgumentError: the model is not on the meta device, has a buffer that no checkpoint
+            and no initialization of transformers gives, or AutoEP refuses it; or there are no
+            ranks yet.
+        UnsupportedDeepSpeedError: this DeepSpeed has no AutoEP.
+
+    Example:
+        >>> deepspeed.init_distributed()                                  # doctest: +SKIP
+        >>> with torch.device("meta"):                                    # doctest: +SKIP
+        ...     model = AutoModelForCausalLM.from_config(
+        ...         AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)
+        >>> load_autoep(model, directory, config)                         # doctest: +SKIP
+    """
+    need("transformers", "cli", "load_autoep")
+    settings = config if isinstance(config, Mapping) else _read_config(config)
+    _check_empty(model)
+    support_new_transformers()
+    own = copy.deepcopy(model, {id(model.config): model.config})
+    make_autoep_layers(own, settings)
+    _give_memory(own)
+    loaded: list[LoadedExperts] = []
+    on_all_ranks(lambda: loaded.append(load_experts(own, directory)), "The model is as before.")
+    vars(model).update(vars(own))
+    return loaded[0]
+
+
+def _read_config(path: FilePath) -> Mapping[str, Any]:
+    return read_json(Path(path), InvalidArgumentError, "It must be DeepSpeed's config.")
+
+
+def _check_empty(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidArgumentError(
+            f"load_autoep loads a PreTrainedModel of transformers, not {type(model).__name__}."
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_meta:
+            raise InvalidArgumentError(
+                f"{name} is on {tensor.device}: make the model without memory (with "
+                'torch.device("meta"): AutoModelForCausalLM.from_config(config, dtype=...)).'
+            )
+    if not distributed.is_initialized():
+        raise InvalidArgumentError(
+            "load_autoep gives each rank its experts: call deepspeed.init_distributed() first."
+        )
+
+
+def _give_memory(model: Any) -> None:
+    """Memory for the tensors that a checkpoint fills, and the values of buffers that none has."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for path, module in model.named_modules():
+        for name, param in module._parameters.items():
+            if param is None:
+                continue
+            if id(param) not in made:  # tied ones have several names
+                values = torch.empty(param.shape, dtype=_dtype(model, f"{path}.{name}", param))
+                new = nn.Parameter(values, param.requires_grad)
+                vars(new).update(vars(param))
+                made[id(param)] = param, new
+            module._parameters[name] = made[id(param)][1]
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            if name not in module._non_persistent_buffers_set:
+                dtype = _dtype(model, f"{path}.{name}", buffer)
+                module._buffers[name] = torch.empty(buffer.shape, dtype=dtype)
+        module._buffers.update(_unsaved_buffers(model, path, module))
+
+
+def _dtype(model: Any, name: str, tensor: torch.Tensor) -> torch.dtype:
+    kept = any(f".{part}." in f".{name}." for part in model._keep_in_fp32_modules_strict)
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if kept and half else tensor.dtype
+
+
+def _unsaved_buffers(
+    model: Any, path: str, module: nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Non-persistent buffers, as the initialization of transformers computes them.
+
+    Raises:
+        InvalidArgumentError: it does not compute one.
+    """
+    empty = {
+        name: buffer
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    }
+    if is_autoep_layer(module):  # it counts tokens in them
+        yield from ((name, torch.zeros_like(it, device="cpu")) for name, it in empty.items())
+    if not empty or is_autoep_layer(module):
+        return
+    other = copy.copy(module)
+    blank = {name: _blank(buffer) for name, buffer in empty.items()}
+    other._buffers = {**module._buffers, **blank}
+    with torch.no_grad():
+        model._init_weights(other)
+    for name in empty:
+        values = other._buffers[name]
+        if values is None or _is_blank(values).any():
+            raise InvalidArgumentError(
+                f"{path}.{name} is not in checkpoints, and _init_weights of "
+                f"{type(model).__name__} does not compute it: load with from_pretrained."
+            )
+        yield name, values
+
+
+def _blank(buffer: torch.Tensor) -> torch.Tensor:
+    """In CPU memory, full of a value that no initialization gives; True for truth values."""
+    dtype = buffer.dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.full_like(buffer, float("nan"), device="cpu")
+    largest = True if dtype == torch.bool else torch.iinfo(dtype).max
+    return torch.full_like(buffer, largest, device="cpu")
+
+
+def _is_blank(buffer: torch.Tensor) -> torch.Tensor:
+    return buffer.isnan() | (buffer == _blank(buffer))
 
 
 def support_new_transformers() -> None:

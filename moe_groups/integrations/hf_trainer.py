@@ -1,6 +1,7 @@
 """Groups for Hugging Face's ``Trainer`` and its subclasses."""
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from moe_groups._common.arguments import Bytes, checked, need
 from moe_groups._deepspeed.engines import known_engines
+from moe_groups._deepspeed.layers import is_autoep_layer, is_partitioned
 from moe_groups.checkpoints.guard.guard import Regroup, guard_of, protect_checkpoints
 from moe_groups.engine.lean import lean_step
 from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.weights.save import gather_experts
+from moe_groups.weights.gather import gather_model
 
 need("transformers", "hf", "groups for Trainer")
 need("accelerate", "hf", "groups for Trainer")
@@ -113,20 +115,27 @@ class MoETrainer(Trainer):
         return group_optimizer(optimizer, model, **self.group_options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, with the experts of all ranks in place of those of the first."""
-        # Gathered here, as older Trainers call _save on rank 0 alone.
+        """Trainer's, with the experts of all ranks; on rank 0, which has gathered the model."""
         engine = self.is_deepspeed_enabled and self.deepspeed
-        self._experts = gather_experts(self.model) if engine else (set(), {})
-        super().save_model(output_dir, _internal_call)
+        if not engine:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = output_dir or self.args.output_dir
+        state = gather_model(engine, exclude_frozen_parameters=self._saves_adapters(engine))
+        if state and self.args.should_save:
+            self._save(folder, state_dict=state)
+            adapters = Path(folder, "adapter_model.safetensors")
+            if adapters.exists():
+                _add_experts(adapters, state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        own, experts = self._experts
-        if self.is_deepspeed_enabled and state_dict:
-            state_dict = {k: v for k, v in state_dict.items() if k not in own} | experts
-        super()._save(output_dir, state_dict)
-        adapters = Path(output_dir or self.args.output_dir, "adapter_model.safetensors")
-        if self.is_deepspeed_enabled and state_dict and self.args.should_save and adapters.exists():
-            _add_experts(adapters, state_dict)
+    def _saves_adapters(self, engine: Any) -> bool:
+        """Only adapters are saved, of a model whose other weights are not whole on rank 0."""
+        peft = sys.modules.get("peft")
+        adapters = peft is not None and isinstance(self.model, peft.PeftModel)
+        parts = any(map(is_autoep_layer, engine.module.modules()))
+        return adapters and (parts or is_partitioned(engine.module))
 
     def _decay_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """With Trainer's decay rules, where DeepSpeed makes the optimizer and Trainer none."""

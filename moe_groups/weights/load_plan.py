@@ -1,5 +1,6 @@
 """Plan which tensor of a checkpoint goes where: checks everything, copies nothing."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,6 +12,9 @@ from moe_groups.errors import InvalidArgumentError
 from moe_groups.weights.local_experts import LocalExperts, dense_tensors
 from moe_groups.weights.names import Piece, StoredLayer, find_stored_layers, match_layers
 from moe_groups.weights.safetensors_files import SafetensorsFiles, StoredTensor
+
+_SHARED = re.compile(r"\.shared_experts(_gate)?\.")
+"""AutoEP's name of what Qwen2-MoE and Qwen3.5-MoE call ``shared_expert``."""
 
 
 class NamesGiven(NamedTuple):
@@ -117,6 +121,7 @@ class _Planner:
             self._add(f"{layer.path}.router.{name}", stored if prefix else None, tensor)
 
     def add_dense(self, names: list[str], tensor: torch.Tensor) -> None:
+        names = [*names, *(_SHARED.sub(r".shared_expert\1.", name) for name in names)]
         found = next((name for name in names if name in self.tensors), None)
         self.plan.used.update(name for name in names if name in self.tensors)
         self._add(names[0], found, tensor)

@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_groups._deepspeed.engines import is_engine
+from moe_groups._deepspeed.engines import is_engine, is_pipeline
 from moe_groups._deepspeed.layers import LayerParts, is_partitioned, layer_parts
-from moe_groups._deepspeed.process_groups import expert_parallel_ranks, expert_place
+from moe_groups._deepspeed.process_groups import (
+    expert_parallel_ranks,
+    expert_place,
+    tensor_parallel_size,
+)
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.experts.module_tree import walk
 from moe_groups.topology import Topology, world_size
@@ -62,6 +66,19 @@ def module_of(model: Any, name: str) -> nn.Module:
             "BF16_Optimizer."
         )
     return module
+
+
+def refuse_parts(module: nn.Module, name: str) -> None:
+    """Refuse a model of which rank 0 has a part.
+
+    Raises:
+        InvalidArgumentError: it is a pipeline, or tensor-parallel.
+    """
+    if is_pipeline(module) or tensor_parallel_size() > 1:
+        raise InvalidArgumentError(
+            f"{name} writes what is dense from rank 0, which under tensor or pipeline "
+            "parallelism has a part of it."
+        )
 
 
 def find_local_experts(model: nn.Module, topology: Topology | None) -> list[LocalExperts]:

@@ -1,6 +1,5 @@
 """A Hugging Face checkpoint of safetensors files: its contents, and slices of its tensors."""
 
-import contextlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping
@@ -71,11 +70,14 @@ def crc_of(name: str, tensor: torch.Tensor) -> int:
     return zlib.crc32(data.numpy().data, zlib.crc32(about))
 
 
+_MAPPED = 32 * 2**20
+
+
 class SafetensorsFiles:
     """The tensors of a checkpoint by name; each is read when it is needed.
 
-    All headers are read at once, but no weights. The files stay mapped into memory until the
-    context ends.
+    All headers are read at once, but no weights. The files are mapped into memory until the context
+    ends, and mapped anew after each 32 MiB: pages that were read count as memory of the process.
 
     Args:
         directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and the
@@ -91,8 +93,10 @@ class SafetensorsFiles:
         self.directory = Path(directory)
         self.tensors: dict[str, StoredTensor] = {}
         self._open: dict[str, Any] = {}
+        self._versions: dict[str, tuple[int, ...]] = {}
+        self._read: set[str] = set()
+        self._mapped = 0
         self._crcs: dict[str, Mapping[str, Any]] = {}
-        self._files = contextlib.ExitStack()
         index = _read_index(self.directory)
         try:
             for file in [SINGLE] if index is None else sorted(set(index.values())):
@@ -100,7 +104,7 @@ class SafetensorsFiles:
             if index is not None:
                 self._check_index(index)
         except BaseException:
-            self._files.close()
+            self._close([*self._open])
             raise
 
     def __enter__(self) -> "SafetensorsFiles":
@@ -112,13 +116,28 @@ class SafetensorsFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.clear()
-        self._files.close()
+        self._close([*self._open])
+
+    def _close(self, files: Iterable[str]) -> None:
+        for file in files:
+            self._open.pop(file).__exit__(None, None, None)
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """The tensor, or its ``index``, as a view of the mapped file; reads nothing else."""
-        file = self._open[self.tensors[name].file]
-        tensor: torch.Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+        """The tensor, or its ``index``, as a view of the mapped file; reads nothing else.
+
+        Raises:
+            CheckpointError: the file is another one than when the headers were read.
+        """
+        if self._mapped > _MAPPED:
+            self._close(self._read)
+            self._read, self._mapped = set(), 0
+        file = self.tensors[name].file
+        if file not in self._open:
+            self._map(file)
+        opened = self._open[file]
+        tensor: torch.Tensor = opened.get_slice(name)[index] if index else opened.get_tensor(name)
+        self._read.add(file)
+        self._mapped += tensor.nbytes
         return tensor
 
     def check_data(self, names: Iterable[str]) -> int:
@@ -142,14 +161,17 @@ class SafetensorsFiles:
                 )
         return unstated
 
-    def _read_header(self, file: str) -> None:
+    def _map(self, file: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
         path = self.directory / file
         try:
             if not path.is_file():  # opening a pipe would block
                 raise FileNotFoundError(path)
-            opened = self._files.enter_context(safe_open(path, framework="pt"))
+            found = path.stat()
+            version = found.st_ino, found.st_size, found.st_mtime_ns
+            opened: Any = safe_open(path, framework="pt")
+            opened.__enter__()
         except (SafetensorError, OSError) as error:
             missing = not path.is_file()
             problem = "is missing" if missing else f"is damaged or cut off ({error})"
@@ -157,6 +179,12 @@ class SafetensorsFiles:
                 f"{path} {problem}: download or copy the checkpoint again."
             ) from error
         self._open[file] = opened
+        if self._versions.setdefault(file, version) != version:
+            raise CheckpointError(f"{path} has been written again while it was read: load it anew.")
+        return opened
+
+    def _read_header(self, file: str) -> None:
+        opened, path = self._map(file), self.directory / file
         self._crcs[file] = _stated(path, (opened.metadata() or {}).get(_CRC, "{}"))
         for name in opened.keys():  # noqa: SIM118  (no mapping)
             part = opened.get_slice(name)

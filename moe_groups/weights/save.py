@@ -12,11 +12,8 @@ from moe_groups._common.text import parse_bytes
 from moe_groups._deepspeed.engines import (
     InitializedEngine,
     has_engine,
-    is_pipeline,
     master_weights,
 )
-from moe_groups._deepspeed.layers import layer_experts, layer_parallel_group, moe_layer_types
-from moe_groups._deepspeed.process_groups import expert_place, tensor_parallel_size
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.topology import Topology
 from moe_groups.weights.local_experts import (
@@ -24,6 +21,7 @@ from moe_groups.weights.local_experts import (
     dense_tensors,
     find_local_experts,
     module_of,
+    refuse_parts,
 )
 from moe_groups.weights.names import (
     ROUTER,
@@ -83,7 +81,7 @@ def save_experts(
     names = names_of(family)
     size = parse_bytes(max_shard_size, "max_shard_size")
     module = module_of(model, "save_experts")
-    _check_whole(module)
+    refuse_parts(module, "save_experts")
     local = find_local_experts(module, topology)
     full = None if dtype is None else _full_precision(model, module)
     prefixes = layer_prefixes([layer.path for layer in local], names, layers)
@@ -114,43 +112,6 @@ def _taken(
     if full is not None:
         tensors = {name: full(tensor).cpu() for name, tensor in tensors.items()}
     return tensors if writes else {}
-
-
-def gather_experts(module: nn.Module) -> tuple[set[str], Named]:
-    """Names of this rank's experts in ``state_dict``, and on rank 0 the experts of all ranks.
-
-    The experts of DeepSpeed's layers have their global numbers, as in a model with ``ep_size=1``.
-    All ranks call it together.
-    """
-    state = module.state_dict()
-    own: set[str] = set()
-    whole: Named = {}
-    for path, layer in module.named_modules(remove_duplicate=False):
-        place = isinstance(layer, moe_layer_types()) and expert_place(layer_parallel_group(layer))
-        if not place:
-            continue
-        ep_rank, writes = place
-        first = ep_rank * len(layer_experts(layer))
-        prefix = f"{path}.deepspeed_moe.experts.deepspeed_experts.".lstrip(".")
-        mine: Named = {}
-        for name in (name for name in state if name.startswith(prefix)):
-            own.add(name)
-            number, _, inside = name.removeprefix(prefix).partition(".")
-            mine[f"{prefix}{first + int(number)}.{inside}"] = state[name].cpu()
-        ranks: list[Any] = [None] * distributed.get_world_size()
-        gathers = distributed.get_rank() == 0
-        distributed.gather_object(mine if writes else {}, ranks if gathers else None)
-        for part in filter(None, ranks):
-            whole |= part
-    return own, whole
-
-
-def _check_whole(module: nn.Module) -> None:
-    if is_pipeline(module) or tensor_parallel_size() > 1:
-        raise InvalidArgumentError(
-            "save_experts writes what is dense from rank 0, which under tensor or pipeline "
-            "parallelism has a part of it."
-        )
 
 
 def _experts(

@@ -50,6 +50,7 @@ WITH_AN_ENGINE = [
     "moe_groups.GroupSchedule(model, [])",
     "moe_groups.LossTracker(model)",
     "moe_groups.compact_gradients(model)",
+    "moe_groups.gather_model(model)",
     "moe_groups.lean_step(model)",
     "moe_groups.load_experts(groups, 'there')",
     "moe_groups.protect_checkpoints(model)",

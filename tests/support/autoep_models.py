@@ -4,10 +4,14 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -23,7 +27,26 @@ _SHAPE = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
 }
-PRESETS = {"mixtral": "mixtral", "qwen3": "qwen3_moe", "deepseek": "deepseek_v3"}
+_DEEPSEEK = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
+PRESETS = {
+    "mixtral": "mixtral",
+    "qwen2": "qwen3_moe",
+    "qwen3": "qwen3_moe",
+    "deepseek": "deepseek_v3",
+    "deepseek2": "deepseek_v2",
+    "qwen3.5": "qwen3_5_moe",
+    "minimax": "minimax_m3",
+}
 
 
 def make_model(kind: str) -> Any:
@@ -35,25 +58,38 @@ def make_model(kind: str) -> Any:
         return Qwen3MoeForCausalLM(
             Qwen3MoeConfig(**_SHAPE, head_dim=16, moe_intermediate_size=24, num_experts=4)
         )
-    return DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **_SHAPE,
-            moe_intermediate_size=24,
-            n_routed_experts=4,
-            n_group=2,
-            topk_group=1,
-            n_shared_experts=1,
-            first_k_dense_replace=1,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=16,
+    if kind == "qwen2":  # has a shared expert with a gate; one tensor for tokens in and out
+        sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+        return Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(**_SHAPE, **sizes, num_experts=4, tie_word_embeddings=True)
         )
+    if kind == "qwen3.5":
+        return _qwen3_5()
+    if kind == "minimax":
+        return _minimax()
+    if kind == "deepseek2":
+        return DeepseekV2ForCausalLM(DeepseekV2Config(**_SHAPE, **_DEEPSEEK))
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**_SHAPE, **_DEEPSEEK, n_group=2, topk_group=1))
+
+
+def _qwen3_5() -> Any:
+    from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+    sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "head_dim": 16}
+    layers = ["full_attention"] * 2
+    return Qwen3_5MoeForCausalLM(
+        Qwen3_5MoeTextConfig(**_SHAPE, **sizes, num_experts=4, layer_types=layers)
     )
 
 
-def autoep_config(kind: str, wrapper: str) -> dict[str, Any]:
+def _minimax() -> Any:
+    from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as minimax
+
+    config = minimax.MiniMaxM3VLTextConfig(**_SHAPE, head_dim=16, num_local_experts=4)
+    return minimax.MiniMaxM3VLForCausalLM(config)
+
+
+def autoep_config(kind: str, wrapper: str, autoep_size: int = 2) -> dict[str, Any]:
     """A DeepSpeed config; ``wrapper`` is "zero1", "zero2", "zero3" or "bf16"."""
     stage = 1 if wrapper == "bf16" else int(wrapper[-1])
     return {
@@ -65,7 +101,7 @@ def autoep_config(kind: str, wrapper: str) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "expert_parallel": {
             "enabled": True,
-            "autoep_size": 2,
+            "autoep_size": autoep_size,
             "preset_model": PRESETS[kind],
         },
     }

@@ -354,6 +354,8 @@ def check_stock() -> None:
 def forget_process_groups() -> None:
     """Reset DeepSpeed's registries of process groups to the state of a fresh process.
 
+    Also transformers' DeepSpeed config, which partitions each model that is made under ZeRO-3.
+
     Destroys engines and groups: each group has threads that wake a hundred times a second, and
     a grid of pipelines makes dozens of groups.
     """
@@ -371,6 +373,8 @@ def forget_process_groups() -> None:
         known.clear()
     groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups.mesh_device = None
     groups.mpu, groups.expert_tensor_parallel_world_size = None, 1
+    if "transformers.integrations.deepspeed" in sys.modules:
+        _module("transformers.integrations.deepspeed").unset_hf_deepspeed_config()
     distributed: Any = torch.distributed
     if Version(torch.__version__) < Version("2.7"):
         return  # destroying a gloo group can hang there, while another rank makes the next one

@@ -21,7 +21,7 @@ from moe_groups.errors import (
 )
 from moe_groups.weights.load import load_experts
 from moe_groups.weights.names import expand, find_stored_layers, match_layers
-from moe_groups.weights.safetensors_files import INDEX, SafetensorsFiles, StoredTensor
+from moe_groups.weights.safetensors_files import INDEX, SINGLE, SafetensorsFiles, StoredTensor
 from moe_groups.weights.save import save_experts
 from tests.support.hf_checkpoints import (
     DENSE_LAYERS,
@@ -518,3 +518,14 @@ def test_saves_that_are_refused(mixtral: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="file cannot be written"):
         save_experts(decoder(), tmp_path / "file", family="mixtral")
     assert not out.exists()
+
+
+def test_a_file_that_is_written_again_is_refused(tmp_path: Path) -> None:
+    """It is mapped anew after each 32 MiB, and must be the file whose header was checked."""
+    large = {name: torch.zeros(2**25 + 1, dtype=torch.uint8) for name in "ab"}
+    save_file(large, tmp_path / SINGLE)
+    with SafetensorsFiles(tmp_path) as files:
+        assert len(files.read("a")) == len(files.read("b")) == 2**25 + 1
+        save_file(large | {"a": torch.ones(2**25 + 1, dtype=torch.uint8)}, tmp_path / SINGLE)
+        with pytest.raises(CheckpointError, match="written again while it was read"):
+            files.read("a")

@@ -1,0 +1,1 @@
+"""DeepSpeed's AutoEP: groups made before it, layers made before it, and names from before it."""
