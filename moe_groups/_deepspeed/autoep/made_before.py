@@ -1,17 +1,13 @@
 """Layers of AutoEP that are made before the engine."""
 
-import copy
-import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from moe_groups._deepspeed.layers import is_autoep_layer
 from moe_groups._deepspeed.patching import Change, change_functions
 from moe_groups.errors import InvalidArgumentError
-
 
 _MADE = "_moe_groups_autoep"
 

@@ -2,14 +2,13 @@
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from moe_groups._deepspeed.layers import is_autoep_layer
-from moe_groups._deepspeed.patching import Change, change_functions
 from moe_groups.errors import InvalidArgumentError
 
 

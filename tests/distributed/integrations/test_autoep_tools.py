@@ -11,8 +11,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import distributed
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralForCausalLM,
+    TrainerCallback,
+)
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from moe_groups import (
     create_moe_param_groups,
@@ -337,3 +344,29 @@ def test_a_model_that_transformers_has_partitioned(tmp_path: Path) -> None:
         2, from_pretrained_under_zero3, tmp_path / "source", tmp_path, timeout=60
     ):
         assert difference <= 1e-6
+
+
+def train_and_save(folder: Path, wrapper: str, kind: str) -> list[float]:
+    """How far the saved model, and that of the checkpoint, are from the engine's weights."""
+    changes = {"save_strategy": "steps", "save_steps": 3, "save_only_model": wrapper == "zero2"}
+    cfg = deepspeed_config(wrapper, 2, "AdamW")
+    trainer = make_trainer(folder, cfg, make_model(kind), changes=changes)
+    trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    distributed.barrier()
+    unset_hf_deepspeed_config()  # which would partition what is loaded
+    found = []
+    for saved in (folder / "saved", folder / "checkpoint-3"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            saved, dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(info.values()), info
+        found.append(local_difference(trainer.deepspeed, model)[0])
+    forget_process_groups()
+    return found
+
+
+@pytest.mark.parametrize(("wrapper", "kind"), [("zero2", "deepseek"), ("zero3", "qwen3")])
+def test_trainer_saves_what_it_trained(wrapper: str, kind: str, tmp_path: Path) -> None:
+    for differences in run_on_ranks(2, train_and_save, tmp_path, wrapper, kind, timeout=60):
+        assert differences == [0.0, 0.0]
