@@ -83,7 +83,11 @@ def source_layers(engine: Any) -> dict[str, SourceLayer]:
         "that the names of their weights are not known (model.config must be that of then): "
     )
     try:
-        found = {spec.moe_module_name: spec for spec in AutoEP(source, config).ep_parser()}
+        parser = AutoEP(source, config)
+        # early_groups.py may have begun at the model of transformers inside
+        root = next(path for path, part in source.named_modules() if part is parser.model)
+        specs = {spec.moe_module_name: spec for spec in parser.ep_parser()}
+        found = {f"{root}.{path}".lstrip("."): spec for path, spec in specs.items()}
     except ValueError as error:
         raise InvalidArgumentError(f"{other}{error}") from error
     if missing := [path for path in paths if path not in found]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import distributed
 from transformers import (
     AutoModelForCausalLM,
@@ -303,6 +304,12 @@ def with_adapters(folder: Path, wrapper: str) -> tuple[list[str], set[str]]:
     verify(trainer.deepspeed)
     names = [row.name for row in describe(trainer.deepspeed).rows]
     after = full_weights(trainer.deepspeed)
+    trainer.save_model(str(folder))
+    distributed.barrier()
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert len(saved) == 4, saved.keys()  # A and B in two layers
+    for name, weight in saved.items():
+        assert torch.equal(weight, after[name.replace(".weight", ".default.weight")])
     forget_process_groups()
     return names, {
         name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2]
