@@ -30,7 +30,7 @@ from moe_groups import (
     tag_experts,
     verify,
 )
-from moe_groups._deepspeed.lean_step import tile_of
+from moe_groups._deepspeed.step.lean_step import tile_of
 from moe_groups.checkpoints.guard.engine_layout import own_groups, own_origin
 from moe_groups.errors import (
     CheckpointMismatchError,
