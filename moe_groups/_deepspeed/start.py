@@ -56,8 +56,9 @@ def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
             raise ParameterInputError(
                 f"group {ours[0]!r} holds experts, but the model has no MoE layer that DeepSpeed "
                 "knows (deepspeed.moe.layer.MoE, moe_groups.MoE or AutoEP's), and without one it "
-                "reduces all parameters as dense ones. Build a layer with one of these, or set "
-                "param.allreduce = True to train the experts as dense parameters."
+                "reduces all parameters as dense ones. Build a layer with one of these, enable "
+                'AutoEP ("expert_parallel") in the config, or set param.allreduce = True to train '
+                "the experts as dense parameters."
             )
         if ours and wrapper == BFLOAT16:
             need("BF16_Optimizer", 'set "data_types": {"grad_accum_dtype": "bf16"} for ZeRO-1')

@@ -70,7 +70,7 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
             f"the optimizer has groups of moe-groups already ({grouped[0].get('name')!r}): make it "
             "from model.parameters(), or from your own groups, and group it once."
         )
-    config = _deepspeed_config()
+    config = deepspeed_config()
     early = (
         autoep_experts_tagged(model, config, found_none=False)
         if autoep_enabled(config)
@@ -104,7 +104,8 @@ def _warn_of_a_dense_model(found: TaggedModel) -> None:
         )
 
 
-def _deepspeed_config() -> Mapping[str, Any]:
+def deepspeed_config() -> Mapping[str, Any]:
+    """That of Accelerate's plugin; empty without one."""
     plugin = AcceleratorState().deepspeed_plugin if is_initialized() else None
     config: Mapping[str, Any] = plugin.deepspeed_config if plugin else {}
     return config
@@ -112,7 +113,7 @@ def _deepspeed_config() -> Mapping[str, Any]:
 
 def _check_optimizer(optimizer: Any) -> None:
     if isinstance(optimizer, DummyOptim):
-        block = _deepspeed_config().get("optimizer", {})
+        block = deepspeed_config().get("optimizer", {})
         if str(block.get("type")).lower() == "muon":
             raise InvalidArgumentError(
                 'the optimizer block of the DeepSpeed config has "type": "Muon", for which '

@@ -144,8 +144,18 @@ def autoep_experts_tagged(
 
 
 def autoep_enabled(config: Mapping[str, Any]) -> bool:
-    """Does this DeepSpeed config turn AutoEP on?"""
-    return bool((config.get("expert_parallel") or {}).get("enabled"))
+    """Does this DeepSpeed config turn AutoEP on?
+
+    Raises:
+        InvalidArgumentError: its ``"expert_parallel"`` is no object.
+    """
+    block = config.get("expert_parallel") or {}
+    if not isinstance(block, Mapping):
+        raise InvalidArgumentError(
+            f'"expert_parallel" of the DeepSpeed config is {block!r}: expected {{"enabled": true, '
+            '"autoep_size": N}.'
+        )
+    return bool(block.get("enabled"))
 
 
 @checked

@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from moe_groups._common.arguments import Bytes, checked, need
+from moe_groups._common.warn import warn
+from moe_groups._deepspeed.autoep.early_groups import support_early_groups
 from moe_groups._deepspeed.engines import known_engines
 from moe_groups._deepspeed.layers import is_autoep_layer, is_partitioned
 from moe_groups._deepspeed.process_groups import tensor_parallel_size
@@ -18,6 +20,7 @@ from moe_groups.checkpoints.guard.guard import Regroup, guard_of, protect_checkp
 from moe_groups.engine.lean import lean_step
 from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
+from moe_groups.integrations.autoep import autoep_enabled, support_new_transformers
 from moe_groups.weights.gather import gather_model
 
 need("transformers", "hf", "groups for Trainer")
@@ -29,7 +32,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import Trainer  # noqa: E402
 from transformers.trainer import SCHEDULER_NAME  # noqa: E402
 
-from moe_groups.integrations.accelerate import group_optimizer  # noqa: E402
+from moe_groups.integrations.accelerate import deepspeed_config, group_optimizer  # noqa: E402
 
 _OPTIONS = (
     "split_by",
@@ -91,12 +94,33 @@ class MoETrainer(Trainer):
                 "Weight decay is Trainer's: override its get_decay_parameter_names to change it."
             )
         super().__init__(*args, **kwargs)
+        if autoep_enabled(deepspeed_config()):
+            support_early_groups()  # also for an engine that evaluates, and makes no groups
+            support_new_transformers()
+            self._warn_of_scaled_loss()
         if self.optimizer is not None or self.lr_scheduler is not None:
             raise InvalidArgumentError(
                 "MoETrainer cannot use optimizers=(optimizer, scheduler): it makes groups, and "
                 "then a scheduler. Give optimizer_cls_and_kwargs=(AdamW, {...}), or override "
                 "create_optimizer to return group_optimizer(your_optimizer, self.model, "
                 "**self.group_options), and create_scheduler."
+            )
+
+    def _warn_of_scaled_loss(self) -> None:
+        """Trainer takes a transformers model's auxiliary loss for a part of a sum over tokens."""
+        settings = getattr(self.model, "config", None)
+        coefficient = getattr(settings, "router_aux_loss_coef", 0)
+        times = self.args.world_size if self.args.average_tokens_across_devices else 1
+        times *= self.args.gradient_accumulation_steps
+        counted = getattr(settings, "output_router_logits", False) and coefficient
+        plain = super().compute_loss.__func__ is Trainer.compute_loss  # TRL's counts it once
+        if counted and plain and times > 1:
+            warn(
+                f"Trainer will count the model's auxiliary loss {times} times, once for each rank "
+                "and accumulated batch, as it divides the loss by the tokens of all. For "
+                f"router_aux_loss_coef={coefficient} set {coefficient / times:g} in the model's "
+                "config.",
+                UserWarning,
             )
 
     def create_optimizer(self, *args: Any) -> Any:
@@ -127,7 +151,7 @@ class MoETrainer(Trainer):
             self._save(folder, state_dict=state)
             adapters = Path(folder, "adapter_model.safetensors")
             if adapters.exists():
-                _add_experts(adapters, state)
+                _add_experts(adapters, state, engine.module)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
@@ -178,13 +202,21 @@ class MoETrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
 
-def _add_experts(adapters: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Add the experts to PEFT's file that its model, one rank's, does not have."""
+def _add_experts(adapters: Path, state: Mapping[str, torch.Tensor], module: nn.Module) -> None:
+    """Add to PEFT's file what its model does not have under the names of ``state``.
+
+    These are experts of other ranks, and what was trained inside of layers that AutoEP replaced.
+    """
     saved = {name: tensor.clone() for name, tensor in load_file(adapters).items()}
     known = {_NUMBER.sub("", name) for name in saved}
-    named = {_ADAPTER.sub("", name): tensor for name, tensor in state.items()}
-    missing = named.keys() - saved.keys()
-    more = {name: named[name].clone() for name in missing if _NUMBER.sub("", name) in known}
+    replaced = tuple(f"{path}." for path, part in module.named_modules() if is_autoep_layer(part))
+    buffers = {name.rpartition(".")[2] for name, _ in module.named_buffers()}
+    more = {}
+    for full_name, tensor in state.items():
+        name = _ADAPTER.sub("", full_name)
+        inside = full_name.startswith(replaced) and name.rpartition(".")[2] not in buffers
+        if name not in saved and (inside or _NUMBER.sub("", name) in known):
+            more[name] = tensor.clone()
     if more:
         save_file(saved | more, adapters, metadata={"format": "pt"})
 

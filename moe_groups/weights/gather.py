@@ -75,7 +75,8 @@ def gather_model(model: InitializedEngine, *, exclude_frozen_parameters: bool = 
             gathering.add_autoep(path, sources[path], own)
         for name, tensor in state.items():
             gathering.add(name, tensor)
-    return gathering.whole
+    compiled = "_orig_mod."  # what torch.compile puts before the names of a module
+    return {name.replace(compiled, ""): tensor for name, tensor in gathering.whole.items()}
 
 
 def _is_frozen(tensor: torch.Tensor) -> bool:

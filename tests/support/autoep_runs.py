@@ -72,12 +72,17 @@ def deepspeed_config(wrapper: str, ep_size: int, block: str | None = None) -> di
     return cfg
 
 
-def one_process(kind: str, name: str) -> tuple[nn.Module, list[list[float]]]:
+def one_process(
+    kind: str, name: str, model: nn.Module | None = None
+) -> tuple[nn.Module, list[list[float]]]:
     """The model after training on the batches of both ranks, without any parallelism.
 
     Also the losses of each rank's batches, step by step.
+
+    Args:
+        model: goes on with this one.
     """
-    model = make_model(kind)
+    model = model or make_model(kind)
     optimizer = torch_optimizer(name, model.parameters())
     losses = []
     for both in zip(batches(0), batches(1), strict=True):

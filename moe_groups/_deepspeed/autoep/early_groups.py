@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_groups._deepspeed.autoep.made_before import CHANGES as MADE_CHANGES, mark_made
+from moe_groups._deepspeed.layers import is_autoep_layer
 from moe_groups._deepspeed.patching import Change, change_functions
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.releases import need
@@ -31,7 +33,7 @@ def support_early_groups() -> None:
         UnsupportedDeepSpeedError: this DeepSpeed cannot. Nothing has been changed then.
     """
     need("remapped groups", "make groups with autoep_optimizer")
-    change_functions(_CHANGES, "groups that are made before AutoEP need")
+    change_functions((*_CHANGES, *MADE_CHANGES), "groups that are made before AutoEP need")
 
 
 def find_sources(model: nn.Module, block: Mapping[str, Any]) -> tuple[list[torch.Tensor], int]:
@@ -51,6 +53,15 @@ def find_sources(model: nn.Module, block: Mapping[str, Any]) -> tuple[list[torch
     )
 
     config = parse_autoep_config(dict(block))
+    if (
+        type(config.enabled) is not bool
+        or type(config.autoep_size) is not int
+        or (config.autoep_size < 1)
+    ):
+        raise InvalidArgumentError(
+            f'"expert_parallel" of the DeepSpeed config has enabled={config.enabled!r} and '
+            f"autoep_size={config.autoep_size!r}: expected true and a positive integer."
+        )
     try:
         parser = AutoEP(model, config)
         specs = parser.ep_parser()
@@ -84,6 +95,8 @@ def _wrap_configure(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def _configure_expert_parallel(self: Any, model: nn.Module, collect_sources: Any = None) -> Any:
         replaced = original(self, model, collect_sources)
+        if any(map(is_autoep_layer, model.modules())):
+            mark_made(_transformers_model(model), self._config.expert_parallel_config)
         if replaced and PORTS.modules_replaced(model, replaced.sources):
             _FOLLOWED.add(self)
         return replaced
@@ -95,12 +108,16 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     """Look for the blocks in the model of transformers: the presets' patterns begin there."""
 
     def begin(self: Any, model: nn.Module, config: Any) -> None:
-        base = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
-        inside = (part for part in model.modules() if isinstance(part, base))
         whole = config.moe_layer_pattern is not None
-        original(self, model if whole else next(inside, model), config)
+        original(self, model if whole else _transformers_model(model), config)
 
     return begin
+
+
+def _transformers_model(model: nn.Module) -> nn.Module:
+    """The model of transformers that ``model`` is or has inside; itself if there is none."""
+    base = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
+    return next((part for part in model.modules() if isinstance(part, base)), model)
 
 
 _CHANGES: tuple[Change, ...] = (

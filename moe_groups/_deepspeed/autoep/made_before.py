@@ -1,5 +1,6 @@
 """Layers of AutoEP that are made before the engine."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,7 +59,16 @@ def make_autoep_layers(model: nn.Module, settings: Mapping[str, Any]) -> None:
     group = groups._get_expert_parallel_group(f"ep_size_{size}")
     with torch.device("meta"):
         found.replace_moe_layers(specs, size, torch.distributed.get_rank(group))
-    setattr(model, _MADE, config)
+    mark_made(model, config)
+
+
+def mark_made(model: nn.Module, config: Any) -> None:
+    """Note that ``model`` has its layers, so that a later engine leaves them as they are.
+
+    Args:
+        config: AutoEP's, by which they were made.
+    """
+    setattr(model, _MADE, copy.copy(config))
 
 
 def _wrap_parser(original: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
@@ -70,8 +80,9 @@ def _wrap_parser(original: Callable[[Any], list[Any]]) -> Callable[[Any], list[A
             return original(self)
         if made[0] != self.config:
             raise InvalidArgumentError(
-                "load_autoep has distributed the experts by another expert_parallel than that of "
-                f"this config: {made[0]} then, {self.config} now. Give both the same."
+                "the experts of this model have been distributed by another expert_parallel than "
+                f"that of this config: {made[0]} then, {self.config} now. Give the same, or make "
+                "the model anew."
             )
         return []
 

@@ -9,11 +9,11 @@ from torch import distributed
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from moe_groups import gather_model
+from moe_groups import create_moe_param_groups, gather_model
 from moe_groups._deepspeed.engines import gathered
 from moe_groups._deepspeed.layers import is_autoep_layer, is_partitioned
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.integrations.autoep import autoep_optimizer
+from moe_groups.integrations.autoep import autoep_optimizer, tag_autoep_experts
 from tests.support.autoep_models import VOCABULARY, autoep_config, make_model, train_autoep
 from tests.support.ranks import forget_process_groups, run_on_ranks
 from tests.support.training import initialize
@@ -144,6 +144,20 @@ def test_what_is_gathered_loads_in_transformers(
 
 
 # ---- what cannot be gathered -------------------------------------------------------------
+
+
+def compiled_names() -> set[str]:
+    model = make_model("mixtral")
+    known = set(model.state_dict())
+    cfg = autoep_config("mixtral", "zero2")
+    tag_autoep_experts(model, cfg)
+    engine = initialize(torch.compile(model), adamw(create_moe_param_groups(model)), cfg)
+    return known.symmetric_difference(gather_model(engine) or known)
+
+
+def test_a_compiled_model_has_its_own_names() -> None:
+    for different in run_on_ranks(2, compiled_names):
+        assert different == set()
 
 
 def refused() -> tuple[str, str]:

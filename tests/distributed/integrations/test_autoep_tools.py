@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import distributed
 from transformers import (
@@ -265,9 +265,17 @@ def refusals() -> None:
         tag_autoep_experts(model, {"expert_parallel": {"enabled": False}})
     with pytest.raises(InvalidArgumentError, match="cannot be read"):
         tag_autoep_experts(model, "no/config.json")
-    odd = cfg | {"expert_parallel": cfg["expert_parallel"] | {"autoep_size": 3}}
-    with pytest.raises(InvalidArgumentError, match="AutoEP cannot distribute"):
-        tag_autoep_experts(model, odd)
+    for change, message in (
+        ({"autoep_size": 3}, "AutoEP cannot distribute"),
+        ({"autoep_size": "2"}, "autoep_size='2': expected"),
+        ({"autoep_size": 0}, "autoep_size=0: expected"),
+        ({"enabled": "false"}, "enabled='false'"),
+    ):
+        odd = cfg | {"expert_parallel": cfg["expert_parallel"] | change}
+        with pytest.raises(InvalidArgumentError, match=message):
+            tag_autoep_experts(model, odd)
+    with pytest.raises(InvalidArgumentError, match='"expert_parallel" of the DeepSpeed config is'):
+        tag_autoep_experts(model, cfg | {"expert_parallel": True})
     with pytest.raises(InvalidArgumentError, match="AutoEP finds no MoE block"):
         tag_autoep_experts(torch.nn.Linear(2, 2), cfg)
     assert not tag_experts(model)
@@ -299,7 +307,10 @@ def test_refusals() -> None:
 def with_adapters(folder: Path, wrapper: str) -> tuple[list[str], set[str]]:
     """Names of the groups, and what of the model has been trained."""
     torch.manual_seed(0)
-    model: Any = get_peft_model(make_model("mixtral"), LoraConfig(r=4, target_modules=["q_proj"]))
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    if wrapper == "zero2":
+        lora.modules_to_save = ["gate"]
+    model: Any = get_peft_model(make_model("mixtral"), lora)
     if wrapper == "zero2":  # thawed
         for name, param in model.named_parameters():
             param.requires_grad_(param.requires_grad or ".experts." in name)
@@ -315,9 +326,19 @@ def with_adapters(folder: Path, wrapper: str) -> tuple[list[str], set[str]]:
     trainer.save_model(str(folder))
     distributed.barrier()
     saved = load_file(folder / "adapter_model.safetensors")
-    assert len(saved) == 4, saved.keys()  # A and B in two layers
-    for name, weight in saved.items():
-        assert torch.equal(weight, after[name.replace(".weight", ".default.weight")])
+    # A and B in two layers, and what was trained inside of the layers of AutoEP
+    assert len(saved) == (4 + 2 + 4 if wrapper == "zero2" else 4), saved.keys()
+    unset_hf_deepspeed_config()
+    loaded: Any = PeftModel.from_pretrained(make_model("mixtral"), folder)
+    mine = dict(loaded.named_parameters())
+    first = distributed.get_rank() * 2
+    for name, weight in after.items():
+        path = name.replace(".router.gate.", ".gate.modules_to_save.default.")
+        if ".experts." not in name:
+            assert torch.equal(mine[path], weight), name
+        elif name.endswith("w2"):
+            whole = mine[name.replace("w2", "down_proj")]
+            assert torch.equal(whole[first : first + 2], weight), name
     forget_process_groups()
     return names, {
         name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2]
@@ -331,7 +352,7 @@ def test_adapters_around_the_model(wrapper: str, tmp_path: Path) -> None:
     for names, trained in run_on_ranks(2, with_adapters, tmp_path, wrapper, timeout=60):
         if wrapper == "zero2":
             assert names == ["dense", *(f"ep_size_2_model.layers.{n}.mlp" for n in (0, 1))]
-            assert trained == {"lora_A", "lora_B", "mlp"}
+            assert trained == {"lora_A", "lora_B", "mlp", "router"}
         else:
             assert names == ["dense"]
             assert trained == {"lora_A", "lora_B"}
@@ -388,3 +409,45 @@ def train_and_save(folder: Path, wrapper: str, kind: str) -> list[float]:
 def test_trainer_saves_what_it_trained(wrapper: str, kind: str, tmp_path: Path) -> None:
     for differences in run_on_ranks(2, train_and_save, tmp_path, wrapper, kind, timeout=60):
         assert differences == [0.0, 0.0]
+
+
+def two_stages(folder: Path) -> float:
+    """A second Trainer goes on with the model of the first; before, one that only evaluates."""
+    data = torch.utils.data.Subset(Tokens(), range(4))
+    make_trainer(folder, deepspeed_config("zero3", 2), make_model("mixtral")).evaluate(data)
+    forget_process_groups()
+    model = make_model("mixtral")
+    for _ in range(2):
+        trainer = make_trainer(folder, deepspeed_config("zero2", 2, "AdamW"), model)
+        trainer.train()
+        verify(trainer.deepspeed)
+    once, _ = one_process("mixtral", "AdamW")
+    difference, _ = local_difference(trainer.deepspeed, one_process("", "AdamW", once)[0])
+    forget_process_groups()
+    return difference
+
+
+def test_a_model_goes_through_two_trainers(tmp_path: Path) -> None:
+    for difference in run_on_ranks(2, two_stages, tmp_path, timeout=60):
+        assert difference <= 1e-6
+
+
+def warned_of_loss(folder: Path) -> float:
+    """With the coefficient that the warning asks for, training is that of one process."""
+    model = make_model("mixtral")
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.1
+    with pytest.warns(UserWarning, match=r"2 times.*router_aux_loss_coef=0.1 set 0.05"):
+        make_trainer(folder, deepspeed_config("zero2", 2, "AdamW"), model)
+    model.config.router_aux_loss_coef = model.router_aux_loss_coef = 0.05
+    trainer = make_trainer(folder, deepspeed_config("zero2", 2, "AdamW"), model)
+    trainer.train()
+    other = make_model("mixtral")
+    other.config.output_router_logits, other.router_aux_loss_coef = True, 0.1
+    difference, _ = local_difference(trainer.deepspeed, one_process("", "AdamW", other)[0])
+    forget_process_groups()
+    return difference
+
+
+def test_the_auxiliary_loss_that_trainer_counts_for_each_rank(tmp_path: Path) -> None:
+    for difference in run_on_ranks(2, warned_of_loss, tmp_path, timeout=60):
+        assert difference <= 1e-6
