@@ -151,7 +151,8 @@ def compiled_names() -> set[str]:
     known = set(model.state_dict())
     cfg = autoep_config("mixtral", "zero2")
     tag_autoep_experts(model, cfg)
-    engine = initialize(torch.compile(model), adamw(create_moe_param_groups(model)), cfg)
+    compiled: Any = torch.compile(model)
+    engine = initialize(compiled, adamw(create_moe_param_groups(model)), cfg)
     return known.symmetric_difference(gather_model(engine) or known)
 
 
