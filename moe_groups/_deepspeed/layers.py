@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,12 @@ def moe_layer_types() -> tuple[type, ...]:
     """``(deepspeed.moe.layer.MoE,)``; empty if it was not imported, because no module is one."""
     layer = sys.modules.get("deepspeed.moe.layer")
     return () if layer is None else (layer.MoE,)
+
+
+def is_autoep_layer(module: object) -> bool:
+    """Is ``module`` an ``AutoEPMoELayer``?"""
+    autoep = sys.modules.get("deepspeed.module_inject.auto_ep_layer")
+    return autoep is not None and isinstance(module, autoep.AutoEPMoELayer)
 
 
 def layer_experts(module: Any) -> list[nn.Module]:
@@ -50,8 +56,7 @@ def layer_parts(module: Any) -> LayerParts | None:
     AutoEP names ``gate_proj``, ``down_proj`` and ``up_proj`` of all its experts ``w1``, ``w2`` and
     ``w3`` (``repack_expert_weights``, ``moe/ep_repack.py``).
     """
-    autoep = sys.modules.get("deepspeed.module_inject.auto_ep_layer")
-    if autoep is not None and isinstance(module, autoep.AutoEPMoELayer):
+    if is_autoep_layer(module):
         layer: Any = module
         fused = {f"{name}.weight": getattr(layer.experts, name) for name in ("w1", "w2", "w3")}
         own = [
@@ -79,17 +84,29 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(param, "ds_id") for param in model.parameters())
 
 
-def routers_of(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
-    """``(label or path, experts over all ranks, gate)`` of each DeepSpeed ``MoE``, in order."""
-    return [
-        (
-            str(getattr(layer, "group_label", None) or path),
-            int(cast(Any, layer).num_experts),
-            cast(Any, layer).deepspeed_moe.gate,
-        )
-        for path, layer in model.named_modules()
-        if isinstance(layer, moe_layer_types())
-    ]
+class LayerRouter(NamedTuple):
+    """The router of a layer of DeepSpeed.
+
+    Attributes:
+        num_experts: number of experts over all ranks.
+        module: chooses the experts.
+        logits: the part of an AutoEP router that returns its logits. A ``TopKGate`` has none: it
+            multiplies by the weight of ``wg`` itself, so no hook of ``wg`` ever runs.
+    """
+
+    num_experts: int
+    module: nn.Module
+    logits: nn.Module | None
+
+
+def layer_router(module: Any) -> LayerRouter | None:
+    """The router of a DeepSpeed ``MoE`` or an ``AutoEPMoELayer``; None for another module."""
+    if is_autoep_layer(module):
+        return LayerRouter(module.num_experts, module.router, module.router.gate)
+    if isinstance(module, moe_layer_types()):
+        layer: Any = module
+        return LayerRouter(layer.num_experts, layer.deepspeed_moe.gate, None)
+    return None
 
 
 def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,3 +120,8 @@ def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     taken = rest[2] >= 0 if len(outputs) == 7 else rest[1]
     counts = counts.to(loss.device)  # before 0.15 on the CPU
     return loss, counts, counts.sum() - taken.sum()
+
+
+def gate_logits(gate: Any, inputs: Sequence[Any]) -> torch.Tensor:
+    """The logits of a ``TopKGate``, which it does not return; without the noise of a policy."""
+    return nn.functional.linear(inputs[0].float(), gate.wg.weight.float())
