@@ -109,6 +109,21 @@ def layer_router(module: Any) -> LayerRouter | None:
     return None
 
 
+def give_autoep_bias(layer: Any) -> str:
+    """Give an ``AutoEPMoELayer`` the bias that its router adds in the choice; returns its name.
+
+    DeepSpeed refuses ``load_balance_coeff`` in its config, which would make the buffer, because
+    nothing would change it; but the layer passes on what it has.
+    """
+    name = "expert_bias"
+    if layer.expert_bias is None:
+        del layer.expert_bias
+        device = layer.tokens_per_expert.device
+        bias = torch.zeros(layer.num_experts, dtype=torch.float32, device=device)
+        layer.register_buffer(name, bias)
+    return name
+
+
 def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(loss, assignments to each expert, how many were dropped)`` of a gate's outputs.
 

@@ -10,7 +10,8 @@ from torch import distributed
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.engines import Engine, engine_data_parallel_group, stepped_groups
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.losses.tracker import LayerBalance, LossTracker, numbers_of, over_layers
+from moe_groups.losses.report import LayerBalance, numbers_of, over_layers
+from moe_groups.losses.tracker import LossTracker
 from moe_groups.memory.estimate import estimate_step_memory
 from moe_groups.memory.step_config import StepConfig
 from moe_groups.metrics.group_metrics import GroupMetrics
