@@ -160,8 +160,8 @@ def _count(chosen: torch.Tensor, experts: int) -> torch.Tensor:
 
 def summed_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The entropy of each token's softmax in nats, summed over the tokens, and their number."""
-    logits = logits.detach().flatten(0, -2).float()
-    return torch.special.entr(logits.softmax(-1)).sum(), len(logits)
+    tokens = logits.numel() // logits.shape[-1]
+    return torch.special.entr(logits.float().softmax(-1)).sum(), tokens
 
 
 class Passes:
