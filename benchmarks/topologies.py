@@ -54,9 +54,9 @@ class Timed(LossTracker):
 
     spent = 0.0
 
-    def record(self, *args: Any, **kwargs: Any) -> None:
+    def _record(self, *args: Any) -> None:
         begin = time.perf_counter()
-        super().record(*args, **kwargs)
+        super()._record(*args)
         self.spent += time.perf_counter() - begin
 
     def step(self, *args: Any, **kwargs: Any) -> BalanceReport | None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         router_z_loss as router_z_loss,
     )
     from moe_groups.losses.carry import CarriedLoss as CarriedLoss, CarryLoss as CarryLoss
+    from moe_groups.losses.expert_bias import balance_experts as balance_experts
     from moe_groups.losses.tracker import LossTracker as LossTracker
     from moe_groups.memory.estimate import estimate_step_memory as estimate_step_memory
     from moe_groups.memory.measure import measure_step_memory as measure_step_memory
@@ -78,6 +79,7 @@ else:
             "losses.attach": ("attach_loss",),
             "losses.balance": ("load_balancing_loss", "router_z_loss"),
             "losses.carry": ("CarriedLoss", "CarryLoss"),
+            "losses.expert_bias": ("balance_experts",),
             "losses.tracker": ("LossTracker",),
             "memory.estimate": ("estimate_step_memory",),
             "memory.measure": ("measure_step_memory",),

@@ -271,17 +271,9 @@ def master_weights(engine: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return master
 
 
-class TrackerReport(Protocol):
-    """The figures of a tracker up to a step, by name."""
-
-    @property
-    def step(self) -> int: ...
-
-    def as_dict(self, per_expert: bool = False) -> dict[str, float]: ...
-
-
-def send_to_monitor(engine: Any, report: TrackerReport, per_expert: bool) -> None:
-    """Write the report to the monitors of DeepSpeed's config (TensorBoard, W&B, CSV), on rank 0."""
+def send_to_monitor(engine: Any, step: int, values: Mapping[str, float]) -> None:
+    """Write values to the monitors of DeepSpeed's config (TensorBoard, W&B, CSV), on rank 0."""
     if engine.monitor.enabled and torch.distributed.get_rank() == 0:
-        values = report.as_dict(per_expert).items()
-        engine.monitor.write_events([(f"Train/{key}", value, report.step) for key, value in values])
+        engine.monitor.write_events(
+            [(f"Train/{key}", value, step) for key, value in values.items()]
+        )

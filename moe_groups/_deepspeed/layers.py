@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -88,17 +88,44 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(param, "ds_id") for param in model.parameters())
 
 
-def routers_of(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
-    """``(label or path, experts over all ranks, gate)`` of each DeepSpeed ``MoE``, in order."""
-    return [
-        (
-            str(getattr(layer, "group_label", None) or path),
-            int(cast(Any, layer).num_experts),
-            cast(Any, layer).deepspeed_moe.gate,
-        )
-        for path, layer in model.named_modules()
-        if isinstance(layer, moe_layer_types())
-    ]
+class LayerRouter(NamedTuple):
+    """The router of a layer of DeepSpeed.
+
+    Attributes:
+        num_experts: number of experts over all ranks.
+        module: chooses the experts.
+        logits: the part of an AutoEP router that returns its logits. A ``TopKGate`` has none: it
+            multiplies by the weight of ``wg`` itself, so no hook of ``wg`` ever runs.
+    """
+
+    num_experts: int
+    module: nn.Module
+    logits: nn.Module | None
+
+
+def layer_router(module: Any) -> LayerRouter | None:
+    """The router of a DeepSpeed ``MoE`` or an ``AutoEPMoELayer``; None for another module."""
+    if is_autoep_layer(module):
+        return LayerRouter(module.num_experts, module.router, module.router.gate)
+    if isinstance(module, moe_layer_types()):
+        layer: Any = module
+        return LayerRouter(layer.num_experts, layer.deepspeed_moe.gate, None)
+    return None
+
+
+def give_autoep_bias(layer: Any) -> str:
+    """Give an ``AutoEPMoELayer`` the bias that its router adds in the choice; returns its name.
+
+    DeepSpeed refuses ``load_balance_coeff`` in its config, which would make the buffer, because
+    nothing would change it; but the layer passes on what it has.
+    """
+    name = "expert_bias"
+    if layer.expert_bias is None:
+        del layer.expert_bias
+        device = layer.tokens_per_expert.device
+        bias = torch.zeros(layer.num_experts, dtype=torch.float32, device=device)
+        layer.register_buffer(name, bias)
+    return name
 
 
 def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,3 +139,8 @@ def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     taken = rest[2] >= 0 if len(outputs) == 7 else rest[1]
     counts = counts.to(loss.device)  # before 0.15 on the CPU
     return loss, counts, counts.sum() - taken.sum()
+
+
+def gate_logits(gate: Any, inputs: Sequence[Any]) -> torch.Tensor:
+    """The logits of a ``TopKGate``, which it does not return; without the noise of a policy."""
+    return nn.functional.linear(inputs[0].float(), gate.wg.weight.float())

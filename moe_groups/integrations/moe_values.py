@@ -10,13 +10,15 @@ from torch import distributed
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.engines import Engine, engine_data_parallel_group, stepped_groups
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.losses.tracker import LayerBalance, LossTracker
+from moe_groups.losses.report import LayerBalance, numbers_of, over_layers
+from moe_groups.losses.tracker import LossTracker
 from moe_groups.memory.estimate import estimate_step_memory
 from moe_groups.memory.step_config import StepConfig
 from moe_groups.metrics.group_metrics import GroupMetrics
 from moe_groups.metrics.report import METRICS, GroupStats, MetricsReport
 
 _GIB = 2**30
+_LOADS = ("imbalance", "dropped", "dead_experts", "aux_loss")
 _Part = TypeVar("_Part")
 
 
@@ -43,9 +45,7 @@ class MoEValues:
         self._norms = self._unless_refused(
             "norms", lambda: GroupMetrics(engine, interval=interval, update_ratio=update_ratio)
         )
-        self._loads = self._unless_refused(
-            "loads", lambda: LossTracker(engine, coefficient=0.0, interval=interval)
-        )
+        self._loads = self._unless_refused("loads", lambda: LossTracker(engine, interval=interval))
         self._predicted = self._unless_refused(
             "predicted memory", lambda: predicted_step_peak(engine)
         )
@@ -89,34 +89,28 @@ class MoEValues:
             if stats is not None
             for metric in METRICS
         }
-        return {name: value for name, value in values.items() if not math.isnan(value)}
+        return _known(values)
 
     def _values_of_loads(self, layers: Mapping[str, LayerBalance]) -> dict[str, float]:
-        every = layers.values()
-        values: dict[str, float] = {
-            "moe/imbalance": max(layer.imbalance for layer in every),
-            "moe/dropped": sum(layer.dropped for layer in every) / len(every),
-            "moe/dead_experts": sum(layer.dead_experts for layer in every),
-            "moe/aux_loss": sum(layer.loss for layer in every) / len(every),
-        }
+        values = {f"moe/{name}": over_layers(layers)[name] for name in _LOADS}
         for label, layer in layers.items():
             if self._per_layer:
-                values |= {
-                    f"moe/{label}/imbalance": layer.imbalance,
-                    f"moe/{label}/dropped": layer.dropped,
-                    f"moe/{label}/dead_experts": layer.dead_experts,
-                    f"moe/{label}/aux_loss": layer.loss,
-                }
+                numbers = numbers_of(layer)
+                values |= {f"moe/{label}/{name}": value for name, value in numbers.items()}
             if self._per_expert:
                 shares = enumerate(layer.shares)
                 values |= {f"moe/{label}/expert_{n}/share": share for n, share in shares}
-        return values
+        return _known(values)
 
     def close(self) -> None:
         """Remove the hooks from the engine and its model."""
         for part in (self._norms, self._loads):
             if part is not None:
                 part.close()
+
+
+def _known(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def predicted_step_peak(engine: Any) -> int:

@@ -6,7 +6,8 @@ from moe_groups._common.lazy import offer
 
 if TYPE_CHECKING:
     from moe_groups.losses.attach import gradient_scale as gradient_scale
-    from moe_groups.losses.tracker import (
+    from moe_groups.losses.expert_bias import ExpertBalancer as ExpertBalancer
+    from moe_groups.losses.report import (
         BalanceReport as BalanceReport,
         LayerBalance as LayerBalance,
     )
@@ -15,6 +16,7 @@ else:
         __name__,
         {
             "attach": ("gradient_scale",),
-            "tracker": ("BalanceReport", "LayerBalance"),
+            "expert_bias": ("ExpertBalancer",),
+            "report": ("BalanceReport", "LayerBalance"),
         },
     )

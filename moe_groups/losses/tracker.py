@@ -5,98 +5,50 @@ its own layers, on its device and without synchronization; one all-reduce over t
 interval combines them.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from moe_groups._common.arguments import NotNegative, Positive, checked
 from moe_groups._deepspeed.engines import InitializedEngine, send_to_monitor, stage_of
-from moe_groups._deepspeed.layers import routed, routers_of
 from moe_groups.errors import InvalidArgumentError
+from moe_groups.losses.report import BalanceReport, LayerBalance
+from moe_groups.losses.routers import (
+    Passes,
+    Routed,
+    Router,
+    find_routers,
+    recomputes,
+    summed_entropy,
+)
 
-_LOSS, _DROPPED, _FORWARDS, _HEAD = 0, 1, 2, 3
+_FORWARDS, _TOKENS, _LOSS, _DROPPED, _ENTROPY, _HEAD = range(6)
 """Columns of a layer's row, in front of the tokens of each expert."""
-
-
-@dataclass(frozen=True)
-class LayerBalance:
-    """What a layer's router did since the last report, over all ranks and micro-batches.
-
-    Attributes:
-        loss: mean of the layer's load-balancing loss over forward passes, without a coefficient.
-        shares: each expert's share of all assignments; their sum is 1.
-        dropped: share of all assignments that exceeded the capacity of their expert.
-    """
-
-    loss: float
-    shares: tuple[float, ...]
-    dropped: float
-
-    @property
-    def imbalance(self) -> float:
-        """Load of the busiest expert, divided by the mean load: 1 if all loads are equal."""
-        return max(self.shares) * len(self.shares)
-
-    @property
-    def dead_experts(self) -> int:
-        """How many experts got no token."""
-        return self.shares.count(0.0)
-
-
-@dataclass(frozen=True)
-class BalanceReport:
-    """The report of :meth:`LossTracker.step`, the same on all ranks.
-
-    Attributes:
-        step: optimizer steps so far.
-        total: mean loss that was trained on, auxiliary losses included.
-        lm: the same without auxiliary losses.
-        aux: the coefficient times the sum of the layers' mean losses; exact if each layer runs
-            once in a micro-batch.
-        layers: by label, or by module path without a label; in the order of the model.
-    """
-
-    step: int
-    total: float
-    lm: float
-    aux: float
-    layers: Mapping[str, LayerBalance]
-
-    @checked
-    def as_dict(self, per_expert: bool = False) -> dict[str, float]:
-        """Names and numbers for a logger; ``per_expert`` adds each expert's share."""
-        values = {"loss/total": self.total, "loss/lm": self.lm, "loss/aux": self.aux}
-        for name, layer in self.layers.items():
-            values |= {
-                f"aux_loss/{name}": layer.loss,
-                f"imbalance/{name}": layer.imbalance,
-                f"dropped/{name}": layer.dropped,
-            }
-            if per_expert:
-                shares = enumerate(layer.shares)
-                values |= {f"share/{name}/expert_{number}": share for number, share in shares}
-        return values
 
 
 @checked
 class LossTracker:
     """Collects losses and loads of all MoE layers; call :meth:`step` after each optimizer step.
 
-    All ranks make one, and all ranks report. It finds DeepSpeed's ``MoE`` layers (and ours) and
-    records them; for another router call :meth:`record` in its forward pass. It counts neither
-    the repeated forward passes of activation checkpointing nor passes outside of training.
+    All ranks make one, and all ranks report. It finds the routers of DeepSpeed's ``MoE`` layers
+    (ours too), of AutoEP's layers and of the MoE blocks of ``transformers``, and records what they
+    choose, under any ZeRO stage; for another router call :meth:`record` in its forward pass. It
+    counts neither the repeated forward passes of activation checkpointing nor passes outside of
+    training: in evaluation mode, or of the whole model without gradients.
 
     Args:
         engine: from ``deepspeed.initialize``, of a pipeline or not.
-        coefficient: of the load-balancing losses in the loss.
+        coefficient: of the load-balancing losses of DeepSpeed's ``MoE`` layers in the loss.
         interval: optimizer steps between reports.
         in_loss: does the loss that :meth:`step` gets contain the load-balancing losses (added
             up, or carried)? False if they are attached (:func:`attach_loss`).
-        experts: names and numbers of experts of routers that are not DeepSpeed's.
-        per_expert: send each expert's share to the monitor too.
+        experts: names and numbers of experts of routers that you record. Blocks that are not
+            DeepSpeed's are then not looked for.
+        per_expert: send each expert's share to the monitor too, and the numbers of each layer.
+        per_layer: send the numbers of each layer to the monitor too.
 
     Raises:
         InvalidArgumentError: no layer was found, or two have one name.
@@ -111,30 +63,48 @@ class LossTracker:
         self,
         engine: InitializedEngine,
         *,
-        coefficient: NotNegative,
+        coefficient: NotNegative = 0.0,
         interval: Positive = 50,
         in_loss: bool = True,
         experts: Mapping[str, Positive] | None = None,
         per_expert: bool = False,
+        per_layer: bool = False,
     ) -> None:
         self.engine, self.coefficient, self.interval = engine, coefficient, interval
-        self.in_loss, self.per_expert = in_loss, per_expert
-        found = routers_of(engine.module)
-        own = [(label, count) for label, count, _ in found]
-        self._experts = _of_all_ranks(own, dict(experts or {}), stage_of(engine.module))
-        width = _HEAD + max(self._experts.values())
-        rows = len(self._experts) + 1  # the first has the loss that is reported
+        self.in_loss, self.per_expert, self.per_layer = in_loss, per_expert, per_layer
+        found = find_routers(engine.module, blocks=not experts)
+        own = [(router.label, _Layer(router.experts, router.has_loss)) for router in found]
+        given = {name: _Layer(count, True) for name, count in (experts or {}).items()}
+        self._layers = _of_all_ranks(own, given, stage_of(engine.module))
+        width = _HEAD + max(layer.experts for layer in self._layers.values())
+        rows = len(self._layers) + 1  # the first has the loss that is reported
         self._sums = torch.zeros(rows, width, device=engine.device)
-        self._row_of = {name: row for row, name in enumerate(self._experts, 1)}
+        self._total, *own_rows = map(_Row, self._sums)
+        self._rows = dict(zip(self._layers, own_rows, strict=True))
         self._reported = 0
-        self._handles = [self._watch(label, gate) for label, _, gate in found]
+        self._passes = Passes(engine.module)
+        self._handles = [handle for router in found for handle in self._watch(router)]
 
-    def _watch(self, label: str, gate: torch.nn.Module) -> Any:
-        def hook(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
-            if module.training:
-                self.record(label, *routed(outputs))
+    def _watch(self, router: Router) -> list[Any]:
+        def chosen(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            if self._passes.trains(module):
+                self._record(router, inputs, outputs)
 
-        return gate.register_forward_hook(hook)
+        def scored(module: nn.Module, inputs: Any, logits: torch.Tensor) -> None:
+            if self._passes.trains(module) and not recomputes():
+                self._rows[router.label].add_entropy(logits)
+
+        handles = [router.module.register_forward_hook(chosen)]
+        if router.logits is not None:
+            handles.append(router.logits.register_forward_hook(scored))
+        return handles
+
+    @torch.no_grad()
+    def _record(self, router: Router, inputs: Any, outputs: Any) -> None:
+        # Read in a repetition too: selective checkpointing counts the products of matrices.
+        routed = router.read(inputs, outputs)
+        if not recomputes():
+            self._rows[router.label].add(routed)
 
     def record(
         self,
@@ -155,23 +125,19 @@ class LossTracker:
             InvalidArgumentError: there is no layer of this name, or it has another number of
                 experts, or the loss is not one number.
         """
-        if _recomputes() or not self.engine.module.training:
+        if recomputes() or not self._passes.trains(self.engine.module):
             return
-        if name not in self._row_of:
+        if name not in self._rows:
             raise InvalidArgumentError(
-                f"LossTracker.record: no layer {name!r} among {[*self._row_of]}: name your "
+                f"LossTracker.record: no layer {name!r} among {[*self._rows]}: name your "
                 "routers in experts={name: number of experts}."
             )
-        experts = self._experts[name]
+        experts = self._layers[name].experts
         if len(counts) != experts:
             raise InvalidArgumentError(
                 f"LossTracker.record: {len(counts)} counts for the {experts} experts of {name!r}."
             )
-        row = self._sums[self._row_of[name]]
-        row[_LOSS] += _number(loss)
-        row[_DROPPED] += dropped
-        row[_FORWARDS] += 1
-        row[_HEAD : _HEAD + experts] += counts
+        self._rows[name].add(Routed(counts, loss=_number(loss), dropped=dropped))
 
     def step(self, loss: torch.Tensor | float) -> BalanceReport | None:
         """Count a loss; at the end of an interval of optimizer steps all ranks get the report.
@@ -183,19 +149,21 @@ class LossTracker:
         Raises:
             InvalidArgumentError: the loss is not one number.
         """
-        self._sums[0, _LOSS] += _number(loss) if isinstance(loss, torch.Tensor) else loss
-        self._sums[0, _FORWARDS] += 1
+        self._total.loss += _number(loss) if isinstance(loss, torch.Tensor) else loss
+        self._total.forwards += 1
         step = self.engine.global_steps
         return None if step == self._reported or step % self.interval else self.report()
 
     def report(self) -> BalanceReport:
         """The report since the last one, over all ranks; all ranks call it together."""
         head, layers = self._summed()
-        aux = self.coefficient * sum(layer.loss for layer in layers.values())
+        losses = [layer.loss for layer in layers.values() if not math.isnan(layer.loss)]
+        aux = self.coefficient * sum(losses)
         given = head[_LOSS] / max(head[_FORWARDS], 1)
         lm = given - aux if self.in_loss else given
         report = BalanceReport(self.engine.global_steps, lm + aux, lm, aux, layers)
-        send_to_monitor(self.engine, report, self.per_expert)
+        values = report.as_dict(self.per_expert, self.per_layer)
+        send_to_monitor(self.engine, report.step, values)
         return report
 
     def balance(self) -> dict[str, LayerBalance]:
@@ -208,25 +176,71 @@ class LossTracker:
     def _summed(self) -> tuple[list[float], dict[str, LayerBalance]]:
         """The row of the loss, and the layers, over all ranks; counting begins anew."""
         self._reported = self.engine.global_steps
+        rows = [self._total, *self._rows.values()]
+        passes = [[row.forwards, row.tokens] for row in rows]
+        self._sums[:, :_LOSS] = torch.tensor(passes, dtype=self._sums.dtype)
         distributed.all_reduce(self._sums)
-        head, *rows = self._sums.tolist()
+        head, *figures = self._sums.tolist()
         self._sums.zero_()
+        for row in rows:
+            row.forwards = row.tokens = 0
         return head, {
-            name: _layer(row, count)
-            for (name, count), row in zip(self._experts.items(), rows, strict=True)
+            name: _balance(row, layer)
+            for (name, layer), row in zip(self._layers.items(), figures, strict=True)
         }
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
+        for handle in (self._passes, *self._handles):
             handle.remove()
 
 
-def _layer(row: list[float], experts: int) -> LayerBalance:
-    counts = row[_HEAD : _HEAD + experts]
+class _Layer(NamedTuple):
+    """What all ranks know of a layer: ``has_loss`` also says that it has a capacity."""
+
+    experts: int
+    has_loss: bool
+
+
+class _Row:
+    """The sums of one layer: numbers, and views of its row of the tensor, added to in place.
+
+    Nothing waits for the device, and a forward pass needs few operations on it.
+    """
+
+    def __init__(self, row: torch.Tensor) -> None:
+        self.forwards = self.tokens = 0
+        self.loss, self.dropped, self.entropy = row[_LOSS], row[_DROPPED], row[_ENTROPY]
+        self.counts = row[_HEAD:]
+
+    @torch.no_grad()
+    def add(self, routed: Routed) -> None:
+        self.forwards += 1
+        self.counts[: len(routed.counts)].add_(routed.counts)
+        if routed.loss is not None:
+            self.loss += routed.loss
+            self.dropped += routed.dropped
+        if routed.logits is not None:
+            self.add_entropy(routed.logits)
+
+    @torch.no_grad()
+    def add_entropy(self, logits: torch.Tensor) -> None:
+        entropy, tokens = summed_entropy(logits)
+        self.entropy += entropy
+        self.tokens += tokens
+
+
+def _balance(row: list[float], layer: _Layer) -> LayerBalance:
+    counts = row[_HEAD : _HEAD + layer.experts]
     total = max(sum(counts), 1.0)
-    shares = tuple(count / total for count in counts)
-    return LayerBalance(row[_LOSS] / max(row[_FORWARDS], 1.0), shares, row[_DROPPED] / total)
+    loss, dropped = row[_LOSS] / max(row[_FORWARDS], 1.0), row[_DROPPED] / total
+    return LayerBalance(
+        loss if layer.has_loss else math.nan,
+        tuple(count / total for count in counts),
+        dropped if layer.has_loss else math.nan,
+        tuple(map(round, counts)),
+        row[_ENTROPY] / row[_TOKENS] if row[_TOKENS] else math.nan,
+    )
 
 
 def _number(loss: torch.Tensor) -> torch.Tensor:
@@ -238,31 +252,27 @@ def _number(loss: torch.Tensor) -> torch.Tensor:
 
 
 def _of_all_ranks(
-    found: list[tuple[str, int]], given: dict[str, int], stage: int
-) -> dict[str, int]:
-    """Names and experts of every stage's layers, in the order of the stages."""
+    found: list[tuple[str, _Layer]], given: dict[str, _Layer], stage: int
+) -> dict[str, _Layer]:
+    """Every stage's layers by name, in the order of the stages."""
     everywhere: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(everywhere, (stage, found, given))
-    known: dict[str, int] = {}
+    known: dict[str, _Layer] = {}
     stages: dict[str, int] = {}
     for rank, (stage, layers, routers) in enumerate(everywhere):
         names = [name for name, _ in layers] + list(routers)
-        for name, count in [*layers, *routers.items()]:
+        for name, layer in [*layers, *routers.items()]:
             # One name on two ranks of a stage is one layer.
             other = name not in routers and stages.setdefault(name, stage) != stage
-            if other or names.count(name) > 1 or known.setdefault(name, count) != count:
+            if other or names.count(name) > 1 or known.setdefault(name, layer) != layer:
                 raise InvalidArgumentError(
                     f"rank {rank}: two MoE layers are called {name!r}: give each an "
                     "expert_group_name of its own."
                 )
     if not known:
         raise InvalidArgumentError(
-            "LossTracker found no MoE layer of DeepSpeed in the model: name your routers in "
-            "experts={name: number of experts}, and call record in their forward."
+            "LossTracker found no MoE layer in the model, of DeepSpeed, AutoEP or transformers: "
+            "name your routers in experts={name: number of experts}, and call record in their "
+            "forward."
         )
     return known
-
-
-def _recomputes() -> bool:
-    """Is this forward pass a repetition by activation checkpointing, inside of a backward pass?"""
-    return torch._C._current_graph_task_id() != -1

@@ -128,7 +128,7 @@ class GroupMetrics:
         distributed.all_reduce(sums)
         sums[:, GRAD] *= clipping_divisor(self.engine) ** 2
         report = make_report(self.engine.global_steps, self._rows, sums.tolist(), self.update_ratio)
-        send_to_monitor(self.engine, report, self.per_expert)
+        send_to_monitor(self.engine, report.step, report.as_dict(self.per_expert))
         return report
 
     def close(self) -> None:

@@ -37,7 +37,10 @@ from moe_groups._common.arguments import shown
 from moe_groups.errors import InvalidArgumentError
 from tests.pure.test_public_names import NAMES
 
-MADE_BY_US = ("ParamGroupPlan", "MeasuredIteration", "MeasuredPhase", "MeasuredStep")
+MADE_BY_US = (
+    *("ExpertBalancer", "ParamGroupPlan"),
+    *("MeasuredIteration", "MeasuredPhase", "MeasuredStep"),
+)
 """Results, besides the dataclasses; users make of these only the following."""
 MADE_BY_USERS = ("StepConfig", "Topology")
 

@@ -12,9 +12,10 @@ import moe_groups
 NAMES = {
     "moe_groups": """
         CarriedLoss CarryLoss ExpertTag GroupMetrics GroupSchedule LossTracker MoE MoEGroupsError
-        StepConfig Topology attach_loss checkpoint_activations compact_gradients copy_expert_tag
-        create_moe_param_groups describe estimate_step_memory export_checkpoint gather_model
-        get_expert_tag inspect_checkpoint is_norm_or_bias lean_step load_balancing_loss load_experts
+        StepConfig Topology attach_loss balance_experts checkpoint_activations compact_gradients
+        copy_expert_tag create_moe_param_groups describe estimate_step_memory export_checkpoint
+        gather_model get_expert_tag inspect_checkpoint is_norm_or_bias lean_step
+        load_balancing_loss load_experts
         measure_step_memory plan_param_groups protect_checkpoints regroup_checkpoint router_z_loss
         save_experts set_expert_tag set_group_options split_for_muon
         split_params_into_different_moe_groups_for_optimizer tag_experts verify
@@ -28,7 +29,7 @@ NAMES = {
         VerificationError
     """,
     "moe_groups.groups": "GroupRow GroupTable is_hidden_matrix",
-    "moe_groups.losses": "BalanceReport LayerBalance gradient_scale",
+    "moe_groups.losses": "BalanceReport ExpertBalancer LayerBalance gradient_scale",
     "moe_groups.memory": """
         GroupMemory MeasuredIteration MeasuredPhase MeasuredStep ParamGroupPlan StepMemory
         TradeOff measure_iteration_memory

@@ -49,6 +49,7 @@ WITH_AN_ENGINE = [
     "moe_groups.GroupMetrics(model)",
     "moe_groups.GroupSchedule(model, [])",
     "moe_groups.LossTracker(model)",
+    "moe_groups.balance_experts(model)",
     "moe_groups.compact_gradients(model)",
     "moe_groups.gather_model(model)",
     "moe_groups.lean_step(model)",

@@ -10,6 +10,7 @@ from moe_groups.errors import InvalidArgumentError
 from moe_groups.tags import is_expert_parameter
 
 _BEFORE_CLIPPING = "_moe_groups_before_clipping"
+_AFTER_STEP = "_moe_groups_after_step"
 _PARTITIONED = ("ZeRO-1", "ZeRO-2", "BF16_Optimizer")
 
 
@@ -87,5 +88,34 @@ def before_own_clipping(engine: Any, function: Callable[[], None]) -> Callable[[
         if not functions:
             del engine.clip_fp32_gradients
             delattr(engine, _BEFORE_CLIPPING)
+
+    return undo
+
+
+def after_step(engine: Any, function: Callable[[bool], None]) -> Callable[[], None]:
+    """Call ``function`` after each optimizer step; returns a function to undo it.
+
+    It gets whether DeepSpeed skipped the step. Wraps what ``step`` and a pipeline's ``train_batch``
+    call at the end of gradient accumulation, and what counts the steps.
+    """
+    functions: list[Callable[[bool], None]] | None = getattr(engine, _AFTER_STEP, None)
+    if functions is None:
+        setattr(engine, _AFTER_STEP, functions := [])
+        original, called = engine._take_model_step, functions
+
+        def _take_model_step(*args: Any, **kwargs: Any) -> None:
+            skipped = engine.skipped_steps
+            original(*args, **kwargs)
+            for one in called:
+                one(engine.skipped_steps > skipped)
+
+        engine._take_model_step = _take_model_step
+    functions.append(function)
+
+    def undo() -> None:
+        functions.remove(function)
+        if not functions:
+            del engine._take_model_step
+            delattr(engine, _AFTER_STEP)
 
     return undo

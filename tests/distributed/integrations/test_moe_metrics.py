@@ -24,6 +24,7 @@ from tests.support.training import largest_difference, weights
 
 NORMS = ("lr", "grad_norm", "param_norm", "update_ratio")
 LOADS = ("imbalance", "dropped", "dead_experts", "aux_loss")
+WITHOUT_LOSS = ("imbalance", "dead_experts")
 DEFAULT = {f"moe/{name}" for name in (*NORMS, *LOADS, "predicted_step_gib")}
 
 
@@ -45,7 +46,7 @@ class ByHand(TrainerCallback):
     def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
         (engine,) = [one for one in known_engines() if one.module is model]
         self.metrics = GroupMetrics(engine, interval=2)
-        self.tracker = LossTracker(engine, coefficient=0.0, interval=2)
+        self.tracker = LossTracker(engine, interval=2)
         self.expected: dict[int, dict[str, float]] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -64,7 +65,8 @@ class ByHand(TrainerCallback):
         balances = self.tracker.balance()
         found["imbalance"] = max(one.imbalance for one in balances.values())
         for label, balance in balances.items():
-            found |= {f"{label}/{load}": getattr(balance, load) for load in LOADS[:-1]}
+            loads = (*LOADS[:-1], "entropy")
+            found |= {f"{label}/{load}": getattr(balance, load) for load in loads}
             found[f"{label}/aux_loss"] = balance.loss
             found |= {f"{label}/expert_{n}/share": share for n, share in enumerate(balance.shares)}
         self.expected[state.global_step] = {f"moe/{name}": v for name, v in found.items()}
@@ -92,7 +94,7 @@ def run_with_callback(folder: Path, wrapper: str, changes: dict[str, Any], **mad
         assert wanted.items() <= values.items()
         assert values["moe/predicted_step_gib"] * 2**30 == predicted > 0
         assert {name for name in values if name.count("/") == 1} == DEFAULT
-        assert len(values) == len(DEFAULT) + 2 * (8 + 4 * 5)
+        assert len(values) == len(DEFAULT) + 2 * (9 + 4 * 5)
     steps = {step for step, logs in Reporter.got if "loss" in logs}
     assert {2, 4} <= steps
     history = {entry["step"]: moe(entry) for entry in run.state.log_history if moe(entry)}
@@ -170,16 +172,16 @@ def test_autoep(stage: int, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed.module_inject.auto_ep_layer", reason="DeepSpeed before 0.19.2")
     pytest.importorskip("transformers.utils.output_capturing", reason="needs transformers 5")
     first, other = run_on_ranks(2, autoep, tmp_path, stage, timeout=300)
-    steps, names, [warning] = first
+    steps, names, warned = first
     assert other == (steps, names, [])
-    assert "no loads: LossTracker found no MoE layer" in warning
+    assert steps == [2, 4]
     if stage == 3:
-        assert not steps
-        assert "no norms: GroupMetrics knows engines that step with ZeRO-1, ZeRO-2" in warning
-        assert "no predicted memory: " in warning
+        assert "no norms: GroupMetrics knows engines that step with ZeRO-1, ZeRO-2" in warned[0]
+        assert "no predicted memory: " in warned[0]
+        assert names == {f"moe/{name}" for name in WITHOUT_LOSS}
     else:
-        assert steps == [2, 4]
-        assert names == {f"moe/{name}" for name in (*NORMS, "predicted_step_gib")}
+        assert not warned
+        assert names == {f"moe/{name}" for name in (*NORMS, *WITHOUT_LOSS, "predicted_step_gib")}
 
 
 def test_without_deepspeed() -> None:
