@@ -1,0 +1,156 @@
+"""Metrics of AutoEP models under ZeRO-3, beside those of one process."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+
+from moe_groups import GroupMetrics, verify
+from moe_groups.errors import InvalidArgumentError
+from moe_groups.integrations.autoep import autoep_optimizer
+from moe_groups.metrics.report import MetricsReport
+from moe_groups.metrics.rows import block_of
+from tests.support.autoep_models import make_model
+from tests.support.autoep_runs import RATES, batches, deepspeed_config, torch_optimizer
+from tests.support.pairwise import Row, label, pairwise
+from tests.support.ranks import forget_process_groups, run_on_ranks
+from tests.support.training import initialize
+
+pytest.importorskip("deepspeed.module_inject.auto_ep_layer", reason="AutoEP came with 0.19.2")
+
+Key = tuple[str, int | None]
+"""A layer and its expert, or a block of dense parameters and None."""
+Numbers = dict[str, dict[Key, float]]
+CLIP = 0.05
+"""Far below the norms of these models."""
+
+CASES = pairwise(
+    {
+        "kind": ["mixtral", "qwen3", "deepseek"],
+        "ep_size": [1, 2],
+        "name": ["SGD", "AdamW"],
+        "sub_group": [600, 10**9],
+        "clip": [0.0, CLIP],
+        "offload": [False, True],
+    }
+)
+
+
+def start_zero3(
+    kind: str, ep_size: int, name: str, sub_group: int, clip: float, offload: bool
+) -> Any:
+    """An engine in groups by layer."""
+    cfg = deepspeed_config("zero3", ep_size)
+    cfg["zero_optimization"]["sub_group_size"] = sub_group
+    if offload:
+        cfg["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        cfg["zero_force_ds_cpu_optimizer"] = False
+    cfg["gradient_clipping"] = clip
+    model = make_model(kind)
+    optimizer = autoep_optimizer(model, partial(torch_optimizer, name))
+    return initialize(model, optimizer, cfg)
+
+
+def norms(tensors: dict[str, torch.Tensor]) -> dict[Key, float]:
+    """Of the parameters of a model of transformers, by block or expert."""
+    squares: dict[Key, float] = {}
+    for name, tensor in tensors.items():
+        layer, routed, _ = name.partition(".experts.")
+        parts = enumerate(tensor) if routed else [(None, tensor)]
+        for number, part in parts:
+            key = (layer if routed else block_of(name)), number
+            squares[key] = squares.get(key, 0.0) + float(part.double().square().sum())
+    return {key: square**0.5 for key, square in squares.items()}
+
+
+def numbers_of_one_process(kind: str, name: str, clip: float) -> list[Numbers]:
+    """Those of each step, and the norm of all gradients."""
+    model = make_model(kind)
+    optimizer = torch_optimizer(name, model.parameters())
+    found = []
+    for both in zip(batches(0), batches(1), strict=True):
+        before = {key: param.detach().clone() for key, param in model.named_parameters()}
+        (sum(model(**batch).loss for batch in both) / 2).backward()
+        grads = {key: param.grad.clone() for key, param in model.named_parameters()}
+        if clip:
+            assert nn.utils.clip_grad_norm_(model.parameters(), clip) > 2 * clip
+        optimizer.step()
+        optimizer.zero_grad()
+        after = {key: param.detach() for key, param in model.named_parameters()}
+        moved = norms({key: after[key] - before[key] for key in after})
+        kept = norms(after)
+        found.append(
+            {
+                "lr": dict.fromkeys(kept, RATES[name]),
+                "grad_norm": norms(grads),
+                "param_norm": kept,
+                "update_ratio": {key: moved[key] / kept[key] for key in kept},
+            }
+        )
+    return found
+
+
+def numbers_in(report: MetricsReport) -> Numbers:
+    stats: dict[Key, Any] = {(block, None): one for block, one in report.dense.items()}
+    for layer, own in report.layers.items():
+        stats |= {(layer, number): one for number, one in enumerate(own.experts)}
+    names = ("lr", "grad_norm", "param_norm", "update_ratio")
+    return {name: {key: getattr(one, name) for key, one in stats.items()} for name in names}
+
+
+def away(found: Numbers, wanted: Numbers) -> dict[str, float]:
+    """The largest relative difference of each number."""
+    assert {name: set(values) for name, values in found.items()} == {
+        name: set(values) for name, values in wanted.items()
+    }
+    return {
+        name: max(abs(found[name][key] / value - 1) for key, value in values.items())
+        for name, values in wanted.items()
+    }
+
+
+def compare_metrics(row: Row) -> dict[str, float]:
+    engine = start_zero3(**row)
+    assert (len(engine.optimizer.fp16_groups) > 8) == (row["sub_group"] == 600)
+    metrics = GroupMetrics(engine, interval=1)
+    wanted = numbers_of_one_process(row["kind"], row["name"], row["clip"])
+    worst = dict.fromkeys(wanted[0], 0.0)
+    for batch, expected in zip(batches(distributed.get_rank()), wanted, strict=True):
+        engine.backward(engine(**batch).loss)
+        engine.step()
+        report = metrics.step()
+        assert report is not None
+        whole = float(engine.get_global_grad_norm())
+        assert report.total.grad_norm == pytest.approx(whole, rel=1e-5)
+        assert report.total.elements == sum(p.numel() for p in make_model(row["kind"]).parameters())
+        found = away(numbers_in(report), expected)
+        worst = {name: max(worst[name], value) for name, value in found.items()}
+    metrics.close()
+    verify(engine)
+    forget_process_groups()
+    return worst
+
+
+@pytest.mark.parametrize("row", CASES, ids=label)
+def test_numbers_of_each_layer_and_expert(row: Row) -> None:
+    first, other = run_on_ranks(2, compare_metrics, row, timeout=60)
+    assert first == other
+    assert max(first.values()) <= 1e-5
+
+
+def refused() -> None:
+    """What ZeRO-3 sets where something else steps too (which needs compiled optimizers)."""
+    engine = start_zero3("mixtral", 2, "AdamW", 600, 0.0, False)
+    for name in ("zenflow", "backup_optimizer", "swap_optimizer"):
+        before = vars(engine.optimizer).copy()
+        setattr(engine.optimizer, name, True)
+        with pytest.raises(InvalidArgumentError, match="does not see all that ZeRO-3 steps with"):
+            GroupMetrics(engine)
+        vars(engine.optimizer).clear()
+        vars(engine.optimizer).update(before)
+
+
+def test_what_steps_beside_the_torch_optimizer_is_refused() -> None:
+    run_on_ranks(2, refused, timeout=60)
