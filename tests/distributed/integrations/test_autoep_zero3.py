@@ -1,22 +1,38 @@
-"""Metrics of AutoEP models under ZeRO-3, beside those of one process."""
+"""Metrics and options of groups under ZeRO-3, with AutoEP and without, beside one process."""
 
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed, nn
 
-from moe_groups import GroupMetrics, verify
-from moe_groups.errors import InvalidArgumentError
+from moe_groups import (
+    GroupMetrics,
+    GroupSchedule,
+    create_moe_param_groups,
+    set_group_options,
+    verify,
+)
+from moe_groups.errors import InvalidArgumentError, UnmarkedExpertsWarning
 from moe_groups.integrations.autoep import autoep_optimizer
 from moe_groups.metrics.report import MetricsReport
 from moe_groups.metrics.rows import block_of
 from tests.support.autoep_models import make_model
-from tests.support.autoep_runs import RATES, batches, deepspeed_config, torch_optimizer
+from tests.support.autoep_runs import (
+    RATES,
+    batches,
+    deepspeed_config,
+    full_weights,
+    local_difference,
+    torch_optimizer,
+)
 from tests.support.pairwise import Row, label, pairwise
 from tests.support.ranks import forget_process_groups, run_on_ranks
-from tests.support.training import initialize
+from tests.support.training import initialize, largest_difference
 
 pytest.importorskip("deepspeed.module_inject.auto_ep_layer", reason="AutoEP came with 0.19.2")
 
@@ -39,18 +55,22 @@ CASES = pairwise(
 
 
 def start_zero3(
-    kind: str, ep_size: int, name: str, sub_group: int, clip: float, offload: bool
+    kind: str, ep_size: int, name: str, sub_group: int, clip: float, offload: bool, **grouping: Any
 ) -> Any:
-    """An engine in groups by layer."""
+    """An engine in groups by layer; with an ``ep_size`` of 0 in dense groups, without AutoEP."""
     cfg = deepspeed_config("zero3", ep_size)
     cfg["zero_optimization"]["sub_group_size"] = sub_group
     if offload:
         cfg["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         cfg["zero_force_ds_cpu_optimizer"] = False
     cfg["gradient_clipping"] = clip
-    model = make_model(kind)
-    optimizer = autoep_optimizer(model, partial(torch_optimizer, name))
-    return initialize(model, optimizer, cfg)
+    model, make = make_model(kind), partial(torch_optimizer, name)
+    if ep_size:
+        return initialize(model, autoep_optimizer(model, make, **grouping), cfg)
+    del cfg["expert_parallel"]
+    with pytest.warns(UnmarkedExpertsWarning):
+        groups = create_moe_param_groups(model, **grouping)
+    return initialize(model, make(groups), cfg)
 
 
 def norms(tensors: dict[str, torch.Tensor]) -> dict[Key, float]:
@@ -154,3 +174,118 @@ def refused() -> None:
 
 def test_what_steps_beside_the_torch_optimizer_is_refused() -> None:
     run_on_ranks(2, refused, timeout=60)
+
+
+FROZEN = "model.layers.1.mlp.experts.*"
+OPTIONS: dict[str, dict[str, Any]] = {
+    FROZEN: {"frozen": True},
+    "*.self_attn.*": {"lr_multiplier": 0.25, "weight_decay": 0.5},
+    "lm_head.weight": {"lr": 2e-3},
+}
+"""From the second step on."""
+OPTION_CASES = pairwise(
+    {
+        "kind": ["mixtral", "qwen3", "deepseek"],
+        "ep_size": [0, 1, 2],
+        "name": ["SGD", "AdamW"],
+        "sub_group": [600, 10**9],
+        "clip": [0.0, CLIP],
+        "offload": [False, True],
+        "scheduled": [False, True],
+    }
+)
+
+
+def one_process_with_options(kind: str, name: str, clip: float) -> nn.Module:
+    model: nn.Module = make_model(kind)
+    parts: dict[str, list[nn.Parameter]] = {}
+    for path, param in model.named_parameters():
+        matching = (pattern for pattern in OPTIONS if fnmatchcase(path, pattern))
+        parts.setdefault(next(matching, ""), []).append(param)
+    optimizer = torch_optimizer(name, [{"params": params} for params in parts.values()])
+    for step, both in enumerate(zip(batches(0), batches(1), strict=True)):
+        (sum(model(**batch).loss for batch in both) / 2).backward()
+        for pattern, group in zip(parts, optimizer.param_groups, strict=True):
+            options = OPTIONS.get(pattern, {}) if step else {}
+            if options.get("frozen"):
+                for param in group["params"]:
+                    param.grad = None
+            rate = options.get("lr", RATES[name]) * options.get("lr_multiplier", 1.0)
+            group |= {"lr": rate, "weight_decay": options.get("weight_decay", 0.0)}
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def frozen_state(engine: Any) -> Iterator[torch.Tensor]:
+    """Copies of the partitions and the optimizer's state of what is to be frozen."""
+    optimizer = engine.optimizer
+    for flat, params in zip(
+        optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
+    ):
+        if any(fnmatchcase(engine.param_names[param], FROZEN) for param in params):
+            yield flat.detach().clone()
+            yield from (torch.as_tensor(kept).clone() for kept in optimizer.state[flat].values())
+
+
+def train_with_options(engine: Any, scheduled: bool, folder: Path) -> None:
+    """Train to the end, with a checkpoint after the second step."""
+    schedule = None
+    if scheduled:
+        late = {
+            pattern: (lambda step, options=options: options if step else {})
+            for pattern, options in OPTIONS.items()
+        }
+        schedule = GroupSchedule(engine, list(late.items()))
+    first = engine.global_steps
+    data = list(batches(distributed.get_rank()))
+    for step, batch in enumerate(data[first:], first):
+        if step == max(first, 1):
+            frozen = list(frozen_state(engine))
+        if schedule:
+            schedule.apply()
+        elif step == 1:
+            for pattern, options in OPTIONS.items():
+                set_group_options(engine, pattern, **options)
+        engine.backward(engine(**batch).loss)
+        engine.step()
+        if step == 1 and not first:
+            engine.save_checkpoint(str(folder))
+    assert frozen
+    assert all(map(torch.equal, frozen, frozen_state(engine)))
+
+
+def compare_options(row: Row, folder: Path) -> tuple[float, float]:
+    """How far the weights are from one process, and from those of a resumed run."""
+    scheduled = row.pop("scheduled")
+    grouping: dict[str, Any] = {"overrides": [(pattern, {}) for pattern in OPTIONS]}
+    found = []
+    for resumed in (False, True):
+        engine = start_zero3(**row, **grouping)
+        if resumed:
+            engine.load_checkpoint(str(folder))
+            assert engine.global_steps == 2
+        metrics = GroupMetrics(engine, interval=3)
+        train_with_options(engine, scheduled, folder)
+        report = metrics.step()
+        assert report is not None
+        assert report.dense["lm_head"].lr == 2e-3
+        verify(engine)
+        found.append(full_weights(engine))
+        if not resumed:
+            model = one_process_with_options(row["kind"], row["name"], row["clip"])
+            if row["ep_size"]:
+                difference = local_difference(engine, model)[0]
+            else:
+                difference = largest_difference(found[0], dict(model.named_parameters()))
+        forget_process_groups()
+    return difference, largest_difference(*found)
+
+
+@pytest.mark.parametrize("row", OPTION_CASES, ids=label)
+def test_options_from_the_second_step_on(row: Row, tmp_path: Path) -> None:
+    for difference, resumed in run_on_ranks(2, compare_options, row, tmp_path, timeout=60):
+        assert difference <= 1e-6
+        assert resumed == 0
