@@ -1,4 +1,4 @@
-"""Metrics and options of groups under ZeRO-3, with AutoEP and without, beside one process."""
+"""Groups under ZeRO-3, their metrics and options, with AutoEP and without, beside one process."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
+from transformers import Qwen3MoeForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
 
 from moe_groups import (
     GroupMetrics,
     GroupSchedule,
     create_moe_param_groups,
+    describe,
     set_group_options,
+    tag_experts,
     verify,
 )
-from moe_groups.errors import InvalidArgumentError, UnmarkedExpertsWarning
+from moe_groups.errors import InvalidArgumentError
 from moe_groups.integrations.autoep import autoep_optimizer
 from moe_groups.metrics.report import MetricsReport
 from moe_groups.metrics.rows import block_of
@@ -28,6 +32,9 @@ from tests.support.autoep_runs import (
     deepspeed_config,
     full_weights,
     local_difference,
+    make_trainer,
+    one_process,
+    start_accelerate,
     torch_optimizer,
 )
 from tests.support.pairwise import Row, label, pairwise
@@ -45,7 +52,7 @@ CLIP = 0.05
 CASES = pairwise(
     {
         "kind": ["mixtral", "qwen3", "deepseek"],
-        "ep_size": [1, 2],
+        "ep_size": [0, 1, 2],
         "name": ["SGD", "AdamW"],
         "sub_group": [600, 10**9],
         "clip": [0.0, CLIP],
@@ -57,7 +64,7 @@ CASES = pairwise(
 def start_zero3(
     kind: str, ep_size: int, name: str, sub_group: int, clip: float, offload: bool, **grouping: Any
 ) -> Any:
-    """An engine in groups by layer; with an ``ep_size`` of 0 in dense groups, without AutoEP."""
+    """An engine in groups by layer; with an ``ep_size`` of 0 without AutoEP."""
     cfg = deepspeed_config("zero3", ep_size)
     cfg["zero_optimization"]["sub_group_size"] = sub_group
     if offload:
@@ -68,9 +75,8 @@ def start_zero3(
     if ep_size:
         return initialize(model, autoep_optimizer(model, make, **grouping), cfg)
     del cfg["expert_parallel"]
-    with pytest.warns(UnmarkedExpertsWarning):
-        groups = create_moe_param_groups(model, **grouping)
-    return initialize(model, make(groups), cfg)
+    tag_experts(model, "*.experts")
+    return initialize(model, make(create_moe_param_groups(model, **grouping)), cfg)
 
 
 def norms(tensors: dict[str, torch.Tensor]) -> dict[Key, float]:
@@ -279,7 +285,8 @@ def compare_options(row: Row, folder: Path) -> tuple[float, float]:
             if row["ep_size"]:
                 difference = local_difference(engine, model)[0]
             else:
-                difference = largest_difference(found[0], dict(model.named_parameters()))
+                wanted: dict[str, torch.Tensor] = dict(model.named_parameters())
+                difference = largest_difference(found[0], wanted)
         forget_process_groups()
     return difference, largest_difference(*found)
 
@@ -289,3 +296,42 @@ def test_options_from_the_second_step_on(row: Row, tmp_path: Path) -> None:
     for difference, resumed in run_on_ranks(2, compare_options, row, tmp_path, timeout=60):
         assert difference <= 1e-6
         assert resumed == 0
+
+
+def through_trainer(folder: Path, partitioned: bool) -> tuple[list[str], float, float]:
+    """Names of MoETrainer's groups without AutoEP; how far the weights are from one process.
+
+    Also how far the saved model is from these weights.
+    """
+    cfg = deepspeed_config("zero3", 1, "AdamW")
+    del cfg["expert_parallel"]
+    model = make_model("qwen3")
+    if partitioned:
+        start_accelerate()
+        keep = HfDeepSpeedConfig(cfg)
+        model = Qwen3MoeForCausalLM.from_pretrained(folder / "source")
+        assert all(hasattr(param, "ds_id") for param in model.parameters())
+        del keep
+    trainer = make_trainer(folder, cfg, model)
+    trainer.train()
+    verify(trainer.deepspeed)
+    wanted: dict[str, torch.Tensor] = dict(one_process("qwen3", "AdamW")[0].named_parameters())
+    names = [row.name for row in describe(trainer.deepspeed).rows]
+    after = full_weights(trainer.deepspeed)
+    trainer.save_model(str(folder / "saved"))
+    distributed.barrier()
+    forget_process_groups()  # and transformers' config, which would partition what is loaded
+    saved = Qwen3MoeForCausalLM.from_pretrained(folder / "saved", dtype=torch.float32)
+    own = dict(saved.named_parameters())
+    return names, largest_difference(after, wanted), largest_difference(after, own)
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_trainer_groups_by_layer_without_autoep(partitioned: bool, tmp_path: Path) -> None:
+    make_model("qwen3").save_pretrained(tmp_path / "source")
+    layers = [f"ep_size_1_model.layers.{layer}.mlp" for layer in range(2)]
+    found = run_on_ranks(2, through_trainer, tmp_path, partitioned, timeout=60)
+    for names, difference, saved in found:
+        assert names == ["dense", "dense.no_decay", *layers]
+        assert difference <= 1e-6
+        assert saved == 0
