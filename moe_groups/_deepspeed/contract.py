@@ -9,13 +9,6 @@ from moe_groups._deepspeed.checkpoints import (
     wrap_save_16bit,
 )
 from moe_groups._deepspeed.collectives import wrap_gather_tokens
-from moe_groups._deepspeed.norms import (
-    wrap_grads_for_norm,
-    wrap_grads_for_reduction,
-    wrap_is_model_parallel,
-    wrap_norm,
-    wrap_zero_norm,
-)
 from moe_groups._deepspeed.patching import Change, change_functions, check_functions
 from moe_groups._deepspeed.stages import wrap_configure
 from moe_groups._deepspeed.start import (
@@ -25,6 +18,13 @@ from moe_groups._deepspeed.start import (
     wrap_report,
     wrap_sanity_check,
     wrap_setup,
+)
+from moe_groups._deepspeed.step.norms import (
+    wrap_grads_for_norm,
+    wrap_grads_for_reduction,
+    wrap_is_model_parallel,
+    wrap_norm,
+    wrap_zero_norm,
 )
 
 

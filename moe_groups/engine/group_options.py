@@ -6,10 +6,10 @@ from typing import Any, TypeAlias
 from torch import distributed
 
 from moe_groups._common.arguments import NotNegative, check, checked
-from moe_groups._deepspeed.around_step import check_steps_partitions
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.engines import Engine, SteppingEngine, stepped_groups
 from moe_groups._deepspeed.process_groups import expert_parallel_rank
+from moe_groups._deepspeed.step.around_step import check_steps_partitions
 from moe_groups.engine.step_options import Options, write_options
 from moe_groups.errors import InvalidArgumentError, OverrideError
 from moe_groups.experts.find import TaggedModel, find_experts

@@ -3,8 +3,8 @@
 from moe_groups._common.arguments import TILE, Bytes, checked
 from moe_groups._common.text import parse_bytes
 from moe_groups._deepspeed.engines import InitializedEngine
-from moe_groups._deepspeed.exact_partitions import keep_exact_partitions
-from moe_groups._deepspeed.lean_step import step_lean
+from moe_groups._deepspeed.step.exact_partitions import keep_exact_partitions
+from moe_groups._deepspeed.step.lean_step import step_lean
 
 
 @checked

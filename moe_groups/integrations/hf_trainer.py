@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from moe_groups._common.arguments import Bytes, checked, need
 from moe_groups._deepspeed.engines import known_engines
 from moe_groups._deepspeed.layers import is_autoep_layer, is_partitioned
+from moe_groups._deepspeed.process_groups import tensor_parallel_size
 from moe_groups.checkpoints.guard.guard import Regroup, guard_of, protect_checkpoints
 from moe_groups.engine.lean import lean_step
 from moe_groups.engine.verification import verify
@@ -117,7 +118,7 @@ class MoETrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, with the experts of all ranks; on rank 0, which has gathered the model."""
         engine = self.is_deepspeed_enabled and self.deepspeed
-        if not engine:
+        if not engine or tensor_parallel_size() > 1:  # rank 0 has parts of dense layers then
             super().save_model(output_dir, _internal_call)
             return
         folder = output_dir or self.args.output_dir

@@ -9,10 +9,10 @@ import torch
 from moe_groups._common.arguments import FilePath, OptimizerKind, check_one_of, checked
 from moe_groups._common.text import parse_bytes
 from moe_groups._deepspeed.engines import SteppingEngine
-from moe_groups._deepspeed.exact_partitions import keeps_exact_partitions
-from moe_groups._deepspeed.lean_step import tile_of
-from moe_groups._deepspeed.step_settings import read_step_settings
-from moe_groups._deepspeed.tiles import elements_of
+from moe_groups._deepspeed.step.exact_partitions import keeps_exact_partitions
+from moe_groups._deepspeed.step.lean_step import tile_of
+from moe_groups._deepspeed.step.step_settings import read_step_settings
+from moe_groups._deepspeed.step.tiles import elements_of
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory.step_cost import MASTER, TEMPORARIES, StepSettings
 

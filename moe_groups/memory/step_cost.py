@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from moe_groups._deepspeed.gathering import bucket_bytes, buckets, buffer_size
-from moe_groups._deepspeed.tiles import batches, elements_of
+from moe_groups._deepspeed.step.gathering import bucket_bytes, buckets, buffer_size
+from moe_groups._deepspeed.step.tiles import batches, elements_of
 from moe_groups.memory.group_layout import GroupOnRanks, Ints
 
 Wrapper: TypeAlias = Literal["zero", "bf16_optimizer"]

@@ -6,12 +6,12 @@ import torch
 from torch import distributed
 
 from moe_groups._common.arguments import Positive, checked
-from moe_groups._deepspeed.around_step import (
+from moe_groups._deepspeed.engines import SteppingEngine, send_to_monitor
+from moe_groups._deepspeed.step.around_step import (
     before_own_clipping,
     check_steps_partitions,
     clipping_divisor,
 )
-from moe_groups._deepspeed.engines import SteppingEngine, send_to_monitor
 from moe_groups.engine.step_options import stepped_lr
 from moe_groups.metrics.report import MetricsReport, make_report
 from moe_groups.metrics.rows import rows_of_all_ranks, stepped_tensors

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-from moe_groups._deepspeed.around_step import placed_parameters
 from moe_groups._deepspeed.engines import Engine
 from moe_groups._deepspeed.process_groups import expert_parallel_rank
+from moe_groups._deepspeed.step.around_step import placed_parameters
 from moe_groups.experts.find import find_experts
 from moe_groups.tags import ExpertTag, numel_of, shape_of
 from moe_groups.topology import ep_size_of

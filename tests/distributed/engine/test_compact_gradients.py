@@ -13,8 +13,8 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_grad
 
-from moe_groups._deepspeed import exact_partitions as exact
 from moe_groups._deepspeed.releases import EXACT_MEANS
+from moe_groups._deepspeed.step import exact_partitions as exact
 from moe_groups.engine.lean import compact_gradients
 from tests.support import ROOT
 from tests.support.pairwise import Row, label, long_on_four_ranks, pairwise

@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from moe_groups import GroupMetrics, MoE, compact_gradients, lean_step, set_group_options
 from moe_groups._deepspeed.releases import EXACT_MEANS
-from moe_groups._deepspeed.tiles import ALIGNED, BYTES_PER_ELEMENT
+from moe_groups._deepspeed.step.tiles import ALIGNED, BYTES_PER_ELEMENT
 from moe_groups.errors import CostlyGroupsWarning
 from tests.support import ROOT
 from tests.support.models import TinyMoE

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_groups import StepConfig, estimate_step_memory
-from moe_groups._deepspeed import step_settings
+from moe_groups._deepspeed.step import step_settings
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory import StepMemory
 from moe_groups.memory.recorders import live_storages

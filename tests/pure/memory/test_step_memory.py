@@ -21,7 +21,7 @@ from moe_groups import (
     set_expert_tag,
 )
 from moe_groups._common.text import parse_bytes, show_bytes
-from moe_groups._deepspeed.step_settings import MUST_BE, READ, WITHOUT_EFFECT
+from moe_groups._deepspeed.step.step_settings import MUST_BE, READ, WITHOUT_EFFECT
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory.estimate import on_ranks
 

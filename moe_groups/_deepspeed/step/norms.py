@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from moe_groups._deepspeed.around_step import is_own
 from moe_groups._deepspeed.process_groups import parallel_groups
+from moe_groups._deepspeed.step.around_step import is_own
 from moe_groups.tags import parallel_group_of
 
 _STAGES = "_moe_groups_stages"

@@ -2,7 +2,7 @@
 
 from hypothesis import given, strategies as st
 
-from moe_groups._deepspeed.gathering import bucket_bytes, buckets
+from moe_groups._deepspeed.step.gathering import bucket_bytes, buckets
 
 
 @given(

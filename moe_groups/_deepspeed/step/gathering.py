@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_groups._deepspeed.tiles import slices
+from moe_groups._deepspeed.step.tiles import slices
 
 
 class Piece(NamedTuple):

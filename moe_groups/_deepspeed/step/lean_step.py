@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed import tiles
-from moe_groups._deepspeed.exact_partitions import check_can_be_exact, keep_exact_partitions
-from moe_groups._deepspeed.gathering import Gathering
-from moe_groups._deepspeed.lean_bf16 import Bf16Step
-from moe_groups._deepspeed.norms import groups_of_stages, same_on_all_stages
+from moe_groups._deepspeed.step import tiles
+from moe_groups._deepspeed.step.exact_partitions import check_can_be_exact, keep_exact_partitions
+from moe_groups._deepspeed.step.gathering import Gathering
+from moe_groups._deepspeed.step.lean_bf16 import Bf16Step
+from moe_groups._deepspeed.step.norms import groups_of_stages, same_on_all_stages
 from moe_groups.errors import CostlyGroupsWarning, InvalidArgumentError
 
 _LEAN = "_moe_groups_lean_step"

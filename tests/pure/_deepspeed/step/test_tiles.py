@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moe_groups import measure_step_memory
-from moe_groups._deepspeed import tiles
+from moe_groups._deepspeed.step import tiles
 from moe_groups.errors import InvalidArgumentError
 
 SIZE = 5 * tiles.ALIGNED + 3

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from moe_groups._deepspeed import tiles
-from moe_groups._deepspeed.gathering import Gathering
+from moe_groups._deepspeed.step import tiles
+from moe_groups._deepspeed.step.gathering import Gathering
 
 
 class Bf16Step:

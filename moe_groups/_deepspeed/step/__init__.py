@@ -1,0 +1,1 @@
+"""The optimizer step of the wrappers: hooks around it, its norms and settings, and the lean one."""

@@ -1,7 +1,0 @@
-"""``python -m moe_groups.cli``."""
-
-import sys
-
-from moe_groups.cli import main
-
-sys.exit(main())
