@@ -39,7 +39,7 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
     learning-rate scheduler afterwards, because it stores the groups of its optimizer.
 
     The experts of a model of transformers are grouped by layer if the config enables AutoEP, or
-    ZeRO-3, which partitions whole layers of experts.
+    ZeRO-3, under which every rank trains all experts.
 
     Args:
         optimizer: is changed, and returned.
