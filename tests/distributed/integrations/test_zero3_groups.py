@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from moe_groups import (
     GroupSchedule,
     create_moe_param_groups,
     describe,
+    protect_checkpoints,
     set_group_options,
     tag_experts,
     verify,
 )
-from moe_groups.errors import InvalidArgumentError
+from moe_groups.errors import CheckpointError, CheckpointMismatchError, InvalidArgumentError
 from moe_groups.integrations.autoep import autoep_optimizer
 from moe_groups.metrics.report import MetricsReport
 from moe_groups.metrics.rows import block_of
@@ -62,16 +62,31 @@ CASES = pairwise(
 
 
 def start_zero3(
-    kind: str, ep_size: int, name: str, sub_group: int, clip: float, offload: bool, **grouping: Any
+    kind: str,
+    ep_size: int,
+    name: str,
+    sub_group: int,
+    clip: float,
+    offload: bool,
+    turned: bool = False,
+    **grouping: Any,
 ) -> Any:
-    """An engine in groups by layer; with an ``ep_size`` of 0 without AutoEP."""
+    """An engine in groups by layer; with an ``ep_size`` of 0 without AutoEP.
+
+    Args:
+        turned: the last group first.
+    """
     cfg = deepspeed_config("zero3", ep_size)
     cfg["zero_optimization"]["sub_group_size"] = sub_group
     if offload:
         cfg["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         cfg["zero_force_ds_cpu_optimizer"] = False
     cfg["gradient_clipping"] = clip
-    model, make = make_model(kind), partial(torch_optimizer, name)
+    model = make_model(kind)
+
+    def make(groups: list[dict[str, Any]]) -> Any:
+        return torch_optimizer(name, groups[::-1] if turned else groups)
+
     if ep_size:
         return initialize(model, autoep_optimizer(model, make, **grouping), cfg)
     del cfg["expert_parallel"]
@@ -335,3 +350,36 @@ def test_trainer_groups_by_layer_without_autoep(partitioned: bool, tmp_path: Pat
         assert names == ["dense", "dense.no_decay", *layers]
         assert difference <= 1e-6
         assert saved == 0
+
+
+def load_into_other_groups(folder: Path, ep_size: int) -> None:
+    """Groups in another order, where the experts of two layers have the same sizes."""
+    engine = start_zero3("mixtral", ep_size, "AdamW", 10**9, 0.0, False)
+    engine.backward(engine(**next(batches(distributed.get_rank()))).loss)
+    engine.step()
+    engine.save_checkpoint(str(folder))
+    saved = full_weights(engine)
+    forget_process_groups()
+    engine = start_zero3("mixtral", ep_size, "AdamW", 10**9, 0.0, False, turned=True)
+    protect_checkpoints(engine, regroup="auto")
+    before = full_weights(engine)
+    with pytest.raises(CheckpointMismatchError, match=r"ZeRO-3 cannot be converted.*load_autoep"):
+        engine.load_checkpoint(str(folder))
+    alone = {"load_optimizer_states": False}
+    if ep_size:  # DeepSpeed takes the weights from the groups here
+        for options in (alone, {"load_module_only": True}):
+            with pytest.raises(CheckpointMismatchError):
+                engine.load_checkpoint(str(folder), **options)
+    else:
+        with pytest.raises(CheckpointError, match=r"no weights under ZeRO-3.*optimizer_states=Fa"):
+            engine.load_checkpoint(str(folder), load_module_only=True)
+        assert largest_difference(full_weights(engine), before) == 0
+        engine.load_checkpoint(str(folder), **alone)
+        before = saved
+    assert largest_difference(full_weights(engine), before) == 0
+    forget_process_groups()
+
+
+@pytest.mark.parametrize("ep_size", [0, 2])
+def test_a_checkpoint_of_other_groups_is_refused(ep_size: int, tmp_path: Path) -> None:
+    run_on_ranks(2, load_into_other_groups, tmp_path, ep_size, timeout=60)
