@@ -92,6 +92,23 @@ def experts_optimizer_file(engine: Any, load_dir: object, tag: str) -> Path | No
     return Path(engine._get_optimizer_ckpt_name(str(load_dir), tag, ep_rank))
 
 
+def weights_alone(wrapper: str) -> str:
+    """The argument with which ``load_checkpoint`` loads weights into fresh optimizer state.
+
+    ZeRO-3 keeps the weights with the optimizer's partitions, and loads none if the module is to be
+    loaded only, without an error (``runtime/engine.py``).
+    """
+    return "load_optimizer_states=False" if wrapper == "ZeRO-3" else "load_module_only=True"
+
+
+def loads_weights_by_position(engine: Any) -> bool:
+    """Does ``load_checkpoint`` take the weights from the groups' partitions, whatever it loads?
+
+    Under ZeRO-3 it does so in a model with AutoEP's layers (``runtime/engine.py``).
+    """
+    return wrapper_name(engine) == "ZeRO-3" and bool(engine.has_moe_layers)
+
+
 def writes_later(engine: Any) -> bool:
     """Does the checkpoint engine write files after ``save_checkpoint`` returned?"""
     checkpoint_engine = engine.checkpoint_engine

@@ -95,12 +95,12 @@ def stage_of(model: Any) -> int:
 
 
 def wrapper_name(engine: Any) -> str:
-    """The wrapper: "ZeRO-1", "ZeRO-2", "BF16_Optimizer", or the class of another one."""
+    """The wrapper: "ZeRO-1" to "ZeRO-3", "BF16_Optimizer", or the class of another one."""
     optimizer = engine.optimizer
     name = type(optimizer).__name__
     if name == "DeepSpeedZeroOptimizer":
         return "ZeRO-2" if optimizer.partition_gradients else "ZeRO-1"
-    return name
+    return "ZeRO-3" if name == "DeepSpeedZeroOptimizer_Stage3" else name
 
 
 def steps_parameters(engine: Any) -> bool:

@@ -12,9 +12,11 @@ from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import register_names
 from moe_groups._deepspeed.releases import need
 from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
-from moe_groups.tags import is_expert_parameter
+from moe_groups.tags import is_expert_parameter, parallel_group_of
 
 MANY_GROUPS = 8
+WHOLE = "ep_size_1"
+"""Parallel group of experts that every rank has."""
 MAKE_LATER = (
     "make groups after the modules were replaced (AutoEP does that inside of "
     "deepspeed.initialize): deepspeed.initialize(optimizer=lambda params: "
@@ -28,6 +30,7 @@ def wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
     def _broadcast_model(self: Any) -> None:
         from deepspeed.utils import groups
 
+        _make_groups_of_whole_experts(self)
         for name, param in self.module.named_parameters():
             known = getattr(param, "group_name", None) in groups._EXPERT_DATA_PARALLEL_GROUP
             if hasattr(param, "expert_group_name") and is_expert_parameter(param) and not known:
@@ -35,12 +38,41 @@ def wrap_broadcast(original: Callable[..., None]) -> Callable[..., None]:
                     f"{name} is an expert parameter of {param.group_name!r}, but no layer of the "
                     "model makes these process groups. DeepSpeed knows deepspeed.moe.layer.MoE (or "
                     "moe_groups.MoE) and AutoEP's layers: build one with this ep_size, or set "
-                    "param.allreduce = True to train the parameter as a dense one."
+                    "param.allreduce = True to train the parameter as a dense one. Experts of "
+                    "ep_size=1 need no such layer under ZeRO-3."
                 )
         PORTS.process_groups_made(self.module)
         original(self)
 
     return _broadcast_model
+
+
+def _steps_whole_experts(engine: Any) -> bool:
+    """Does the engine step experts of ``ep_size`` 1 without a layer of DeepSpeed's?
+
+    ZeRO-3 partitions and averages each parameter over its ``ds_process_group``, all ranks but for
+    AutoEP's experts, and reads no mark of experts (``runtime/zero/stage3.py``).
+    """
+    return not engine.has_moe_layers and engine.zero_optimization_stage() == 3
+
+
+def _make_groups_of_whole_experts(engine: Any) -> None:
+    """Make their process groups, which no layer makes: names of groups lead to them.
+
+    The engine first needs them for its broadcast, which it leaves out if ZeRO-3 has partitioned
+    the model before.
+    """
+    from deepspeed.utils import groups
+
+    params = engine.module.parameters()
+    if (
+        _steps_whole_experts(engine)
+        and WHOLE not in groups._EXPERT_DATA_PARALLEL_GROUP
+        and any(
+            is_expert_parameter(it) and getattr(it, "group_name", None) == WHOLE for it in params
+        )
+    ):
+        groups._create_expert_and_data_parallel(1)
 
 
 def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,15 +82,18 @@ def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
         from deepspeed.runtime.constants import BFLOAT16
 
         wrapper = original(self, basic_optimizer)
+        _make_groups_of_whole_experts(self)
         moe = [g for g in basic_optimizer.param_groups if g.get("moe")]
         ours = [g["name"] for g in moe if "expert_group_name" in g]
-        if ours and not self.has_moe_layers:
+        whole = _steps_whole_experts(self) and {*map(parallel_group_of, ours)} == {WHOLE}
+        if ours and not self.has_moe_layers and not whole:
             raise ParameterInputError(
                 f"group {ours[0]!r} holds experts, but the model has no MoE layer that DeepSpeed "
                 "knows (deepspeed.moe.layer.MoE, moe_groups.MoE or AutoEP's), and without one it "
                 "reduces all parameters as dense ones. Build a layer with one of these, enable "
                 'AutoEP ("expert_parallel") in the config, or set param.allreduce = True to train '
-                "the experts as dense parameters."
+                "the experts as dense parameters. ZeRO-3 needs no such layer for experts of "
+                "ep_size=1."
             )
         if ours and wrapper == BFLOAT16:
             need("BF16_Optimizer", 'set "data_types": {"grad_accum_dtype": "bf16"} for ZeRO-1')

@@ -126,7 +126,7 @@ def set_group_options(engine: SteppingEngine, pattern: str, **options: float | b
 
     Raises:
         InvalidArgumentError: an unknown option or a value out of range, or an engine that
-            does not step with ZeRO-1, ZeRO-2, BF16_Optimizer or without a wrapper.
+            does not step with ZeRO-1 to ZeRO-3, BF16_Optimizer or without a wrapper.
         OverrideError: on all ranks, if the pattern selects nothing on any rank, or a part of
             a group on some rank. Nothing has been changed then.
 

@@ -1,7 +1,7 @@
 """Groups for an optimizer that Accelerate prepares, with or without an optimizer block."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from moe_groups._common.arguments import need
 from moe_groups._common.warn import warn
 from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
-from moe_groups.experts.find import TaggedModel, find_experts
+from moe_groups.experts.find import TaggedModel, find_experts, restored_on_error, tag_experts
 from moe_groups.groups.inputs import ParamGroup
 from moe_groups.integrations.autoep import autoep_enabled, autoep_experts_tagged
 from moe_groups.param_groups import MARKS, create_moe_param_groups, speaks_of_experts
@@ -37,6 +37,9 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
     hyperparameters are kept. With an ``"optimizer"`` block in the DeepSpeed config it is
     Accelerate's ``DummyOptim``, and the block sets type and hyperparameters. Make a
     learning-rate scheduler afterwards, because it stores the groups of its optimizer.
+
+    The experts of a model of transformers are grouped by layer if the config enables AutoEP, or
+    ZeRO-3, under which every rank trains all experts.
 
     Args:
         optimizer: is changed, and returned.
@@ -71,11 +74,11 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
             "from model.parameters(), or from your own groups, and group it once."
         )
     config = deepspeed_config()
-    early = (
-        autoep_experts_tagged(model, config, found_none=False)
-        if autoep_enabled(config)
-        else nullcontext()
-    )
+    early: AbstractContextManager[object] = nullcontext()
+    if autoep_enabled(config):
+        early = autoep_experts_tagged(model, config, found_none=False)
+    elif (config.get("zero_optimization") or {}).get("stage") == 3:
+        early = _whole_experts_tagged(model)
     with early:
         found = find_experts(model)
         given = _named_groups(own, found)
@@ -93,6 +96,22 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
         for group in groups:
             optimizer.add_param_group(group)
     return optimizer
+
+
+@contextmanager
+def _whole_experts_tagged(model: nn.Module) -> Iterator[None]:
+    """Tag the experts of a model's MoE blocks, all of which every rank trains under ZeRO-3.
+
+    Only if nothing has marked experts, and some of these are trained. Taken back after an error
+    inside.
+    """
+    found = find_experts(model)
+    named = zip(found.names, found.params, strict=True)
+    trained = any(".experts." in name and param.requires_grad for name, param in named)
+    with restored_on_error(found.params):
+        if trained and not any(found.experts):
+            tag_experts(model, "*.experts")
+        yield
 
 
 def _warn_of_a_dense_model(found: TaggedModel) -> None:

@@ -32,8 +32,8 @@ class MoEMetricsCallback(TrainerCallback):
       :func:`moe_groups.estimate_step_memory`; on a GPU also ``moe/peak_gib``, the most that
       rank 0 has allocated so far.
 
-    What an engine does not have (norms under ZeRO-3, loads of routers that are not known) is
-    named in one warning, and the rest is logged.
+    What an engine does not have (predicted memory under ZeRO-3, loads of routers that are not
+    known) is named in one warning, and the rest is logged.
 
     Trainer calls callbacks of the user after those of ``report_to``, so the first callback that is
     made changes ``Trainer.log``: it adds the values of the trainer's own callback, if there are

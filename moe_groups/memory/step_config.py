@@ -11,7 +11,7 @@ from moe_groups._common.text import parse_bytes
 from moe_groups._deepspeed.engines import SteppingEngine
 from moe_groups._deepspeed.step.exact_partitions import keeps_exact_partitions
 from moe_groups._deepspeed.step.lean_step import tile_of
-from moe_groups._deepspeed.step.step_settings import read_step_settings
+from moe_groups._deepspeed.step.step_settings import check_zero_stage, read_step_settings
 from moe_groups._deepspeed.step.tiles import elements_of
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.memory.step_cost import MASTER, TEMPORARIES, StepSettings
@@ -64,7 +64,7 @@ class StepConfig:
     expert_tensor_parallel: bool = False
 
     def __post_init__(self) -> None:
-        check_one_of("zero_stage", self.zero_stage, (1, 2))
+        check_zero_stage(self.zero_stage)
         check_one_of("optimizer", self.optimizer, tuple(_KINDS))
         check_one_of("grad_accum_dtype", self.grad_accum_dtype, ("bf16", "fp32"))
         check_one_of("weight_bytes", self.weight_bytes, (2, 4))

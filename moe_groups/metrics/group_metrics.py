@@ -23,10 +23,10 @@ class GroupMetrics:
     """Reports norms by layer and expert; call :meth:`step` after each ``engine.step()``.
 
     All ranks make one, after ``deepspeed.initialize``, and all ranks report. Works for ZeRO-1,
-    ZeRO-2, BF16_Optimizer and engines without a wrapper, with any grouping: numbers are summed
-    by the layer and expert of each parameter. In a step with a report, hooks of the torch
-    optimizer read the partitions that this rank steps, and one all-reduce over the world combines
-    them. In other steps the hooks compare a number.
+    ZeRO-2, ZeRO-3 (with AutoEP too), BF16_Optimizer and engines without a wrapper, with any
+    grouping: numbers are summed by the layer and expert of each parameter. In a step with a
+    report, hooks of the torch optimizer read the partitions that this rank steps, and one
+    all-reduce over the world combines them. In other steps the hooks compare a number.
 
     Args:
         engine: from ``deepspeed.initialize``, of a pipeline or not.
@@ -37,7 +37,8 @@ class GroupMetrics:
             of all partitions of the rank under BF16_Optimizer.
 
     Raises:
-        InvalidArgumentError: another kind of engine, or an interval below 1.
+        InvalidArgumentError: another kind of engine, an offloaded part of ZeRO-3 that another
+            optimizer steps, or an interval below 1.
 
     Example:
         >>> metrics = GroupMetrics(engine, interval=50)                      # doctest: +SKIP

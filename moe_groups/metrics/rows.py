@@ -1,7 +1,8 @@
 """Which layer and expert each piece of a stepped tensor belongs to.
 
-ZeRO and BF16_Optimizer step flat partitions: a partition begins and ends inside of a parameter,
-and holds pieces of many layers and experts. Here each piece gets the row in which it counts.
+ZeRO and BF16_Optimizer step flat partitions: a partition begins and ends inside of a parameter
+(with ZeRO-3 it has a slice of each), and holds pieces of many layers and experts. Here each piece
+gets the row in which it counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-from moe_groups._deepspeed.checkpoints import checkpoint_rank, laid_out_groups
-from moe_groups._deepspeed.engines import Engine, steps_parameters
+from moe_groups._deepspeed.engines import Engine
 from moe_groups._deepspeed.process_groups import expert_parallel_rank
-from moe_groups._deepspeed.step.around_step import is_counted
+from moe_groups._deepspeed.step.around_step import placed_parameters
 from moe_groups.experts.find import find_experts
 from moe_groups.tags import ExpertTag, numel_of, shape_of
 from moe_groups.topology import ep_size_of
@@ -67,33 +67,22 @@ def block_of(name: str) -> str:
 def stepped_tensors(engine: Engine) -> tuple[list[Stepped], list[Row]]:
     """What this rank steps, and the rows of all that it shares, in the order of the groups.
 
-    Each element of the model is in a piece of exactly one rank: copies of a parameter on other
-    ranks do not count, as in DeepSpeed's global norm.
+    Each element of the model is in a piece of exactly one rank.
     """
     found = find_experts(engine.module)
     names, tags = found.name_of(), found.tags()
-    own = checkpoint_rank(engine)[1]
-    unwrapped = steps_parameters(engine)
     stepped: list[Stepped] = []
     rows: dict[Row, None] = {}
-    for group in laid_out_groups(engine):
-        flat = None if unwrapped else group.options["params"][0]
+    for tensor, placed in placed_parameters(engine):
         pieces: list[Piece] = []
-        for name, param, offset in group.members:
+        for name, param, begin, start, stop in placed:
             tag = tags.get(id(param))
             runs = list(_rows(names.get(id(param), name), param, tag))
             if any(row not in rows for row, _ in runs):
                 rows |= dict.fromkeys(_all_rows(runs, tag))
-            if not is_counted(engine, param):
-                continue
-            if flat is None:
-                if group.ranks[0] == own:
-                    stepped.append(Stepped(param, list(cut_runs(runs, 0, 0, numel_of(param)))))
-                continue
-            first = group.ranks.index(own) * flat.numel()
-            pieces += cut_runs(runs, offset, first, flat.numel())
-        if flat is not None:
-            stepped.append(Stepped(flat, list(merge_neighbours(pieces))))
+            pieces += cut_runs(runs, begin, start, stop)
+        if pieces:
+            stepped.append(Stepped(tensor, list(merge_neighbours(pieces))))
     return stepped, list(rows)
 
 
@@ -120,15 +109,13 @@ def _all_rows(runs: Sequence[tuple[Row, int]], tag: ExpertTag | None) -> list[Ro
     return [Row(layer, True), *(Row(layer, True, number) for number in everywhere)]
 
 
-def cut_runs(
-    runs: Sequence[tuple[Row, int]], offset: int, first: int, size: int
-) -> Iterator[Piece]:
-    """The parts of ``runs``, which begin at ``offset``, in ``size`` elements from ``first``."""
+def cut_runs(runs: Sequence[tuple[Row, int]], begin: int, start: int, stop: int) -> Iterator[Piece]:
+    """The parts between ``start`` and ``stop`` of runs that follow one another from ``begin``."""
     for row, numel in runs:
-        start, stop = max(offset, first), min(offset + numel, first + size)
-        if start < stop:
-            yield Piece(row, start - first, stop - start)
-        offset += numel
+        first, end = max(begin, start), min(begin + numel, stop)
+        if first < end:
+            yield Piece(row, first, end - first)
+        begin += numel
 
 
 def merge_neighbours(pieces: list[Piece]) -> Iterator[Piece]:

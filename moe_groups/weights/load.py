@@ -118,7 +118,11 @@ def load_experts(
         >>> loaded.experts["model.layers.0.moe"]                          # doctest: +SKIP
         range(4, 8)
     """
-    module = module_of(model, "load_experts")
+    module = module_of(
+        model,
+        "load_experts",
+        "load before deepspeed.initialize: with load_autoep for AutoEP, or with from_pretrained",
+    )
     _check_module(module, model is module, layers)
     local = find_local_experts(module, topology)
     given = NamesGiven(layers, matrices or {}, router)

@@ -50,11 +50,12 @@ class LocalExperts:
         return range(self.first, self.first + len(self.experts))
 
 
-def module_of(model: Any, name: str) -> nn.Module:
+def module_of(model: Any, name: str, instead: str) -> nn.Module:
     """The module that ``model`` is, or that the engine ``model`` steps.
 
     Args:
         name: of the function that needs its weights.
+        instead: what does the same under ZeRO-3.
 
     Raises:
         InvalidArgumentError: ZeRO-3 has its weights.
@@ -63,7 +64,7 @@ def module_of(model: Any, name: str) -> nn.Module:
     if is_partitioned(module):
         raise InvalidArgumentError(
             f"ZeRO-3 keeps this model's parameters in parts: {name} works with ZeRO-1, ZeRO-2 and "
-            "BF16_Optimizer."
+            f"BF16_Optimizer. Under ZeRO-3 {instead}."
         )
     return module
 

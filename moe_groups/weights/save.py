@@ -80,7 +80,9 @@ def save_experts(
     need("safetensors", "safetensors", "safetensors checkpoints")
     names = names_of(family)
     size = parse_bytes(max_shard_size, "max_shard_size")
-    module = module_of(model, "save_experts")
+    module = module_of(
+        model, "save_experts", "gather_model(engine) gathers the whole model for save_pretrained"
+    )
     refuse_parts(module, "save_experts")
     local = find_local_experts(module, topology)
     full = None if dtype is None else _full_precision(model, module)

@@ -141,7 +141,7 @@ assert "deepspeed" in sys.modules
 @pytest.mark.parametrize(
     ("module", "option", "said"),
     [
-        ("moe_groups.cli", "--help", "regroup-checkpoint"),
+        ("moe_groups", "--help", "regroup-checkpoint"),
         ("moe_groups", "--version", f"moe-groups {__version__}\n"),
     ],
 )

@@ -1,31 +1,106 @@
-"""Before and after the optimizer's step: parameters that the norm counts, and clipping."""
+"""What the torch optimizer steps on a rank, what of it the norm counts, and clipping."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
+from moe_groups._deepspeed.checkpoints import checkpoint_rank, laid_out_groups
 from moe_groups._deepspeed.engines import steps_parameters, wrapper_name
 from moe_groups.errors import InvalidArgumentError
-from moe_groups.tags import is_expert_parameter
+from moe_groups.tags import is_expert_parameter, numel_of
 
 _BEFORE_CLIPPING = "_moe_groups_before_clipping"
 _AFTER_STEP = "_moe_groups_after_step"
-_PARTITIONED = ("ZeRO-1", "ZeRO-2", "BF16_Optimizer")
+_PARTITIONED = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "BF16_Optimizer")
+
+
+class Placed(NamedTuple):
+    """Where a parameter lies in a tensor that the torch optimizer steps on this rank.
+
+    Attributes:
+        name: as in checkpoints.
+        param: the parameter.
+        begin: place of its first element; below 0 if its first elements are on another rank.
+        start: first place in which this rank counts an element of it.
+        stop: the place after the last one; ``start`` if another rank counts the parameter.
+    """
+
+    name: str
+    param: torch.Tensor
+    begin: int
+    start: int
+    stop: int
 
 
 def check_steps_partitions(engine: Any, what: str) -> None:
-    """Refuse engines whose torch optimizer does not step the partitions of :class:`LaidOut`.
+    """Refuse engines whose torch optimizer does not step what :func:`placed_parameters` gives.
 
     Raises:
-        InvalidArgumentError: an engine with another wrapper.
+        InvalidArgumentError: an engine with another wrapper, or whose torch optimizer does not
+            step all partitions in memory.
     """
     if not steps_parameters(engine) and wrapper_name(engine) not in _PARTITIONED:
         raise InvalidArgumentError(
             f"{what} knows engines that step with {', '.join(_PARTITIONED)} or without a wrapper, "
             f"not with {wrapper_name(engine)}: choose one of them in the config "
-            '("zero_optimization": {"stage": 1 or 2}).'
+            '("zero_optimization": {"stage": 1, 2 or 3}).'
         )
+    optimizer = engine.optimizer
+    steps_elsewhere = {
+        '"zenflow"': getattr(optimizer, "zenflow", False),
+        'an "offload_optimizer" with a "ratio" below 1': hasattr(optimizer, "backup_optimizer"),
+        'an "offload_optimizer" on NVMe': getattr(optimizer, "swap_optimizer", False),
+    }
+    if found := next((setting for setting, is_set in steps_elsewhere.items() if is_set), None):
+        raise InvalidArgumentError(
+            f"{what} does not see all that ZeRO-3 steps with {found}: take the setting out of "
+            '"zero_optimization" in the config.'
+        )
+
+
+def placed_parameters(engine: Any) -> Iterator[tuple[torch.Tensor, list[Placed]]]:
+    """The tensors that the torch optimizer steps on this rank, and the parameters in each.
+
+    Each element of the model is counted on exactly one rank: copies of a parameter on other
+    ranks do not count, as in DeepSpeed's global norm. ZeRO-1, ZeRO-2 and BF16_Optimizer cut a
+    group into partitions, ZeRO-3 each parameter.
+    """
+    if wrapper_name(engine) == "ZeRO-3":
+        yield from _placed_by_zero3(engine)
+        return
+    own = checkpoint_rank(engine)[1]
+    for group in laid_out_groups(engine):
+        counted = [is_counted(engine, param) for _, param, _ in group.members]
+        if steps_parameters(engine):
+            for (name, param, _), counts in zip(group.members, counted, strict=True):
+                stop = numel_of(param) if counts and group.ranks[0] == own else 0
+                yield param, [Placed(name, param, 0, 0, stop)]
+            continue
+        flat = group.options["params"][0]
+        first = group.ranks.index(own) * flat.numel()
+        yield (
+            flat,
+            [
+                Placed(name, param, offset - first, 0, flat.numel() if counts else 0)
+                for (name, param, offset), counts in zip(group.members, counted, strict=True)
+            ],
+        )
+
+
+def _placed_by_zero3(engine: Any) -> Iterator[tuple[torch.Tensor, list[Placed]]]:
+    """ZeRO-3 steps a tensor for each sub group, with this rank's slice of each parameter."""
+    optimizer = engine.optimizer
+    flat_tensors = optimizer.fp32_partitioned_groups_flat
+    for flat, params in zip(flat_tensors, optimizer.fp16_groups, strict=True):
+        placed, start = [], 0
+        for param in params:
+            size = param.partition_numel()
+            begin = start - torch.distributed.get_rank(param.ds_process_group) * size
+            name, counted = engine.param_names.get(param, "?"), is_counted(engine, param)
+            placed.append(Placed(name, param, begin, start, start + size if counted else start))
+            start += size
+        yield flat, placed
 
 
 def is_counted(engine: Any, param: torch.Tensor) -> bool:

@@ -10,7 +10,9 @@ _OTHER_WRAPPERS = {
     "NoneType": "it has no optimizer",
     "DummyOptim": "it has no optimizer",
     "BF16_Optimizer": "BF16_Optimizer keeps all gradients in one fp32 buffer for the whole run",
-    "DeepSpeedZeroOptimizer_Stage3": "ZeRO-3 already keeps nothing but its partitions",
+    "DeepSpeedZeroOptimizer_Stage3": (
+        "ZeRO-3 already keeps nothing but its partitions, and steps pieces of sub_group_size"
+    ),
 }
 
 

@@ -112,7 +112,7 @@ def read_step_settings(given: Mapping[str, Any] | str | os.PathLike[str]) -> Ste
     config = {key: value for key, value in read.items() if value is not None}
     zero = _parsed("zero_optimization", get_zero_config, config)
     bf16 = _parsed("bf16", get_bfloat16_config, config)
-    check_one_of("zero_stage", zero.stage, (1, 2))
+    check_zero_stage(zero.stage)
     if not bf16.enabled:
         raise InvalidArgumentError(
             'the DeepSpeed config has no "bf16": {"enabled": true}: the cost of its step is known '
@@ -149,6 +149,20 @@ def read_step_settings(given: Mapping[str, Any] | str | os.PathLike[str]) -> Ste
         None if kind is None else str(kind).lower(),
         _section(optimizer, "params"),
     )
+
+
+def check_zero_stage(stage: object) -> None:
+    """Refuse a stage whose step has no known cost.
+
+    Raises:
+        InvalidArgumentError: neither 1 nor 2.
+    """
+    if stage == 3:
+        raise InvalidArgumentError(
+            "zero_stage=3: the cost of ZeRO-3's step is not predicted. It follows from "
+            "sub_group_size, not from the groups: measure it with measure_step_memory."
+        )
+    check_one_of("zero_stage", stage, (1, 2))
 
 
 def _load(path: Any) -> Any:

@@ -5,13 +5,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import distributed
 
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed.checkpoints import checkpoint_rank, experts_optimizer_file
+from moe_groups._deepspeed.checkpoints import (
+    checkpoint_rank,
+    experts_optimizer_file,
+    weights_alone,
+)
 from moe_groups._deepspeed.engines import Engine, wrapper_name
 from moe_groups.checkpoints.convert.model import SCHEDULER, group_lists
 from moe_groups.checkpoints.files import (
@@ -111,7 +115,7 @@ def checked(
             CheckpointWarning,
         )
     where = f"{load_dir} ({findings[0].tag})"
-    _check_optimizer(where, engine.basic_optimizer, findings)
+    _check_optimizer(where, engine, findings)
     if unstated := sum(finding.unstated for finding in findings):
         warn(
             f"{unstated:,} records in {load_dir / str(findings[0].tag)} state no CRC-32 "
@@ -141,8 +145,9 @@ def checked(
     yield load_dir
 
 
-def _check_optimizer(where: str, optimizer: Any, findings: list[Finding]) -> None:
+def _check_optimizer(where: str, engine: Engine, findings: list[Finding]) -> None:
     """Refuse state that the running optimizer keeps not, or keeps with another meaning."""
+    optimizer, alone = engine.basic_optimizer, weights_alone(wrapper_name(engine))
     running = kept_by(optimizer)
     for finding in findings:
         saved = finding.saved
@@ -159,13 +164,13 @@ def _check_optimizer(where: str, optimizer: Any, findings: list[Finding]) -> Non
             message = (
                 f"{where} was saved with another optimizer.\n  {line}\nNothing was loaded. "
                 "Initialize with the optimizer of the checkpoint and its options, or load the "
-                "weights alone, into fresh optimizer state: load_module_only=True."
+                f"weights alone, into fresh optimizer state: {alone}."
             )
             raise CheckpointMismatchError(message, [line])
         if verdict == "unknown":
             warn(
                 f"{where}: {line}. Whether one can go on from the state of the other cannot be "
-                "told; if not, load the weights alone: load_module_only=True.",
+                f"told; if not, load the weights alone: {alone}.",
                 CheckpointWarning,
             )
             return

@@ -13,9 +13,19 @@ from moe_groups._common.arguments import FilePath, checked
 from moe_groups._common.own_folder import is_plain
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed.checkpoints import checkpoint_tag, writes_later
+from moe_groups._deepspeed.checkpoints import (
+    checkpoint_tag,
+    loads_weights_by_position,
+    weights_alone,
+    writes_later,
+)
 from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups._deepspeed.engines import Engine, SteppingEngine, refresh_master_weights
+from moe_groups._deepspeed.engines import (
+    Engine,
+    SteppingEngine,
+    refresh_master_weights,
+    wrapper_name,
+)
 from moe_groups.checkpoints.files import check_tag, list_files, list_saved
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout, with_options_of
 from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
@@ -245,6 +255,7 @@ def guarded_load(
 
         with checked_universal(engine, Path(given["load_dir"]), given["tag"], scheduler):
             return load(*args, **kwargs)
+    _check_loads_weights(engine, given)
     from moe_groups.checkpoints.guard.check import checked
 
     names = _names(engine) if optimizer else []
@@ -256,7 +267,7 @@ def guarded_load(
         folder,
         tag,
         optimizer=optimizer,
-        by_position=optimizer or scheduler,
+        by_position=optimizer or scheduler or loads_weights_by_position(engine),
         client=given["load_lr_scheduler_states"] and not given["load_module_only"],
         data=guard.check_data,
         convert=convert,
@@ -273,6 +284,18 @@ def guarded_load(
     if path is not None:  # of the converted checkpoint, which is gone
         path = str(path).replace(str(directory), str(load_dir), 1)
     return path, client_state
+
+
+def _check_loads_weights(engine: Engine, given: Mapping[str, Any]) -> None:
+    """Refuse a call with which DeepSpeed would load no weights, without an error."""
+    alone = weights_alone(wrapper_name(engine))
+    nothing = given["load_module_only"] and given["load_optimizer_states"]
+    if nothing and alone != "load_module_only=True" and not loads_weights_by_position(engine):
+        raise CheckpointError(
+            "load_module_only=True loads no weights under ZeRO-3, which keeps them in the "
+            f"optimizer's partitions. Nothing was loaded: give {alone}, which loads the weights "
+            "alone, into fresh optimizer state."
+        )
 
 
 def _loads_optimizer(engine: Engine, given: Mapping[str, Any]) -> bool:

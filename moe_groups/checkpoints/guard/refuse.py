@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from torch import distributed
 
 from moe_groups._common.ranks import on_first_rank
-from moe_groups._deepspeed.checkpoints import checkpoint_rank
+from moe_groups._deepspeed.checkpoints import checkpoint_rank, weights_alone
 from moe_groups._deepspeed.engines import Engine
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.convert.target import fresh_problem
@@ -23,7 +23,7 @@ from moe_groups.checkpoints.layout_diff import (
     moved_parameters,
     other_expert_parallel_size,
 )
-from moe_groups.checkpoints.manifest import Manifest, write_manifest
+from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
 from moe_groups.checkpoints.shard import WRAPPERS
 from moe_groups.errors import CheckpointError, CheckpointMismatchError
@@ -94,6 +94,13 @@ def _refusal(
             f"  moe-groups regroup-checkpoint {source} {made} --tag {shlex.quote(tag)} "
             f"--to {shlex.quote(target)}\n"
             'or convert while loading: moe_groups.protect_checkpoints(engine, regroup="auto").'
+        )
+    elif run.wrapper == "ZeRO-3" and kind != "model":
+        way_out = (
+            "Nothing was loaded. Checkpoints of ZeRO-3 cannot be converted: make the groups that "
+            f"it was saved with ({FILE_NAME} has them). Without AutoEP "
+            f"{weights_alone(run.wrapper)} loads the weights alone, into fresh optimizer state; "
+            "with AutoEP gather_model gathers them in a run with those groups, for load_autoep."
         )
     elif kind == "model":
         way_out = f"Nothing was loaded. {why}: the model or its parallel sizes are others."

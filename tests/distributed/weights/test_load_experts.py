@@ -341,9 +341,9 @@ def load_into_zero3(directory: Path) -> None:
     model = nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters())
     engine = initialize(model, optimizer, config("zero1") | {"zero_optimization": {"stage": 3}})
-    with pytest.raises(InvalidArgumentError, match="ZeRO-3 keeps"):
+    with pytest.raises(InvalidArgumentError, match=r"ZeRO-3 keeps.*load_autoep"):
         load_experts(engine, directory)
-    with pytest.raises(InvalidArgumentError, match="ZeRO-3 keeps"):
+    with pytest.raises(InvalidArgumentError, match=r"ZeRO-3 keeps.*gather_model"):
         save_experts(engine, directory / "out", family="mixtral")
     assert not (directory / "out").exists()
 

@@ -41,7 +41,7 @@ def test_each_element_counts_once(runs: list[tuple[int, int]], ranks: int) -> No
     size = math.ceil(len(owner) / ranks)
     found: list[Row] = []
     for rank in range(ranks):
-        pieces = list(merge_neighbours(list(cut_runs(rows, 0, rank * size, size))))
+        pieces = list(merge_neighbours(list(cut_runs(rows, -rank * size, 0, size))))
         assert all(
             one.start + one.numel < other.start or one.row != other.row
             for one, other in itertools.pairwise(pieces)
