@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe_groups._common.arguments import checked
+from moe_groups._common.warn import warn
 from moe_groups._deepspeed.autoep.source_layers import SourceLayer, source_layers
 from moe_groups._deepspeed.engines import InitializedEngine, gathered, ready_to_gather
 from moe_groups._deepspeed.layers import (
@@ -50,6 +51,10 @@ def gather_model(model: InitializedEngine, *, exclude_frozen_parameters: bool = 
             in no transformers model, not those that its config makes, or have a tensor that it
             does not have.
 
+    Warns:
+        UserWarning: the bias of :func:`balance_experts` is left out, for which a model without
+            ``e_score_correction_bias`` has no place.
+
     Example:
         >>> weights = gather_model(engine)                                # doctest: +SKIP
         >>> if torch.distributed.get_rank() == 0:                         # doctest: +SKIP
@@ -90,7 +95,13 @@ def _refuse_unknown(path: str, source: SourceLayer, inside: Named) -> None:
         if name.startswith("experts.") or source.name(name)
     }
     for name, tensor in inside.items():
-        if id(tensor) not in known:
+        if name == "expert_bias" and tensor.any():
+            warn(
+                f"{path}.expert_bias is left out, which the model of transformers has no place "
+                "for: without it the router chooses other experts (balance_experts).",
+                UserWarning,
+            )
+        elif name != "expert_bias" and id(tensor) not in known:
             raise InvalidArgumentError(
                 f"{path}.{name} is AutoEP's own: the model of transformers has no such tensor in "
                 "which gather_model could save it."

@@ -9,7 +9,7 @@ from torch import distributed
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from moe_groups import create_moe_param_groups, gather_model
+from moe_groups import balance_experts, create_moe_param_groups, gather_model
 from moe_groups._deepspeed.engines import gathered
 from moe_groups._deepspeed.layers import is_autoep_layer, is_partitioned
 from moe_groups.errors import InvalidArgumentError
@@ -158,6 +158,20 @@ def compiled_names() -> set[str]:
 
 def test_a_compiled_model_has_its_own_names() -> None:
     for different in run_on_ranks(2, compiled_names):
+        assert different == set()
+
+
+def with_a_bias() -> set[str]:
+    engine = trained("mixtral", autoep_config("mixtral", "zero2"))
+    known = set(gather_model(engine))
+    balance_experts(engine, rate=0.1)
+    train_autoep(engine, 1)
+    with pytest.warns(UserWarning, match=r"model.layers.0.mlp.expert_bias is left out"):
+        return known ^ set(gather_model(engine))
+
+
+def test_a_bias_that_transformers_does_not_know_is_left_out() -> None:
+    for different in run_on_ranks(2, with_a_bias):
         assert different == set()
 
 

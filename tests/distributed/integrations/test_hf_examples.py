@@ -29,6 +29,13 @@ def test_example(name: str) -> None:
     assert re.search(rf"\ntotal +{groups} ", printed)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [*EXAMPLES, "balanced_deepseek.py"])
 def test_example_is_short(name: str) -> None:
     assert len((ROOT / "docs/examples" / name).read_text().splitlines()) <= 60
+
+
+@pytest.mark.long
+def test_loads_become_even() -> None:
+    found = re.findall(r"imbalance ([\d.]+)", run_example("balanced_deepseek.py"))
+    assert len(found) == 3
+    assert float(found[-1]) < 3  # 4 is the maximum, which it reaches without the bias
