@@ -62,6 +62,9 @@ from tests.support.ranks import (
 from tests.support.training import initialize, largest_difference
 
 pytest.importorskip("deepspeed.module_inject.auto_ep_layer", reason="AutoEP came with 0.19.2")
+pytest.importorskip(
+    "transformers.utils.output_capturing", reason="the presets of AutoEP need transformers 5"
+)
 
 ROWS = pairwise(
     {
