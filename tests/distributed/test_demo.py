@@ -49,9 +49,8 @@ def rows_of(printed: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
-@pytest.mark.parametrize(
-    "start", [run_example, pytest.param(run_by_torchrun, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("start", [run_example, run_by_torchrun])
 def test_figures_in_the_readme(start: Callable[..., str]) -> None:
     """Once as a user starts it; all other runs of programs skip the imports."""
     rows = rows_of(start("train_moe_lm.py", "--steps", "2"))

@@ -49,3 +49,11 @@ def long_on_four_ranks(rows: list[Row]) -> list[Any]:
     """Rows for ``parametrize``; those with a ``world`` of 4, which cost twice as much, are long."""
     marks = {4: pytest.mark.long}
     return [pytest.param(row, marks=marks.get(row["world"], ())) for row in rows]
+
+
+def few_now(rows: list[Row], now: int = 5) -> list[Any]:
+    """Rows for ``parametrize``; all but the first, in which most pairs meet, are long."""
+    return [
+        pytest.param(row, id=label(row), marks=() if index < now else pytest.mark.long)
+        for index, row in enumerate(rows)
+    ]

@@ -274,7 +274,7 @@ def log_metrics(folder: str, wrapper: str, accumulate: int) -> list[dict[str, fl
     for one, wanted in zip(written, hand.expected, strict=bool(written)):
         assert one["moe/lr"] == pytest.approx(wanted.pop("moe/lr"))
         assert wanted.items() <= one.items()
-        assert len(one) == 9 + 2 * 8
+        assert len(one) == 9 + 2 * 9
     return written
 
 

@@ -37,7 +37,7 @@ from tests.support.autoep_runs import (
     start_accelerate,
     torch_optimizer,
 )
-from tests.support.pairwise import Row, label, pairwise
+from tests.support.pairwise import Row, few_now, pairwise
 from tests.support.ranks import forget_process_groups, run_on_ranks
 from tests.support.training import initialize, largest_difference
 
@@ -174,7 +174,7 @@ def compare_metrics(row: Row) -> dict[str, float]:
     return worst
 
 
-@pytest.mark.parametrize("row", CASES, ids=label)
+@pytest.mark.parametrize("row", few_now(CASES))
 def test_numbers_of_each_layer_and_expert(row: Row) -> None:
     first, other = run_on_ranks(2, compare_metrics, row, timeout=60)
     assert first == other
@@ -306,7 +306,7 @@ def compare_options(row: Row, folder: Path) -> tuple[float, float]:
     return difference, largest_difference(*found)
 
 
-@pytest.mark.parametrize("row", OPTION_CASES, ids=label)
+@pytest.mark.parametrize("row", few_now(OPTION_CASES))
 def test_options_from_the_second_step_on(row: Row, tmp_path: Path) -> None:
     for difference, resumed in run_on_ranks(2, compare_options, row, tmp_path, timeout=60):
         assert difference <= 1e-6
@@ -341,7 +341,7 @@ def through_trainer(folder: Path, partitioned: bool) -> tuple[list[str], float, 
     return names, largest_difference(after, wanted), largest_difference(after, own)
 
 
-@pytest.mark.parametrize("partitioned", [False, True])
+@pytest.mark.parametrize("partitioned", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_trainer_groups_by_layer_without_autoep(partitioned: bool, tmp_path: Path) -> None:
     make_model("qwen3").save_pretrained(tmp_path / "source")
     layers = [f"ep_size_1_model.layers.{layer}.mlp" for layer in range(2)]
@@ -380,6 +380,6 @@ def load_into_other_groups(folder: Path, ep_size: int) -> None:
     forget_process_groups()
 
 
-@pytest.mark.parametrize("ep_size", [0, 2])
+@pytest.mark.parametrize("ep_size", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_a_checkpoint_of_other_groups_is_refused(ep_size: int, tmp_path: Path) -> None:
     run_on_ranks(2, load_into_other_groups, tmp_path, ep_size, timeout=60)

@@ -112,9 +112,9 @@ def two_steps(kind: str, stage: int, autoep: bool, zero_mean: bool) -> list[Any]
     [
         ("mixtral", 2, True, False),
         ("qwen3", 3, True, True),
-        ("deepseek", 1, True, False),
+        pytest.param("deepseek", 1, True, False, marks=pytest.mark.long),
         ("deepseek", 0, False, True),
-        ("deepseek", 3, False, False),
+        pytest.param("deepseek", 3, False, False, marks=pytest.mark.long),
     ],
 )
 def test_biases_by_hand(kind: str, stage: int, autoep: bool, zero_mean: bool) -> None:
@@ -145,7 +145,12 @@ def resumed(kind: str, stage: int, autoep: bool, folder: Path) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("kind", "stage", "autoep"),
-    [("mixtral", 2, True), ("deepseek", 1, True), ("deepseek", 2, False), ("deepseek", 3, False)],
+    [
+        ("mixtral", 2, True),
+        pytest.param("deepseek", 1, True, marks=pytest.mark.long),
+        ("deepseek", 2, False),
+        pytest.param("deepseek", 3, False, marks=pytest.mark.long),
+    ],
 )
 def test_resume_is_the_same(kind: str, stage: int, autoep: bool, tmp_path: Path) -> None:
     for losses, difference, same in run_on_ranks(2, resumed, kind, stage, autoep, tmp_path):
@@ -224,6 +229,7 @@ def imbalances(balanced: bool) -> list[float]:
     return found
 
 
+@pytest.mark.long
 def test_imbalance_falls() -> None:
     without, balanced = (run_on_ranks(2, imbalances, one)[0] for one in (False, True))
     assert balanced[-1] < 1.2 < without[-1]

@@ -145,14 +145,14 @@ def hooks(module: nn.Module) -> list[Any]:
     ("kind", "stage", "way", "autoep"),
     [
         ("moe", 0, "reentrant", False),
-        ("moe", 2, "torch", False),
+        pytest.param("moe", 2, "torch", False, marks=pytest.mark.long),
         ("moe", 1, "selective", False),
-        ("mixtral", 0, "plain", False),
+        pytest.param("mixtral", 0, "plain", False, marks=pytest.mark.long),
         ("qwen3", 3, "reentrant", False),
-        ("deepseek", 1, "torch", False),
+        pytest.param("deepseek", 1, "torch", False, marks=pytest.mark.long),
         ("mixtral", 2, "reentrant", True),
         ("qwen3", 3, "torch", True),
-        ("deepseek", 1, "plain", True),
+        pytest.param("deepseek", 1, "plain", True, marks=pytest.mark.long),
     ],
 )
 def test_counts_and_entropy(kind: str, stage: int, way: str, autoep: bool) -> None:
