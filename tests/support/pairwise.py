@@ -51,7 +51,7 @@ def long_on_four_ranks(rows: list[Row]) -> list[Any]:
     return [pytest.param(row, marks=marks.get(row["world"], ())) for row in rows]
 
 
-def few_now(rows: list[Row], now: int = 5) -> list[Any]:
+def few_now(rows: list[Row], now: int = 4) -> list[Any]:
     """Rows for ``parametrize``; all but the first, in which most pairs meet, are long."""
     return [
         pytest.param(row, id=label(row), marks=() if index < now else pytest.mark.long)

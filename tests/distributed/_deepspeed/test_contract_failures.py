@@ -44,6 +44,7 @@ def train_with_name_per_expert(used: Collection[int]) -> None:
     train(initialize(model, optimizer, config("bf16")), 1)
 
 
+@pytest.mark.long
 def test_bf16_hangs_with_names_of_its_own_where_one_has_no_gradient() -> None:
     run_on_stock(2, train_with_name_per_expert, (0, 1))
     with pytest.raises(RankError, match=HANGS):
@@ -158,6 +159,7 @@ def test_split_gives_the_last_of_two_groups_with_one_name_all_experts() -> None:
     assert [(group["lr"], len(group["params"])) for group in moe] == [(0.2, 2)]
 
 
+@pytest.mark.long
 def test_split_orders_groups_by_hash() -> None:
     """Of several ep sizes, names come out of a set: another order under another hash seed."""
     first, second = two_hash_seeds([f"ep_size_{n}" for n in SIZES])

@@ -204,8 +204,15 @@ def too_early(wrapper: str, inside: bool) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("wrapper", ["zero2", "zero3"])
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("wrapper", "inside"),
+    [
+        ("zero2", False),
+        ("zero3", True),
+        pytest.param("zero2", True, marks=pytest.mark.long),
+        pytest.param("zero3", False, marks=pytest.mark.long),
+    ],
+)
 def test_groups_of_before_are_caught(wrapper: str, inside: bool) -> None:
     for text in run_in_fresh_processes(2, too_early, wrapper, inside, timeout=120):
         assert "optimizer=lambda params: torch.optim.AdamW(create_moe_param_groups(model))" in text

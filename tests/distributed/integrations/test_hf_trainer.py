@@ -155,6 +155,7 @@ def groups_and_then_none(folder: Path) -> str:
     return without_groups(folder, ())
 
 
+@pytest.mark.long
 def test_trainer_alone_is_told_what_to_do(tmp_path: Path) -> None:
     for message in run_in_fresh_processes(2, groups_and_then_none, tmp_path):
         assert "Make groups with create_moe_param_groups" in message

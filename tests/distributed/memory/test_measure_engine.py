@@ -100,7 +100,12 @@ def measure_zero(wrapper: str, kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("wrapper", "kind"),
-    [("zero2", "loop"), ("zero2", "foreach"), ("zero2", "fused"), ("zero1", "foreach")],
+    [
+        ("zero2", "loop"),
+        pytest.param("zero2", "foreach", marks=pytest.mark.long),
+        ("zero2", "fused"),
+        ("zero1", "foreach"),
+    ],
 )
 def test_zero_step(wrapper: str, kind: str) -> None:
     for rank in run_on_ranks(2, measure_zero, wrapper, kind):

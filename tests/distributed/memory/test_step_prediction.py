@@ -201,6 +201,7 @@ def test_steps_are_told_apart() -> None:
     assert problems(FAST[:1], swapped)
 
 
+@pytest.mark.long
 def test_a_planned_budget_is_met() -> None:
     budget = 1_300_000
     cases = [
@@ -228,7 +229,8 @@ def offloaded(case: Case) -> tuple[int, list[Figures], StepMemory]:
     return sum(storage.nbytes() for storage in live_storages("cpu")), figures, predicted
 
 
-@pytest.mark.parametrize("accumulation", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("accumulation", ["bf16", "fp32"])
 def test_offload_to_the_host(accumulation: Any) -> None:
     step = StepConfig(optimizer="CPUAdam", grad_accum_dtype=accumulation)
     there, (_, *later), predicted = run_as_rank(5, 8, offloaded, Case(step))

@@ -26,6 +26,7 @@ def who_am_i(offset: int) -> int:
     return torch.distributed.get_rank() + offset
 
 
+@pytest.mark.long
 def test_hang_names_rank_and_collective() -> None:
     with pytest.raises(RankError, match="one_rank_sleeps: not done after 3 s") as failure:
         run_in_fresh_processes(2, one_rank_sleeps, timeout=3)
@@ -42,6 +43,7 @@ def put_signals_back() -> None:
     signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
 
 
+@pytest.mark.long
 def test_error_of_one_rank_ends_the_others() -> None:
     run_on_ranks(2, put_signals_back)
     began = time.monotonic()

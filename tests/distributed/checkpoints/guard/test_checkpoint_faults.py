@@ -125,7 +125,7 @@ def test_no_room_for_latest(disk: SmallDisk) -> None:
 # ---- damage met while other groups are loaded -----------------------------------------
 
 
-@pytest.mark.parametrize("wrapper", ["zero2", "bf16"])
+@pytest.mark.parametrize("wrapper", ["zero2", pytest.param("bf16", marks=pytest.mark.long)])
 def test_damaged_files_of_other_groups(wrapper: str, tmp_path: Path) -> None:
     check(*loading_faults.damaged_loads(tmp_path, wrapper, lengths=1, bits=1))
 
