@@ -132,7 +132,7 @@ def universal(wrapper: str, folder: Path) -> list[Any]:
 @pytest.mark.parametrize("wrapper", ["zero1", "zero2", "bf16"])
 def test_universal_checkpoints(wrapper: str, tmp_path: Path) -> None:
     for more, absent, fewer, same in run_on_ranks(2, universal, wrapper, tmp_path):
-        assert "it has 4 groups, the run has 10" in more
+        assert "it has 5 groups, the run has 11" in more
         assert "has no checkpoint 'absent': its checkpoints are 't'" in absent
         assert fewer is True
         assert same is True
