@@ -140,6 +140,12 @@ def test_python_blocks_compile(page: str) -> None:
         compile(block.code, f"{page}:{block.line}", "exec")
 
 
+def test_no_page_has_marks_of_a_merge() -> None:
+    for page in [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"]:
+        found = re.search(r"^(<{7}|>{7}) .*$", (ROOT / page).read_text(), re.MULTILINE)
+        assert found is None, f"{page}: {found}"
+
+
 def test_error_page_has_every_kind() -> None:
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
     headings = re.findall(r"^## `(\w+)`", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
