@@ -55,6 +55,7 @@ def train_stock(wrapper: str, skips: Collection[int], used: Collection[int]) -> 
     train_skipping(wrapper, "stock", 2, skips, used)
 
 
+@pytest.mark.long
 def test_bf16_hangs_where_no_expert_has_a_gradient() -> None:
     with pytest.raises(RankError, match=HANGS):
         run_on_stock(2, train_stock, "bf16", [1], (), timeout=HANG)

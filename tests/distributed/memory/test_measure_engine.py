@@ -104,7 +104,7 @@ def measure_zero(wrapper: str, kind: str) -> dict[str, Any]:
         ("zero2", "loop"),
         pytest.param("zero2", "foreach", marks=pytest.mark.long),
         ("zero2", "fused"),
-        ("zero1", "foreach"),
+        pytest.param("zero1", "foreach", marks=pytest.mark.long),
     ],
 )
 def test_zero_step(wrapper: str, kind: str) -> None:
