@@ -107,7 +107,7 @@ def _whole_experts_tagged(model: nn.Module) -> Iterator[None]:
     """
     found = find_experts(model)
     named = zip(found.names, found.params, strict=True)
-    trained = any(".experts." in name and param.requires_grad for name, param in named)
+    trained = any(speaks_of_experts(name) and param.requires_grad for name, param in named)
     with restored_on_error(found.params):
         if trained and not any(found.experts):
             tag_experts(model, "*.experts")

@@ -120,8 +120,7 @@ def autoep_experts_tagged(
     Args:
         found_none: raise if AutoEP finds no MoE block.
     """
-    if not isinstance(config, Mapping):
-        config = read_json(Path(config), InvalidArgumentError)
+    config = _settings(config)
     if not autoep_enabled(config):
         raise InvalidArgumentError(
             'the DeepSpeed config does not enable AutoEP: add "expert_parallel": {"enabled": true, '
@@ -196,7 +195,7 @@ def load_autoep(
         >>> load_autoep(model, directory, config)                         # doctest: +SKIP
     """
     need("transformers", "cli", "load_autoep")
-    settings = config if isinstance(config, Mapping) else _read_config(config)
+    settings = _settings(config)
     _check_empty(model)
     support_new_transformers()
     own = copy.deepcopy(model, {id(model.config): model.config})
@@ -208,8 +207,11 @@ def load_autoep(
     return loaded[0]
 
 
-def _read_config(path: FilePath) -> Mapping[str, Any]:
-    return read_json(Path(path), InvalidArgumentError, "It must be DeepSpeed's config.")
+def _settings(config: Mapping[str, Any] | FilePath) -> Mapping[str, Any]:
+    """DeepSpeed's config, also from its file."""
+    if isinstance(config, Mapping):
+        return config
+    return read_json(Path(config), InvalidArgumentError, "It must be DeepSpeed's config.")
 
 
 def _check_empty(model: nn.Module) -> None:

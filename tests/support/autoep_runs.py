@@ -3,7 +3,6 @@
 Everything is fp32, so that two ranks and one process differ by the order of sums alone.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,15 +10,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DummyOptim
 from deepspeed.utils import safe_get_full_fp32_param
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from tokenizers import Tokenizer, models
 from torch import distributed, nn
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from moe_groups import create_moe_param_groups
@@ -27,6 +25,7 @@ from moe_groups.integrations.accelerate import group_optimizer
 from moe_groups.integrations.autoep import tag_autoep_experts
 from moe_groups.integrations.hf_trainer import MoETrainer
 from tests.support.autoep_models import VOCABULARY, make_model
+from tests.support.hf_runs import in_order, start_accelerate
 
 RATES = {"SGD": 0.05, "AdamW": 1e-3}
 EPS = 1e-4
@@ -187,12 +186,6 @@ class OnCPU(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
 
-def start_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    PartialState(backend="gloo")
-
-
 def make_trainer(
     folder: Path,
     cfg: dict[str, Any],
@@ -245,11 +238,8 @@ def make_trainer(
         )
         options["processing_class"] = tokenizer()
 
-    def sampler(self: Any, *_: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-    in_order = type(tool, parents, {"_get_train_sampler": sampler})
-    return in_order(model=model, args=args(**arguments), train_dataset=data, **options)
+    kind = in_order(*parents)
+    return kind(model=model, args=args(**arguments), train_dataset=data, **options)
 
 
 def tokenizer() -> Any:

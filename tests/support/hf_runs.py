@@ -136,13 +136,20 @@ def trainer(
     }
     args = TrainingArguments(**settings | (changes or {}))
 
+    made = model or make_model()
+    return in_order(kind)(model=made, args=args, train_dataset=data or Data(), **options)
+
+
+def in_order(*kinds: type[Any]) -> Any:
+    """A subclass of these Trainers that takes the rows in their order.
+
+    TrainingArguments can ask for it only since transformers 5.
+    """
+
     def sampler(self: Any, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
-    # TrainingArguments can ask for this order only since transformers 5.
-    in_order = type(kind.__name__, (kind,), {"_get_train_sampler": sampler})
-    made = model or make_model()
-    return in_order(model=made, args=args, train_dataset=data or Data(), **options)
+    return type(kinds[0].__name__, kinds, {"_get_train_sampler": sampler})
 
 
 AcceleratedRun: TypeAlias = tuple[Accelerator, Any, Any, Any, Any]

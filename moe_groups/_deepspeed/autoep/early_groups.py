@@ -4,7 +4,6 @@ DeepSpeed puts each parameter that AutoEP makes into the group of those that it 
 (``_remap_client_optimizer_after_module_replacement`` in ``runtime/engine.py``), at its end.
 """
 
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from moe_groups._deepspeed.autoep.made_before import CHANGES as MADE_CHANGES, mark_made
+from moe_groups._deepspeed.autoep.source_layers import transformers_model
 from moe_groups._deepspeed.layers import is_autoep_layer
 from moe_groups._deepspeed.patching import Change, change_functions
 from moe_groups._deepspeed.ports import PORTS
@@ -96,7 +96,7 @@ def _wrap_configure(original: Callable[..., Any]) -> Callable[..., Any]:
     def _configure_expert_parallel(self: Any, model: nn.Module, collect_sources: Any = None) -> Any:
         replaced = original(self, model, collect_sources)
         if any(map(is_autoep_layer, model.modules())):
-            mark_made(_transformers_model(model), self._config.expert_parallel_config)
+            mark_made(_beginning(model), self._config.expert_parallel_config)
         if replaced and PORTS.modules_replaced(model, replaced.sources):
             _FOLLOWED.add(self)
         return replaced
@@ -109,15 +109,15 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
 
     def begin(self: Any, model: nn.Module, config: Any) -> None:
         whole = config.moe_layer_pattern is not None
-        original(self, model if whole else _transformers_model(model), config)
+        original(self, model if whole else _beginning(model), config)
 
     return begin
 
 
-def _transformers_model(model: nn.Module) -> nn.Module:
-    """The model of transformers that ``model`` is or has inside; itself if there is none."""
-    base = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
-    return next((part for part in model.modules() if isinstance(part, base)), model)
+def _beginning(model: nn.Module) -> nn.Module:
+    """Where the patterns of AutoEP's presets begin; ``model`` if nothing is of transformers."""
+    _, found = transformers_model(model) or ("", model)
+    return found
 
 
 _CHANGES: tuple[Change, ...] = (

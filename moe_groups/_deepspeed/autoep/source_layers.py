@@ -95,13 +95,17 @@ def source_layers(engine: Any) -> dict[str, SourceLayer]:
     return {path: _source_layer(source.get_submodule(path), found[path]) for path in paths}
 
 
+def transformers_model(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """Path and module of the first model of transformers that ``module`` is or has inside."""
+    known: Any = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
+    found = ((path, part) for path, part in module.named_modules() if isinstance(part, known))
+    return next(found, None)
+
+
 def _source_of(module: nn.Module) -> nn.Module:
     """The model before AutoEP, without memory, with the paths that it has in ``module``."""
-    transformers: Any = sys.modules.get("transformers")
-    known = () if transformers is None else (transformers.PreTrainedModel,)
-    found = ((path, part) for path, part in module.named_modules() if isinstance(part, known))
-    path, model = next(found, (None, None))
-    if path is None or model is None:
+    path, model = transformers_model(module) or ("", None)
+    if model is None:
         raise InvalidArgumentError(
             f"AutoEP has replaced layers of {type(module).__name__}, in which there is no "
             "PreTrainedModel of transformers: the names that their weights had are not known."

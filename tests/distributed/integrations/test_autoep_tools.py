@@ -49,9 +49,9 @@ from tests.support.autoep_runs import (
     local_difference,
     make_trainer,
     one_process,
-    start_accelerate,
     torch_optimizer,
 )
+from tests.support.hf_runs import start_accelerate
 from tests.support.pairwise import Row, label, pairwise
 from tests.support.ranks import (
     RankError,

@@ -34,9 +34,9 @@ from tests.support.autoep_runs import (
     local_difference,
     make_trainer,
     one_process,
-    start_accelerate,
     torch_optimizer,
 )
+from tests.support.hf_runs import start_accelerate
 from tests.support.pairwise import Row, few_now, pairwise
 from tests.support.ranks import forget_process_groups, run_on_ranks
 from tests.support.training import initialize, largest_difference
