@@ -7,6 +7,7 @@ must be the same where it is loaded.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -28,6 +29,15 @@ class Rank(NamedTuple):
 
     model: int
     data: int
+
+
+_EXPERT = re.compile(r"(.*deepspeed_moe\.experts\.deepspeed_experts\.)\d+(\..+)")
+"""A parameter of an expert of DeepSpeed's layer, which numbers the experts of a rank."""
+
+
+def of_any_expert(name: str) -> str:
+    """The name without the number of the expert."""
+    return _EXPERT.sub(r"\1*\2", name)
 
 
 class FlatParam(NamedTuple):
@@ -53,6 +63,15 @@ class FlatParam(NamedTuple):
     def end(self) -> int:
         """Index behind the last element in the group's buffer."""
         return self.offset + self.numel
+
+    @property
+    def global_name(self) -> str | None:
+        """The name with the expert's number over all ranks, as in DeepSpeed's files of experts.
+
+        None for what is not one expert's of DeepSpeed's layer, or has no known number.
+        """
+        match = None if self.expert is None else _EXPERT.fullmatch(self.name)
+        return match and f"{match[1]}{self.expert}{match[2]}"
 
 
 @dataclass(frozen=True, slots=True)

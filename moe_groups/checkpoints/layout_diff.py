@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout
+from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, of_any_expert
 
 Verdict = Literal["same", "renamed", "regrouped", "trained", "model"]
 
@@ -116,16 +116,25 @@ def moved_parameters(saved: Sequence[FlatGroup], running: Sequence[FlatGroup]) -
 
 
 Key: TypeAlias = tuple[int, str | None, int | None, str]
-"""Whose a parameter is: model-parallel rank, parallel group, place in the EP group, name."""
+"""Which parameter it is: model-parallel rank, parallel group, EP rank, name."""
 
 
-def keys_of_params(layout: Layout) -> set[Key]:
+def key_of(group: FlatGroup, param: FlatParam, by_expert: bool = False) -> Key:
+    """The key of a parameter.
+
+    Args:
+        by_expert: the same for each ``ep_size``, where the number of the expert over all ranks is
+            known: the name has that number then.
+    """
+    name = param.global_name if by_expert and group.parallel_group else None
+    if name is not None:
+        return group.model_rank, "", None, name
+    return group.model_rank, group.parallel_group, group.ep_rank, param.name
+
+
+def keys_of_params(layout: Layout, by_expert: bool = False) -> set[Key]:
     """Of all trained parameters."""
-    return {
-        (group.model_rank, group.parallel_group, group.ep_rank, param.name)
-        for group in layout.groups
-        for param in group.params
-    }
+    return {key_of(group, param, by_expert) for group in layout.groups for param in group.params}
 
 
 def other_expert_parallel_size(saved: Layout, running: Layout) -> str | None:
@@ -133,8 +142,10 @@ def other_expert_parallel_size(saved: Layout, running: Layout) -> str | None:
 
     Experts that are trained on one side alone do not count: they have no state to convert.
     """
-    was = {(model, name): key for model, key, _, name in keys_of_params(saved)}
-    now = {(model, name): key for model, key, _, name in keys_of_params(running)}
+    was, now = (
+        {(model, of_any_expert(name)): key for model, key, _, name in keys_of_params(layout)}
+        for layout in (saved, running)
+    )
     if all(was[place] == now[place] for place in was.keys() & now.keys()):
         return None
     before, after = (
@@ -142,3 +153,17 @@ def other_expert_parallel_size(saved: Layout, running: Layout) -> str | None:
         for of in (was, now)
     )
     return f"it was saved with experts of {before}, the run has experts of {after}"
+
+
+def unnumbered_problem(*layouts: Layout) -> str | None:
+    """Which expert parameter cannot go to other ranks, and why; None if all can."""
+    for layout in layouts:
+        for group in layout.groups:
+            for param in group.params if group.parallel_group else ():
+                if param.global_name is None:
+                    return (
+                        f"nothing says which expert of all ranks {param.name} is part of. That is "
+                        "known for DeepSpeed's MoE layers, in a checkpoint with moe_groups.json. "
+                        "For AutoEP use DeepSpeed's universal checkpoints"
+                    )
+    return None

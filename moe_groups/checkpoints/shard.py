@@ -100,7 +100,7 @@ class Shard:
         ``use_data_before_expert_parallelism``.
         """
         ep_size, world = ep_size_of(self.parallel_group(index)), self.data_parallel_size
-        if self._config.get("use_data_before_expert_parallelism", False):
+        if self.data_before_experts:
             share = world // ep_size
             first = rank // share * share
             return tuple(range(first, first + share))
@@ -116,6 +116,11 @@ class Shard:
             and self.fragments(index) == stated_fragments(group, rank.data, self.reorders)
             for index, group in enumerate(groups)
         )
+
+    @property
+    def data_before_experts(self) -> bool:
+        """Were ranks with the same experts neighbours?"""
+        return bool(self._config.get("use_data_before_expert_parallelism", False))
 
     @property
     def reorders(self) -> bool:

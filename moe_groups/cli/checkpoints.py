@@ -12,6 +12,7 @@ INSPECT_OPTIONS = {"tag": "--tag", "data": "--quick"}
 REGROUP_OPTIONS = {
     "to": "--to",
     "max_group_size": "--max-group-size",
+    "ep_size": "--ep-size",
     "tag": "--tag",
     "workers": "--workers",
 }
@@ -79,6 +80,9 @@ def _add_regroup(commands: Any, count: Callable[[str], int]) -> None:
     parser.add_argument(
         "--max-group-size", type=count, metavar="N", help="most elements of a group (no limit)"
     )
+    parser.add_argument(
+        "--ep-size", type=count, metavar="N", help="ep_size of the MoE layers (the checkpoint's)"
+    )
     parser.add_argument("--tag", help="of the checkpoint (what the file latest says)")
     parser.add_argument("--trust", action="store_true", help=_TRUST)
     parser.add_argument(
@@ -143,6 +147,7 @@ def _regroup(args: argparse.Namespace) -> int:
             args.destination,
             to=args.to,
             max_group_size=args.max_group_size,
+            ep_size=args.ep_size,
             tag=args.tag,
             workers=args.workers,
             trust=args.trust,

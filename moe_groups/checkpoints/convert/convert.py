@@ -62,6 +62,7 @@ def regroup_checkpoint(
     to: FilePath | Layout,
     *,
     max_group_size: Positive | None = None,
+    ep_size: Positive | None = None,
     tag: str | None = None,
     workers: Positive | None = None,
     trust: bool = False,
@@ -71,10 +72,10 @@ def regroup_checkpoint(
 
     Needs no GPU and no process group. Master weights and optimizer state stay bit-equal for each
     parameter; hyperparameters, loss scaler, counters and the learning-rate schedule are kept. The
-    number of data-parallel ranks may change too, where ``to`` says so. All files are compared with
-    the CRC-32 that they state for their bytes before they are converted or copied. Each worker
-    makes one file of optimizer states in memory: the conversion needs the largest of the new files
-    times the workers.
+    number of data-parallel ranks may change too, where ``to`` says so, and the ``ep_size`` of
+    DeepSpeed's MoE layers. All files are compared with the CRC-32 that they state for their bytes
+    before they are converted or copied. Each worker makes one file of optimizer states in memory:
+    the conversion needs the largest of the new files times the workers.
 
     Args:
         source: what ``load_checkpoint`` is given; it is only read.
@@ -86,6 +87,8 @@ def regroup_checkpoint(
             for what :func:`create_moe_param_groups` would make with it. A name needs a source
             whose ``moe_groups.json`` says what its groups were made from (schema 2).
         max_group_size: cap in elements, for a name.
+        ep_size: of DeepSpeed's MoE layers in the run that goes on, for a name; None for that of
+            the checkpoint. Each expert keeps its state and hyperparameters on its new ranks.
         tag: of the checkpoint; None for the one in the file ``latest``.
         workers: threads; None for four. With fewer the conversion needs less memory.
         trust: read objects of any class, as DeepSpeed does when it loads, which can run any code of
@@ -107,7 +110,7 @@ def regroup_checkpoint(
     files = find_checkpoint(source, tag, trust)
     check_whole(files)
     layout = read_layout(files)
-    target = read_target(to, files, layout, max_group_size)
+    target = read_target(to, files, layout, max_group_size, ep_size)
     regroup_source = RegroupSource(files, layout)
     since = check_parameters(regroup_source, target)
     copied = [*files.others(), *files.beside()]

@@ -88,13 +88,18 @@ def regroup_lists(source: RegroupSource, target: Layout, model: int, content: An
         CheckpointError: groups with different values would become one, or nothing tells whether a
             list is one for groups.
     """
-    rank = Rank(model, 0)
-    index_of = {id(group): index for index, group in enumerate(source.layout.of(rank))}
+    rank, layout = Rank(model, 0), source.layout
+    # Groups of other ranks too, whose experts this one may have now: all ranks read this file.
+    index_of = {
+        id(layout.groups[index]): place
+        for own in (*{*layout.order.values()}, layout.order[rank])
+        for place, index in enumerate(own)
+    }
     homes = [
         (group.name, [index_of[id(home)] for home in source.models_for(group, target)])
         for group in target.of(rank)
     ]
-    for where, holder, key, known in group_lists(content, len(index_of)):
+    for where, holder, key, known in group_lists(content, len(layout.order[rank])):
         values = holder[key]
         if not known:
             raise CheckpointError(
@@ -150,6 +155,12 @@ def _shapes(
     known = {name: shape for group in old for name, shape in group.items()}
     groups = target.of(rank)
     for group in groups:
+        # Experts that were on another rank are not in the file.
+        known |= {
+            param.name: torch.Size(param.shape)
+            for param in group.params
+            if param.name not in known and param.shape is not None
+        }
         known |= {param.name: source.weight(group, param).shape for param in source.fresh(group)}
     return [
         OrderedDict((param.name, known[param.name]) for param in group.params) for group in groups

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from moe_groups._common.arguments import SplitBy, check_one_of
+from moe_groups.checkpoints.convert.ep_size import with_ep_size
 from moe_groups.checkpoints.layout import FlatGroup, Layout, lay_out, merge_ranks
 from moe_groups.errors import CheckpointError
 from moe_groups.groups.grouping import (
@@ -36,7 +37,11 @@ class _Made(NamedTuple):
 
 
 def named_target(
-    source: Layout, to: TargetName, max_group_size: int | float | None = None
+    source: Layout,
+    to: TargetName,
+    max_group_size: int | float | None = None,
+    ep_size: int | None = None,
+    data_before_experts: bool = False,
 ) -> Layout:
     """The groups that another way to split makes for the run that saved a checkpoint.
 
@@ -48,6 +53,8 @@ def named_target(
         source: of the checkpoint.
         to: "stock", or a ``split_by``.
         max_group_size: most elements of a group. None: no cap, for "stock" DeepSpeed's default.
+        ep_size: of all MoE layers; None for that of the checkpoint.
+        data_before_experts: ``use_data_before_expert_parallelism``, for another ``ep_size``.
 
     Raises:
         InvalidArgumentError: an argument is out of range.
@@ -57,19 +64,22 @@ def named_target(
     cap = Caps(max_group_size, None, None)
     if to == "stock" and max_group_size is None:
         cap.size = DEEPSPEED_MAX_GROUP_SIZE
+    if source.origins.keys() < source.order.keys():
+        raise CheckpointError(
+            "nothing says what the groups of the checkpoint were made from: it has no "
+            "moe_groups.json, or one of an earlier release, or of groups that "
+            "create_moe_param_groups did not make or that were changed afterwards. "
+            f"{_WAY_OUT}"
+        )
+    for rank in {own: rank for rank, own in source.order.items()}.values():
+        _check_order(source.of(rank), [row.name for row in source.origins[rank].rows])
+    if ep_size is not None:
+        source = with_ep_size(source, ep_size, data_before_experts)
     made: dict[tuple[int, ...], list[FlatGroup]] = {}
     for rank in sorted(source.order):
         own = source.order[rank]
         if own not in made:
-            origin = source.origins.get(rank)
-            if origin is None:
-                raise CheckpointError(
-                    "nothing says what the groups of the checkpoint were made from: it has no "
-                    "moe_groups.json, or one of an earlier release, or of groups that "
-                    "create_moe_param_groups did not make or that were changed afterwards. "
-                    f"{_WAY_OUT}"
-                )
-            made[own] = list(_regroup(source.of(rank), origin, to, cap))
+            made[own] = list(_regroup(source.of(rank), source.origins[rank], to, cap))
     columns = [(rank, made[source.order[rank]]) for rank in sorted(source.order)]
     return merge_ranks(columns, source.origins)
 
@@ -80,7 +90,6 @@ def _regroup(
     """One rank's new groups."""
     homes = {param.name: (group, param) for group in groups for param in group.params}
     names = [row.name for row in origin.rows]
-    _check_order(groups, names)
     table = origin.table(
         "parallel_group" if to == "stock" else to,
         {name: param.numel for name, (_, param) in homes.items()},

@@ -1,6 +1,5 @@
 """Where in a checkpoint the state of each parameter is."""
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,14 +10,13 @@ import torch
 
 from moe_groups.checkpoints.files import STATES, CheckpointFiles
 from moe_groups.checkpoints.layout import FlatGroup, FlatParam, Layout, Piece, Rank, pieces
+from moe_groups.checkpoints.layout_diff import key_of
 from moe_groups.checkpoints.read_layout import check_states
 from moe_groups.checkpoints.shard import MASTER, SameStep, Shard, read_shard
 from moe_groups.checkpoints.torch_file import read_torch_file, reading
 from moe_groups.errors import CheckpointError
 
 _OPEN_SHARDS = 32
-_EXPERT = re.compile(r"(.+\.deepspeed_moe\.experts\.deepspeed_experts\.)\d+(\..+)")
-"""An expert of DeepSpeed's layer, of which each has a file of its own."""
 
 
 class Home(NamedTuple):
@@ -53,7 +51,8 @@ class RegroupSource:
         self.layout = layout
         self._index = {id(group): index for index, group in enumerate(layout.groups)}
         self._homes = {
-            (group.model_rank, group.parallel_group, group.ep_rank, param.name): Home(group, param)
+            key_of(group, param, by_expert): Home(group, param)
+            for by_expert in (True, False)
             for group in layout.groups
             for param in group.params
         }
@@ -105,8 +104,9 @@ class RegroupSource:
         Raises:
             CheckpointError: it has another size in the checkpoint.
         """
-        key = target.model_rank, target.parallel_group, target.ep_rank, param.name
-        home = self._homes.get(key)
+        home = self._homes.get(key_of(target, param)) or self._homes.get(
+            key_of(target, param, by_expert=True)
+        )
         if home is not None and home.param.numel != param.numel:
             raise CheckpointError(
                 f"{param.name} (group {target.name!r} of the new groups) has {param.numel} "
@@ -150,9 +150,7 @@ class RegroupSource:
             path = self.files.models.get(model)
             found = self._weights(path).get("module", {}).get(name) if path else None
         else:  # the file of all ranks has one rank's experts
-            match = _EXPERT.fullmatch(name)
-            own = f"{match[1]}{param.expert}{match[2]}" if match else name
-            found = self._expert(model, name, own, param.expert)
+            found = self._expert(model, name, param.global_name or name, param.expert)
         if isinstance(found, torch.Tensor) and found.numel() == param.numel:
             return found.detach()
         raise CheckpointError(

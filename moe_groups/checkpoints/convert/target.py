@@ -8,9 +8,15 @@ from moe_groups.checkpoints.convert.named import TARGETS, named_target
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.files import CheckpointFiles, find_checkpoint
 from moe_groups.checkpoints.layout import Layout
-from moe_groups.checkpoints.layout_diff import Key, keys_of_params, other_expert_parallel_size
+from moe_groups.checkpoints.layout_diff import (
+    Key,
+    keys_of_params,
+    other_expert_parallel_size,
+    unnumbered_problem,
+)
 from moe_groups.checkpoints.manifest import read_manifest
-from moe_groups.checkpoints.shard import step_of_group
+from moe_groups.checkpoints.read_layout import check_states
+from moe_groups.checkpoints.shard import read_shard, step_of_group
 from moe_groups.errors import CheckpointError
 
 
@@ -19,6 +25,7 @@ def read_target(
     files: CheckpointFiles,
     source: Layout,
     max_group_size: int | None = None,
+    ep_size: int | None = None,
 ) -> Layout:
     """The layout that ``to`` means for this checkpoint.
 
@@ -28,12 +35,15 @@ def read_target(
     if isinstance(to, Layout):
         return to
     if isinstance(to, str) and to in TARGETS:  # a file of that name is ./expert
-        return named_target(source, to, max_group_size)
-    if max_group_size is not None:
-        raise CheckpointError(
-            f"max_group_size={max_group_size} goes with one of {', '.join(TARGETS)}; {to} says "
-            "itself how large its groups are."
-        )
+        check_states(files)
+        like = read_shard(next(iter(files.shards.values())), files.trust)
+        return named_target(source, to, max_group_size, ep_size, like.data_before_experts)
+    for name, value in (("max_group_size", max_group_size), ("ep_size", ep_size)):
+        if value is not None:
+            raise CheckpointError(
+                f"{name}={value} goes with one of {', '.join(TARGETS)}; {to} says itself what its "
+                "groups are."
+            )
     path = _file(Path(to))
     if not path.is_file():
         raise CheckpointError(
@@ -92,9 +102,10 @@ def check_parameters(source: RegroupSource, target: Layout) -> TrainedSince:
     layout = source.layout
     if problem := layout.problem() or target.problem():
         raise CheckpointError(problem)
-    if line := other_expert_parallel_size(layout, target):
-        raise CheckpointError(f"{line}: ranks have other experts then, and {_ALONE}.")
-    old, new = keys_of_params(layout), keys_of_params(target)
+    moved = other_expert_parallel_size(layout, target)
+    if moved and (problem := unnumbered_problem(layout, target)):
+        raise CheckpointError(f"{moved}: {problem}; or {_ALONE}.")
+    old, new = (keys_of_params(each, by_expert=bool(moved)) for each in (layout, target))
     if not old & new or layout.model_ranks != target.model_ranks:
         lines = [f"{name} is in the checkpoint alone" for name in _names(old - new)[:_SHOWN]]
         lines += [f"{name} is in the new groups alone" for name in _names(new - old)[:_SHOWN]]

@@ -2,6 +2,7 @@
 
 import shlex
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,18 +16,20 @@ from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.convert.target import fresh_problem
 from moe_groups.checkpoints.files import find_checkpoint
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout
-from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank
+from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank, of_any_expert
 from moe_groups.checkpoints.layout_diff import (
     Verdict,
     compare_groups,
     keys_of_params,
     moved_parameters,
     other_expert_parallel_size,
+    unnumbered_problem,
 )
 from moe_groups.checkpoints.manifest import FILE_NAME, Manifest, write_manifest
 from moe_groups.checkpoints.read_layout import read_layout
 from moe_groups.checkpoints.shard import WRAPPERS
 from moe_groups.errors import CheckpointError, CheckpointMismatchError
+from moe_groups.topology import ep_size_of
 
 _SHOWN = 8
 
@@ -70,13 +73,13 @@ def _refusal(
     files = find_checkpoint(load_dir, tag, trust=True)
     saved = read_layout(files)
     lines, kind = differences(saved, run.layout, known)
-    convertible = kind in ("regrouped", "trained")
+    convertible = kind != "model"
     convertible &= bool(files.shards) and run.wrapper in WRAPPERS
     why = "Converting does not help"
-    if kind == "trained" and convertible:
-        problem = None
+    if kind != "regrouped" and convertible:
+        problem = unnumbered_problem(saved, run.layout) if kind == "experts" else None
         try:
-            problem = fresh_problem(RegroupSource(files, saved), run.layout)
+            problem = problem or fresh_problem(RegroupSource(files, saved), run.layout)
         except CheckpointError as error:  # a weight is not there
             kind, problem = "model", str(error).rstrip(".")
         if problem:
@@ -124,7 +127,8 @@ def differences(saved: Layout, running: Layout, known: Known) -> tuple[list[str]
             f"{len(running.model_ranks)}"
         ], "model"
     if line := other_expert_parallel_size(saved, running):
-        return [line], "experts"
+        lost = [*_not_in_the_model(saved, running, known)]
+        return [line, *lost], "model" if lost else "experts"
     worlds = saved.data_parallel_size, running.data_parallel_size
     lines = []
     if worlds[0] != worlds[1]:
@@ -151,6 +155,23 @@ def differences(saved: Layout, running: Layout, known: Known) -> tuple[list[str]
     if "model" in verdicts:
         return lines, "model"
     return lines, "trained" if "trained" in verdicts else "regrouped"
+
+
+def _not_in_the_model(saved: Layout, running: Layout, known: Known) -> Iterator[str]:
+    """What the checkpoint trained and the model has not, where its experts are on other ranks."""
+    experts = {model: Counter(map(of_any_expert, names)) for model, names in known.items()}
+    sizes = {
+        (group.model_rank, of_any_expert(param.name)): ep_size_of(group.parallel_group)
+        for group in running.groups
+        for param in group.params
+    }
+    for group in saved.groups:
+        for param in group.params:
+            name = of_any_expert(param.name)
+            local = experts.get(group.model_rank, Counter())[name]
+            there = local * sizes.get((group.model_rank, name), ep_size_of(group.parallel_group))
+            if not local or (param.global_name and (param.expert or 0) >= there):
+                yield f"the model has no {param.global_name or param.name}, the checkpoint has"
 
 
 def _other_ranks(saved: Layout, running: Layout) -> Iterator[str]:

@@ -6,6 +6,7 @@ DeepSpeed's own mapping of names to partitions, and knows nothing of how the lib
 The distributed tests hold both to what real engines write.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -151,8 +152,9 @@ def state_of(directory: Path, layout: Layout) -> dict[ParamKey, dict[str, torch.
     parts: dict[ParamKey, dict[str, list[torch.Tensor]]] = {}
     done: set[tuple[int, ...]] = set()
     for rank in sorted(layout.order):
-        name = f"bf16_zero_pp_rank_{rank.data}_mp_rank_{rank.model:02d}_optim_states.pt"
-        saved = torch.load(directory / tag / name, weights_only=False)["optimizer_state_dict"]
+        name = f"*zero_pp_rank_{rank.data}_mp_rank_{rank.model:02d}_optim_states.pt"
+        (path,) = (directory / tag).glob(name)
+        saved = torch.load(path, weights_only=False)["optimizer_state_dict"]
         for index, group in enumerate(layout.of(rank)):
             if (rank.model, rank.data, id(group)) in done:
                 continue
@@ -170,6 +172,17 @@ def state_of(directory: Path, layout: Layout) -> dict[ParamKey, dict[str, torch.
         key: {state: torch.cat(pieces) for state, pieces in found.items()}
         for key, found in parts.items()
     }
+
+
+def state_by_expert(directory: Path, layout: Layout) -> dict[str, dict[str, torch.Tensor]]:
+    """As :func:`state_of`, by the name that a parameter has where one rank has all experts."""
+    state = state_of(directory, layout)
+    found = {}
+    for group in layout.groups:
+        for param in group.params:
+            numbered = re.sub(r"(?<=deepspeed_experts\.)\d+", str(param.expert), param.name)
+            found[f"{group.model_rank}.{numbered}"] = state[key_of(group, param.name)]
+    return found
 
 
 def shard_contents(directory: Path) -> dict[str, Any]:

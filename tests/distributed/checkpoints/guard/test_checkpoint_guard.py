@@ -236,11 +236,13 @@ def unconvertible(wrapper: str, folder: Path) -> list[str]:
     whole, part, other = groups_by("module"), partly_frozen(FROZEN), {"ep_size": 1, "layers": 2}
     cases: list[tuple[str, GroupsOf, dict[str, Any], str]] = [
         ("shared", part, {}, "overrides=[('inp.*', {})]"),
-        ("ep_size", whole, {"model_options": other}, "the run has experts of ep_size_1"),
+        ("ep_size", whole, {"model_options": other}, "nothing says which expert"),
     ]
     for name, before, options, text in cases:
         source = folder / name
         reference = saved(wrapper, before, source)
+        if name == "ep_size":
+            forget_manifest(source)  # which numbers the experts over all ranks
         engine = started(wrapper, whole, **options)
         state, files = snapshot(engine), {*source.iterdir()}
         for regroup in ("refuse", "auto"):
@@ -276,7 +278,7 @@ def unconvertible(wrapper: str, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("wrapper", WRAPPERS_LONG)
 def test_way_out_where_converting_does_not_help(wrapper: str, tmp_path: Path) -> None:
-    """Something thawed is among what was trained, or experts have another ep_size."""
+    """Something thawed is among what was trained, or nothing says which expert is on which rank."""
     assert run_on_ranks(2, unconvertible, wrapper, tmp_path) == [[], []]
 
 

@@ -141,12 +141,35 @@ def test_another_world(old: int, new: int, split: str, tmp_path: Path) -> None:
     assert "moe-groups regroup-checkpoint" in text
 
 
+OTHER_SIZES = "it was saved with experts of ep_size_2, the run has experts of ep_size_1"
+
+
 def test_another_ep_size(tmp_path: Path) -> None:
+    """In the end without the manifest, which numbers the experts."""
     run_on_ranks(2, save_mixed, "zero1", tmp_path)
     options = {"model_options": {"ep_size": 1, "layers": 2}}
     for text, lines in run_on_ranks(2, refusal_in, "zero1", tmp_path, "module", **options):
-        assert lines == ["it was saved with experts of ep_size_2, the run has experts of ep_size_1"]
-        assert "Converting does not help" in text
+        assert lines == [OTHER_SIZES]
+        assert "nothing says which expert of all ranks blocks.0." in text
+        assert "load_module_only=True" in text
+
+
+def fewer_experts(folder: Path) -> tuple[str, list[str]]:
+    options = {"ep_size": 1, "layers": 2, "num_experts": 2}
+    engine = started("zero1", groups_by("module"), model_options=options)
+    protect_checkpoints(engine, regroup="auto")
+    error = error_of(engine, folder)
+    assert isinstance(error, CheckpointMismatchError), error
+    return str(error), error.lines
+
+
+def test_fewer_experts_with_another_ep_size(tmp_path: Path) -> None:
+    run_on_ranks(2, save_mixed, "zero1", tmp_path)
+    for text, lines in run_on_ranks(2, fewer_experts, tmp_path):
+        lost = f"the model has no blocks.0.{EXPERTS}.2.up.weight, the checkpoint has"
+        assert lines[0] == OTHER_SIZES
+        assert lost in lines
+        assert "the model or its parallel sizes are others" in text
 
 
 def test_another_model(tmp_path: Path) -> None:
