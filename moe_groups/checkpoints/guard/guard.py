@@ -79,7 +79,8 @@ def protect_checkpoints(
     Args:
         engine: what ``deepspeed.initialize`` returned first.
         regroup: what to do with a checkpoint of other groups: "refuse" raises; "auto" converts it
-            first, each rank its own part, where all ranks reach the files; "off" leaves all to
+            first, each rank its own part, where all ranks reach the files, also to another number
+            of ranks or another ``ep_size`` of DeepSpeed's MoE layers; "off" leaves all to
             DeepSpeed, which loads by position.
         scratch_dir: for "auto": where the converted checkpoint is kept while it is loaded; all
             ranks must see it. None: beside the checkpoint.

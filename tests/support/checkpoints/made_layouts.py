@@ -82,7 +82,7 @@ def _flat_group(
 
 
 def _flat_param(param: torch.Tensor, name: str, number: int | None, ep_rank: int) -> FlatParam:
-    local = getattr(param, "num_local_experts", 100)  # where it only has to be kept
+    local = getattr(param, "num_local_experts", None) or 100  # where it only has to be kept
     expert = None if number is None else local * ep_rank + number
     dtype = str(param.dtype).removeprefix("torch.")
     return FlatParam(name, math.prod(param.shape), 0, tuple(param.shape), dtype, expert)
