@@ -76,12 +76,15 @@ def _add_regroup(commands: Any, count: Callable[[str], int]) -> None:
     parser.set_defaults(run=_regroup, names=REGROUP_OPTIONS)
     parser.add_argument("source", metavar="SRC", help="the checkpoint")
     parser.add_argument("destination", metavar="DST", help="a directory for the converted one")
-    parser.add_argument("--to", required=True, metavar="PLAN", help=_PLAN)
+    parser.add_argument("--to", metavar="PLAN", help=_PLAN)
     parser.add_argument(
         "--max-group-size", type=count, metavar="N", help="most elements of a group (no limit)"
     )
     parser.add_argument(
-        "--ep-size", type=count, metavar="N", help="ep_size of the MoE layers (the checkpoint's)"
+        "--ep-size",
+        type=count,
+        metavar="N",
+        help="ep_size of the MoE layers (the checkpoint's); without --to the groups stay",
     )
     parser.add_argument("--tag", help="of the checkpoint (what the file latest says)")
     parser.add_argument("--trust", action="store_true", help=_TRUST)

@@ -59,7 +59,7 @@ class Regrouped:
 def regroup_checkpoint(
     source: FilePath,
     destination: FilePath,
-    to: FilePath | Layout,
+    to: FilePath | Layout | None = None,
     *,
     max_group_size: Positive | None = None,
     ep_size: Positive | None = None,
@@ -85,7 +85,8 @@ def regroup_checkpoint(
         to: the new groups: a file that a refused load wrote, a ``moe_groups.json``, a checkpoint
             that has one; or "stock" (DeepSpeed's split), "parallel_group", "module" or "expert"
             for what :func:`create_moe_param_groups` would make with it. A name needs a source
-            whose ``moe_groups.json`` says what its groups were made from (schema 2).
+            whose ``moe_groups.json`` says what its groups were made from (schema 2). None, with
+            ``ep_size``: the groups as they are.
         max_group_size: cap in elements, for a name.
         ep_size: of DeepSpeed's MoE layers in the run that goes on, for a name; None for that of
             the checkpoint. Each expert keeps its state and hyperparameters on its new ranks.
@@ -97,7 +98,8 @@ def regroup_checkpoint(
             twice, when they are compared and when they are written.
 
     Raises:
-        InvalidArgumentError: ``workers`` is less than 1.
+        InvalidArgumentError: ``workers`` is less than 1, there is neither ``to`` nor ``ep_size``,
+            or ``ep_size`` does not divide the data-parallel ranks.
         CheckpointError: the source is incomplete or damaged, the new groups do not fit it or
             cannot be made from what it says, groups with different hyperparameters would become
             one, the destination is there already, or the disk is full. The source is whole, and

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from moe_groups._common.arguments import SplitBy, check_one_of
 from moe_groups.checkpoints.convert.ep_size import with_ep_size
-from moe_groups.checkpoints.layout import FlatGroup, Layout, lay_out, merge_ranks
+from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank, lay_out, merge_ranks
 from moe_groups.errors import CheckpointError
 from moe_groups.groups.grouping import (
     DEEPSPEED_MAX_GROUP_SIZE,
@@ -82,6 +82,27 @@ def named_target(
             made[own] = list(_regroup(source.of(rank), source.origins[rank], to, cap))
     columns = [(rank, made[source.order[rank]]) for rank in sorted(source.order)]
     return merge_ranks(columns, source.origins)
+
+
+def name_of_groups(source: Layout, max_group_size: int | None) -> TargetName:
+    """The name that stands for the groups of a checkpoint.
+
+    Raises:
+        CheckpointError: none does, or the manifest does not say what they were made from.
+    """
+    for to in ("module", "expert", "parallel_group"):
+        made = named_target(source, to, max_group_size)
+        if all(_places(made, rank) == _places(source, rank) for rank in source.order):
+            return to
+    raise CheckpointError(
+        "the groups of the checkpoint are none of module, expert and parallel_group with "
+        f"max_group_size={max_group_size}: give the cap that they were made with, or say what the "
+        "new groups are."
+    )
+
+
+def _places(layout: Layout, rank: Rank) -> list[Any]:
+    return [(group.name, group.place()) for group in layout.of(rank)]
 
 
 def _regroup(

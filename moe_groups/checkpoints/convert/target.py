@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_groups.checkpoints.convert.named import TARGETS, named_target
+from moe_groups.checkpoints.convert.named import TARGETS, name_of_groups, named_target
 from moe_groups.checkpoints.convert.source import RegroupSource
 from moe_groups.checkpoints.files import CheckpointFiles, find_checkpoint
 from moe_groups.checkpoints.layout import Layout
@@ -17,11 +17,11 @@ from moe_groups.checkpoints.layout_diff import (
 from moe_groups.checkpoints.manifest import read_manifest
 from moe_groups.checkpoints.read_layout import check_states
 from moe_groups.checkpoints.shard import read_shard, step_of_group
-from moe_groups.errors import CheckpointError
+from moe_groups.errors import CheckpointError, InvalidArgumentError
 
 
 def read_target(
-    to: str | Path | Layout,
+    to: str | Path | Layout | None,
     files: CheckpointFiles,
     source: Layout,
     max_group_size: int | None = None,
@@ -29,11 +29,22 @@ def read_target(
 ) -> Layout:
     """The layout that ``to`` means for this checkpoint.
 
+    Args:
+        to: None for the groups that the checkpoint has, with another ``ep_size``.
+
     Raises:
+        InvalidArgumentError: there is neither ``to`` nor ``ep_size``.
         CheckpointError: no such file or name, or it does not fit the checkpoint.
     """
     if isinstance(to, Layout):
         return to
+    if to is None:
+        if ep_size is None:
+            raise InvalidArgumentError(
+                f"nothing says what the new groups are: give to=... ({', '.join(TARGETS)}, or a "
+                "file), or ep_size=... for the groups of the checkpoint with another size."
+            )
+        to = name_of_groups(source, max_group_size)
     if isinstance(to, str) and to in TARGETS:  # a file of that name is ./expert
         check_states(files)
         like = read_shard(next(iter(files.shards.values())), files.trust)

@@ -151,6 +151,8 @@ def test_every_expert_keeps_its_state_bit_for_bit(
     regroup_checkpoint(tmp_path / "b", tmp_path / "c", "module", ep_size=old)
     assert columns(layout_in(tmp_path / "c")) == columns(layout_in(source))
     assert same(state_by_expert(tmp_path / "c", layout_in(source)), state)
+    regroup_checkpoint(source, tmp_path / "d", ep_size=new)
+    assert columns(layout_in(tmp_path / "d")) == columns(tiny(new))
 
 
 def test_another_world_too(tmp_path: Path) -> None:
@@ -223,6 +225,10 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
     source = saved(tmp_path / "a", tiny(2))
     with pytest.raises(InvalidArgumentError, match="ep_size_3: their number must be a multiple"):
         regroup_checkpoint(source, tmp_path / "b", "expert", ep_size=3)
+    with pytest.raises(InvalidArgumentError, match="nothing says what the new groups are"):
+        regroup_checkpoint(source, tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"none of module, .*max_group_size=10: give the cap"):
+        regroup_checkpoint(source, tmp_path / "b", ep_size=1, max_group_size=10)
     with pytest.raises(CheckpointError, match="ep_size=1 goes with one of stock"):
         regroup_checkpoint(source, tmp_path / "b", source, ep_size=1)
     assert [*tmp_path.iterdir()] == [source]
