@@ -12,8 +12,9 @@ from moe_groups._common.warn import warn
 from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
 from moe_groups.experts.find import TaggedModel, find_experts, restored_on_error, tag_experts
 from moe_groups.groups.inputs import ParamGroup
+from moe_groups.groups.make import MARKS, speaks_of_experts
 from moe_groups.integrations.autoep import autoep_enabled, autoep_experts_tagged
-from moe_groups.param_groups import MARKS, create_moe_param_groups, speaks_of_experts
+from moe_groups.param_groups import create_moe_param_groups
 from moe_groups.tags import is_expert_parameter
 
 need("accelerate", "hf", "groups for Accelerate")

@@ -195,7 +195,7 @@ def test_groups_of_a_plan(split_by: Any, step: StepConfig) -> None:
     plan = plan_param_groups(
         model, split_by=split_by, max_groups=40, step=step, data_parallel_size=8, **rules
     )
-    groups = create_moe_param_groups(model, plan=plan)
+    groups = plan.groups_of(model)
     plain = create_moe_param_groups(model, split_by=split_by, **rules)
     assert [g["name"] for g in groups] == [name for name, *_ in plan.groups]
     assert len({g["name"] for g in groups}) == len(groups)
@@ -272,22 +272,14 @@ def test_never_worse_than_the_stock_split(world: int, cap: int | None, step: Ste
 
 def test_a_plan_is_for_one_model() -> None:
     plan = plan_param_groups(Model(), data_parallel_size=4)
-    create_moe_param_groups(Model(), plan=plan)
+    plan.groups_of(Model())
     for other in (Model(layers=3), Model(experts=1), Model(ep_size=4), Model().float()):
         with pytest.raises(PlanError, match="made for another model"):
-            create_moe_param_groups(other, plan=plan)
+            plan.groups_of(other)
     frozen = Model()
     frozen.embed.weight.requires_grad_(False)
     with pytest.raises(PlanError, match="trainable parameters where it had"):
-        create_moe_param_groups(frozen, plan=plan)
-
-
-def test_a_plan_goes_without_other_arguments() -> None:
-    plan = plan_param_groups(Model(), data_parallel_size=4)
-    for argument in ({"split_by": "expert"}, {"weight_decay": 0.1}, {"max_group_size": 5}):
-        options: dict[str, Any] = dict(argument)
-        with pytest.raises(InvalidArgumentError, match=f"plan.*{next(iter(options))}"):
-            create_moe_param_groups(Model(), plan=plan, **options)
+        plan.groups_of(frozen)
 
 
 @pytest.mark.parametrize(
