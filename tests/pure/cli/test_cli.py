@@ -280,7 +280,7 @@ BAD = [
     (["CONFIG", *EIGHT, "--pp", "8"], "--pp 8 is more than the 3 layers"),
     (["CONFIG", *EIGHT, "--ep", "3"], "--ep 3 does not divide the 8 experts"),
     (["CONFIG", "--world-size", "6", "--ep", "4"], "does not divide the 6 ranks"),
-    (["CONFIG", *EIGHT, "--budget", "lots"], "--budget='lots' is not a size"),
+    (["CONFIG", *EIGHT, "--budget", "lots"], "--budget 'lots' is not a size"),
     (["CONFIG", *EIGHT, "--budget", "1KiB"], "Give --budget "),
     (["CONFIG", *EIGHT, "--max-groups", "1"], "more than --max-groups 1"),
     (["CONFIG", *EIGHT, "--cap", "9", "--budget", "1GiB"], "not allowed with"),
