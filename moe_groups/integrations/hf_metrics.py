@@ -1,12 +1,13 @@
 """Metrics of MoE layers in whatever Hugging Face's ``Trainer`` reports to."""
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from moe_groups._common.arguments import need
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.engines import known_engines
+from moe_groups._deepspeed.patching import wrap_once
 from moe_groups.integrations.moe_values import LogsMoEValues, MoEValues
 
 need("transformers", "hf", "metrics for Trainer")
@@ -55,7 +56,7 @@ class MoEMetricsCallback(LogsMoEValues, TrainerCallback):
     def _made(self) -> None:
         self._pending: dict[str, float] = {}
         support_our_groups(moe=True)  # so that engines are known whose groups DeepSpeed made
-        _add_to_logs()
+        wrap_once(Trainer, "log", _wrap_log)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._close()
@@ -90,18 +91,13 @@ class MoEMetricsCallback(LogsMoEValues, TrainerCallback):
         return taken
 
 
-def _add_to_logs() -> None:
-    """Let ``Trainer.log`` add the values of the trainer's callbacks; changes it once."""
-    original = Trainer.log
-    if hasattr(original, "_moe_groups_original"):
-        return
+def _wrap_log(original: Callable[..., None]) -> Callable[..., None]:
+    """Let ``Trainer.log`` add the values of the trainer's callbacks."""
 
-    @functools.wraps(original)
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, MoEMetricsCallback):
                 logs.update(callback.take())
         original(self, logs, *args, **kwargs)
 
-    log._moe_groups_original = original  # type: ignore[attr-defined]
-    Trainer.log = log
+    return log

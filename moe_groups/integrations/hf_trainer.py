@@ -16,7 +16,7 @@ from moe_groups._deepspeed.autoep.early_groups import support_early_groups
 from moe_groups._deepspeed.engines import known_engines
 from moe_groups._deepspeed.layers import is_autoep_layer, is_partitioned
 from moe_groups._deepspeed.process_groups import tensor_parallel_size
-from moe_groups.checkpoints.guard.guard import Regroup, guard_of, protect_checkpoints
+from moe_groups.checkpoints.guard.guard import GUARDS, Regroup, protect_checkpoints
 from moe_groups.engine.lean import lean_step
 from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
@@ -184,9 +184,7 @@ class MoETrainer(Trainer):
         mine = getattr(self.optimizer, "optimizer", None)  # in Accelerate's wrapper
         if mine is not None and engine.optimizer is mine:  # not for evaluation only
             protect_checkpoints(engine, regroup=self.regroup)
-            guard = guard_of(engine)
-            assert guard is not None
-            guard.own_schedules = True  # in _load_optimizer_and_scheduler
+            GUARDS[engine].own_schedules = True  # in _load_optimizer_and_scheduler
             verify(engine)
             if self.lean_step:
                 lean_step(engine, *([] if self.lean_step is True else [self.lean_step]))

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,6 @@ from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, write_manifes
 from moe_groups.errors import CheckpointError, CheckpointWarning, MoEGroupsError
 from moe_groups.tags import LABELS
 
-_GUARD = "_moe_groups_guard"
 Regroup: TypeAlias = Literal["refuse", "auto", "off"]
 
 
@@ -56,6 +56,10 @@ class Guard:
     own_schedules: bool = False
     layout: Layout | None = None
     gathered: bool = False
+
+
+GUARDS: "weakref.WeakKeyDictionary[Engine, Guard]" = weakref.WeakKeyDictionary()
+"""Of each engine whose checkpoints are guarded."""
 
 
 @checked
@@ -96,32 +100,19 @@ def protect_checkpoints(
     """
     support_our_groups(moe=True)
     scratch = None if scratch_dir is None else Path(scratch_dir)
-    guard = Guard(regroup, scratch, check_data)
-    set_guard(engine, guard)
-
-
-def guard_of(engine: Engine) -> Guard | None:
-    """None where the engine's checkpoints are not guarded."""
-    guard: Guard | None = getattr(engine, _GUARD, None)
-    return guard
-
-
-def set_guard(engine: Engine, guard: Guard | None) -> None:
-    """Guard the engine's checkpoints with this; None leaves them to DeepSpeed."""
-    setattr(engine, _GUARD, guard)
+    GUARDS[engine] = Guard(regroup, scratch, check_data)
 
 
 def guard_from_now_on(engine: Engine) -> None:
     """Guard the checkpoints of an engine that is initialized over our groups."""
-    if guard_of(engine) is None:
-        set_guard(engine, Guard())
+    GUARDS.setdefault(engine, Guard())
 
 
 def guarded_save(
     engine: Engine, save: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """DeepSpeed's ``save_checkpoint``, with our file beside its files."""
-    guard = guard_of(engine)
+    guard = GUARDS.get(engine)
     if guard is not None and guard.regroup == "off":
         guard = None
     call = inspect.signature(save).bind(*args, **kwargs)
@@ -243,7 +234,7 @@ def guarded_load(
     engine: Engine, load: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """DeepSpeed's ``load_checkpoint`` for a checkpoint that was saved with the same groups."""
-    guard = guard_of(engine)
+    guard = GUARDS.get(engine)
     call = inspect.signature(load).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
