@@ -1,7 +1,6 @@
 """Checkpoints that say what their groups were, and are not loaded into other groups."""
 
 import contextlib
-import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -70,7 +69,7 @@ def protect_checkpoints(
     scratch_dir: FilePath | None = None,
     check_data: bool = False,
 ) -> None:
-    """Choose what happens to the engine's checkpoints; all ranks call it alike.
+    """Choose what happens to the engine's checkpoints; all ranks make the same call.
 
     Engines that are initialized after :func:`create_moe_param_groups` was called are protected
     with "refuse" without a call, whoever saves and loads (HF Trainer, Lightning). Another
@@ -108,18 +107,15 @@ def guard_from_now_on(engine: Engine) -> None:
     GUARDS.setdefault(engine, Guard())
 
 
-def guarded_save(
-    engine: Engine, save: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
-    """DeepSpeed's ``save_checkpoint``, with our file beside its files."""
+def guarded_save(engine: Engine, save: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """DeepSpeed's ``save_checkpoint`` with all of its arguments, and our file beside its files."""
     guard = GUARDS.get(engine)
     if guard is not None and guard.regroup == "off":
         guard = None
-    call = inspect.signature(save).bind(*args, **kwargs)
-    save_dir = call.arguments.get("save_dir")
+    save_dir = given["save_dir"]
     if not save_dir:
-        return save(*args, **kwargs)
-    call.arguments["tag"] = tag = checkpoint_tag(engine, call.arguments.get("tag"))
+        return save(**given)
+    given["tag"] = tag = checkpoint_tag(engine, given["tag"])
     folder, writes = Path(save_dir) / tag, _writes(engine)
     if guard is not None:
         on_all_ranks(lambda: check_tag(tag))
@@ -129,13 +125,13 @@ def guarded_save(
                 with contextlib.suppress(OSError):
                     (folder / name).unlink()
         if guard is None:
-            return save(*call.args, **call.kwargs)
-        return _save_decoupled(engine, guard, folder, lambda: save(*call.args, **call.kwargs))
+            return save(**given)
+        return _save_decoupled(engine, guard, folder, lambda: save(**given))
     layout, problems = _layout(engine, guard)
-    announces = call.arguments.get("save_latest", True) and distributed.get_rank() == 0
-    call.arguments["save_latest"] = False  # DeepSpeed does not wait for the other ranks
+    announces = given["save_latest"] and distributed.get_rank() == 0
+    given["save_latest"] = False  # DeepSpeed does not wait for the other ranks
     on_all_ranks(lambda: mark_unfinished(folder) if writes else None)
-    result = save(*call.args, **call.kwargs)
+    result = save(**given)
     if layout is not None and writes:
         problems += _write(engine, layout, folder, finished=True)
     on_all_ranks(lambda: mark_finished(folder) if writes else None)
@@ -230,22 +226,17 @@ def _warn(problems: list[str]) -> None:
         warn(problem, CheckpointWarning)
 
 
-def guarded_load(
-    engine: Engine, load: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
+def guarded_load(engine: Engine, load: Callable[..., Any], given: dict[str, Any]) -> Any:
     """DeepSpeed's ``load_checkpoint`` for a checkpoint that was saved with the same groups."""
     guard = GUARDS.get(engine)
-    call = inspect.signature(load).bind(*args, **kwargs)
-    call.apply_defaults()
-    given = call.arguments
     if guard is None or guard.regroup == "off":
-        return load(*args, **kwargs)
+        return load(**given)
     optimizer, scheduler = _loads_optimizer(engine, given), _loads_scheduler(engine, given)
     if engine.load_universal_checkpoint() and engine.zero_optimization():
         from moe_groups.checkpoints.guard.universal import checked_universal
 
         with checked_universal(engine, Path(given["load_dir"]), given["tag"], scheduler):
-            return load(*args, **kwargs)
+            return load(**given)
     _check_loads_weights(engine, given)
     from moe_groups.checkpoints.guard.check import checked
 
@@ -266,7 +257,7 @@ def guarded_load(
         scratch_dir=guard.scratch_dir,
     ) as directory:
         given["load_dir"] = str(directory)
-        path, client_state = load(*call.args, **call.kwargs)
+        path, client_state = load(**given)
     if optimizer:
         _restore_names(engine, names)
     elif path is not None and not engine.zero_optimization():
