@@ -95,7 +95,10 @@ def _ranks(topology: Topology, everything: bool) -> "Table":
     columns = (">rank", ">stage", ">data", ">tensor", "dense parameters with", "tokens with")
     table = new_table("Ranks", (*columns, ">experts", "experts with"))
     shown = topology.world_size if everything else min(topology.world_size, MOST_ROWS)
-    of = {kind: _by_rank(topology, kind) for kind in get_args(GroupKind)}
+    of = {
+        kind: {rank: ranks for ranks in topology.groups(kind) for rank in ranks}
+        for kind in get_args(GroupKind)
+    }
     for rank in range(shown):
         experts = of["expert"][rank]
         places = (rank, topology.stage(rank), topology.data_rank(rank), topology.tensor_rank(rank))
@@ -108,10 +111,6 @@ def _ranks(topology: Topology, everything: bool) -> "Table":
         )
     say_hidden(table, topology.world_size - shown)
     return table
-
-
-def _by_rank(topology: Topology, kind: GroupKind) -> dict[int, list[int]]:
-    return {rank: ranks for ranks in topology.groups(kind) for rank in ranks}
 
 
 _DESCRIPTION = """\
