@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moe_groups._common.text import show_bytes
-from moe_groups.cli.render import MOST_ROWS, alike, name_pattern, new_table, print_with
+from moe_groups.cli.render import MOST_ROWS, name_pattern, new_table, print_with, same_but_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +114,7 @@ def _memory(report: "PlanReport") -> "Table":
 
 def _groups(report: "PlanReport") -> "Table":
     memory = report.memory
-    folds = alike(memory.groups, lambda row: row.ranks)
+    folds = same_but_numbers(memory.groups, lambda row: row.ranks)
     columns = (">groups", ">elements", ">ranks", ">partition", ">held, R", ">peak", "name")
     title = f"{len(memory.groups)} groups, split by {report.request.split_by}"
     same = len(folds) == len(memory.groups)

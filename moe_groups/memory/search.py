@@ -129,13 +129,13 @@ def _best(found: Iterable[Candidate]) -> list[Candidate]:
 
 def _bundle(lines: Sequence[Line]) -> tuple[list[Line], list[int]]:
     """Equal lines as one line with a count, and the bundle of each line."""
-    alike: dict[tuple[tuple[int, ...], int, bytes, bool], list[int]] = {}
+    equal: dict[tuple[tuple[int, ...], int, bytes, bool], list[int]] = {}
     for index, line in enumerate(lines):
         key = line.sizes, line.ranks, line.partition_of.tobytes(), line.dense
-        alike.setdefault(key, []).append(index)
+        equal.setdefault(key, []).append(index)
     bundles: list[Line] = []
     member_of = [0] * len(lines)
-    for indices in alike.values():
+    for indices in equal.values():
         for part in np.array_split(np.array(indices), min(len(indices), _BUNDLES)):
             for index in part:
                 member_of[index] = len(bundles)
@@ -185,9 +185,10 @@ def choose(
     if max_groups is not None:
         within = [candidate for candidate in curve if candidate.groups <= max_groups]
         if not within:
+            coarser = "" if split_by == "parallel_group" else ", or use a coarser split_by"
             raise PlanError(
                 f"split_by={split_by!r} needs at least {curve[0].groups} groups, more than "
-                f"max_groups={max_groups}: raise it, or use a coarser split_by."
+                f"max_groups={max_groups}: raise it{coarser}."
             )
         return within[-1]
     if budget == "auto":
@@ -199,7 +200,8 @@ def choose(
             return candidate
     least = curve[-1]
     raise PlanError(
-        f"no groups with split_by={split_by!r} step in {show_bytes(most)} on every rank: the "
-        f"lowest peak found is {show_bytes(least.peak)} with {least.groups} groups. Give "
-        f"step_memory_budget={least.peak}, and see the hints of that plan for what lowers it."
+        f"no groups step in {show_bytes(most)} on every rank: with split_by={split_by!r} the "
+        f"lowest peak found is {show_bytes(least.peak)}, of {least.groups} groups. Give "
+        f"step_memory_budget={least.peak}; the hints of plan_param_groups with that budget say "
+        "what lowers the peak."
     )

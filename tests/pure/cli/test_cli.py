@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_groups import StepConfig, cli, estimate_step_memory, plan_param_groups
-from moe_groups.cli.render import alike, name_pattern
+from moe_groups.cli.render import name_pattern, same_but_numbers
 from moe_groups.memory.estimate import GroupMemory
 from moe_groups.meta_models.rank import shard_for_rank
 from moe_groups.meta_models.source import load_model
@@ -217,7 +217,7 @@ def test_text_fits_100_columns_and_has_all_parts(
 def test_groups_fold_where_names_differ_in_numbers() -> None:
     rows = [GroupMemory(f"moe.{i}.tile.{j}", 10 * i, 4, i, i, j) for i in (2, 5) for j in (0, 1)]
     dense = GroupMemory("dense", 7, 8, 2, 3, 4)
-    assert alike([dense, *rows], lambda row: row.ranks) == [[dense], rows]
+    assert same_but_numbers([dense, *rows], lambda row: row.ranks) == [[dense], rows]
     assert name_pattern([row.name for row in rows]) == "moe.{2..5}.tile.{0..1}"
 
 

@@ -24,7 +24,7 @@ from moe_groups import (
 from moe_groups._common.arguments import OptimizerKind
 from moe_groups._common.text import show_bytes
 from moe_groups.errors import CostlyGroupsWarning, InvalidArgumentError, PlanError
-from moe_groups.memory.cost_warning import Alike, least_peak, peak_of, simple_cuts
+from moe_groups.memory.cost_warning import Counted, least_peak, peak_of, simple_cuts
 from moe_groups.memory.cuts import Cut, Line
 from moe_groups.memory.estimate import on_ranks
 from moe_groups.memory.search import trade_off
@@ -246,7 +246,7 @@ def test_lean_step_needs_no_more_groups_than_the_split(split_by: Any) -> None:
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     with pytest.raises(PlanError, match=r"lowest peak.*step_memory_budget=\d+") as error:
         plan_param_groups(Model(), step_memory_budget="1KiB", data_parallel_size=4)
-    least = int(str(error.value).partition("step_memory_budget=")[2].partition(",")[0])
+    least = int(str(error.value).partition("step_memory_budget=")[2].partition(";")[0])
     plan = plan_param_groups(Model(), step_memory_budget=least, data_parallel_size=4)
     assert plan.memory.step_peak == least
     with pytest.raises(PlanError):
@@ -371,7 +371,7 @@ CONFIGS = [
 ]
 
 
-def uncut(lines: list[Line]) -> tuple[Alike, int]:
+def uncut(lines: list[Line]) -> tuple[Counted, int]:
     """The lines as the warning wants them, and the ranks; the first line is dense."""
     world = lines[0].ranks
     return Counter((line.sizes, f"ep_size_{world // line.ranks}") for line in lines), world
