@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moe_groups.engine.lean import lean_step
 from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.integrations.autoep import autoep_enabled, support_new_transformers
+from moe_groups.param_groups import create_moe_param_groups
 from moe_groups.weights.gather import gather_model
 
 need("transformers", "hf", "groups for Trainer")
@@ -34,15 +36,8 @@ from transformers.trainer import SCHEDULER_NAME  # noqa: E402
 
 from moe_groups.integrations.accelerate import deepspeed_config, group_optimizer  # noqa: E402
 
-_OPTIONS = (
-    "split_by",
-    "max_group_size",
-    "max_group_bytes",
-    "data_parallel_size",
-    "overrides",
-    "step_memory_budget",
-    "step",
-)
+_TRAINERS = ("params", "weight_decay", "no_decay")
+_OPTIONS = [name for name in signature(create_moe_param_groups).parameters if name not in _TRAINERS]
 
 
 _NUMBER = re.compile(r"(?<=\.deepspeed_experts\.)\d+")
