@@ -63,7 +63,7 @@ def groups_of(way: str, demo: Any, args: argparse.Namespace, model: torch.nn.Mod
         gather_copies=torch.distributed.get_backend() == "gloo",
     )
     plan = plan_param_groups(model, max_groups=12, step=step, **rules)
-    return create_moe_param_groups(model, plan=plan)
+    return plan.groups_of(model)
 
 
 def measure(steps: int) -> list[tuple[int, int, int, int, float]]:

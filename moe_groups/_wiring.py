@@ -40,16 +40,16 @@ def _stage_problem(
     return carries, carrying_problem(layers, loss_fn, partitioned, recomputed, where)
 
 
-def _save_checkpoint(engine: Any, save: Call, args: Arguments, kwargs: Mapping[str, Any]) -> Any:
+def _save_checkpoint(engine: Any, save: Call, given: Arguments) -> Any:
     from moe_groups.checkpoints.guard.guard import guarded_save
 
-    return guarded_save(engine, save, args, kwargs)
+    return guarded_save(engine, save, given)
 
 
-def _load_checkpoint(engine: Any, load: Call, args: Arguments, kwargs: Mapping[str, Any]) -> Any:
+def _load_checkpoint(engine: Any, load: Call, given: Arguments) -> Any:
     from moe_groups.checkpoints.guard.guard import guarded_load
 
-    return guarded_load(engine, load, args, kwargs)
+    return guarded_load(engine, load, given)
 
 
 def _checkpoint_loaded(engine: Any) -> None:

@@ -1,33 +1,19 @@
 """Optimizer param groups that know their layer and their expert."""
 
-import contextlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeAlias
 
 from moe_groups._common.arguments import Bytes, Cap, Count, Is, NotNegative, SplitBy, checked
-from moe_groups._common.garbage import no_garbage_collection
-from moe_groups._common.warn import warn
-from moe_groups._deepspeed.contract import support_our_groups
-from moe_groups.errors import InvalidArgumentError, UnmarkedExpertsWarning
+from moe_groups.errors import InvalidArgumentError
 from moe_groups.groups.families import read_table
 from moe_groups.groups.grouping import DEEPSPEED_MAX_GROUP_SIZE, Caps, make_plan
-from moe_groups.groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
-from moe_groups.groups.keys import Key, PlannedGroup
-from moe_groups.groups.origin import remember_groups
+from moe_groups.groups.inputs import GroupInput, ParamGroup, ParamsInput
+from moe_groups.groups.keys import PlannedGroup
+from moe_groups.groups.make import make_groups
 from moe_groups.groups.rules import NoDecay, Overrides, Rules
 from moe_groups.memory.cost_warning import warn_if_costly
-from moe_groups.memory.plan import ParamGroupPlan, make_group_plan
+from moe_groups.memory.plan import make_group_plan
 from moe_groups.memory.step_config import StepConfig
-from moe_groups.tags import is_expert_parameter
-
-_ROUTED = re.compile(r"(^|\.)experts\.")
-"""In names of routed experts; those of shared experts have another word there."""
-MARKS = (
-    "Mark the experts of a model before it is grouped: with AutoEP (tag_autoep_experts), with "
-    "tag_experts(model, pattern='*.experts', ep_size=N), or by building it with moe_groups.MoE."
-)
-"""What to do where no expert is found."""
 
 GroupDicts: TypeAlias = Annotated[
     Mapping[str, Any] | Sequence[Mapping[str, Any]],
@@ -49,7 +35,6 @@ def create_moe_param_groups(
     weight_decay: NotNegative | None = None,
     no_decay: NoDecay | None = None,
     overrides: Overrides | None = None,
-    plan: ParamGroupPlan | None = None,
     step_memory_budget: Bytes | None = None,
     step: StepConfig | None = None,
 ) -> list[ParamGroup]:
@@ -85,7 +70,6 @@ def create_moe_param_groups(
             the layer's label or module path and the number on this rank. These options win
             over all others. They may set what an optimizer takes whose class is imported (torch's,
             DeepSpeed's, your own), and keys that your group dicts have.
-        plan: make the groups of this plan, with its rules; excludes all other arguments.
         step_memory_budget: cut and order the groups as :func:`plan_param_groups` does, in
             place of a cap: bytes, a string such as "2GiB", or "auto".
         step: how the model will be stepped: for ``step_memory_budget``, for the warning
@@ -103,7 +87,7 @@ def create_moe_param_groups(
             parameter in two groups, or nothing trainable.
         TagError: an expert parameter has no layer name, or two layers have the same.
         OverrideError: a pattern matches nothing, or two set different values.
-        PlanError: no groups fit the budget, or the plan was made for other parameters.
+        PlanError: no groups fit the budget.
 
     Warns:
         UnmarkedExpertsWarning: all parameters are grouped as dense, with ``split_by="expert"`` or
@@ -117,24 +101,6 @@ def create_moe_param_groups(
         ...                                  no_decay=is_norm_or_bias)    # doctest: +SKIP
         >>> optimizer = torch.optim.AdamW(groups, lr=3e-4)                # doctest: +SKIP
     """
-    if plan is not None:
-        beside = {
-            "split_by": split_by,
-            "max_group_size": max_group_size,
-            "max_group_bytes": max_group_bytes,
-            "data_parallel_size": data_parallel_size,
-            "weight_decay": weight_decay is not None,
-            "no_decay": no_decay,
-            "overrides": overrides,
-            "step_memory_budget": step_memory_budget,
-            "step": step,
-        }
-        if any(beside.values()):
-            raise InvalidArgumentError(
-                "a plan decides the groups and their options: give to plan_param_groups what is "
-                f"given here beside it ({', '.join(key for key, set_ in beside.items() if set_)})."
-            )
-        return _groups_of_plan(params, plan)
     if split_by is None:
         split_by = "module" if step_memory_budget is None else "parallel_group"
     caps = Caps(
@@ -164,58 +130,7 @@ def create_moe_param_groups(
         )
         return made.groups
 
-    return _make_groups(params, Rules(*rules), make, split_by)
-
-
-def _groups_of_plan(params: ParamsInput, plan: ParamGroupPlan) -> list[ParamGroup]:
-    def make(given: GroupInput) -> list[PlannedGroup]:
-        plan.check_made_for(read_table(given, Rules(*plan.rules), plan.split_by))
-        return plan.groups
-
-    return _make_groups(params, Rules(*plan.rules), make, plan.split_by)
-
-
-@no_garbage_collection()  # temporary objects are freed before the collector would run
-def _make_groups(
-    params: ParamsInput,
-    rules: Rules,
-    make: Callable[[GroupInput], list[PlannedGroup]],
-    split_by: SplitBy,
-) -> list[ParamGroup]:
-    """Tag, plan with ``make``, and prepare DeepSpeed; all of it or nothing."""
-    given = read_input(params)
-    model = given.model
-    with model.written() if model and rules.no_decay else contextlib.nullcontext():
-        groups = make(given)
-        if all(key.mesh is None for _, key, _, _ in groups):  # DeepSpeed does not step DTensors
-            support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
-            remember_groups(groups, given.params, given.groups)
-    if model and not rules.no_decay:  # nothing has looked at the tags
-        model.write()
-    if not any(key.parallel_group for _, key, _, _ in groups):
-        _warn_if_unmarked(given, split_by)
-    return _group_dicts(groups, given, rules)
-
-
-def _warn_if_unmarked(given: GroupInput, split_by: SplitBy) -> None:
-    """Warn where experts are meant and none is marked: their groups would be dense in silence."""
-    if any(map(is_expert_parameter, given.params)):
-        return  # they are frozen
-    stepped = zip(given.names, given.params, strict=True)
-    routed = (name for name, param in stepped if param.requires_grad and speaks_of_experts(name))
-    named = next(routed, None)
-    if named is None and split_by != "expert":
-        return
-    meant = f"{named!r} looks like one" if named else "split_by='expert' asks for their groups"
-    warn(
-        f"no parameter is marked as an expert's, and all are grouped as dense; {meant}. {MARKS}",
-        UnmarkedExpertsWarning,
-    )
-
-
-def speaks_of_experts(name: str) -> bool:
-    """Does the qualified name say that the parameter is a routed expert's?"""
-    return _ROUTED.search(name) is not None
+    return make_groups(params, Rules(*rules), make, split_by)
 
 
 @checked
@@ -241,21 +156,3 @@ def split_params_into_different_moe_groups_for_optimizer(
         MoEGroupsError: as :func:`create_moe_param_groups`.
     """
     return create_moe_param_groups(param_groups, split_by=split_by, max_group_size=max_group_size)
-
-
-def _group_dicts(plan: list[PlannedGroup], given: GroupInput, rules: Rules) -> list[ParamGroup]:
-    param_of = given.params.__getitem__
-    groups: list[ParamGroup] = []
-    last: Key | None = None
-    for name, key, expert_number, members in plan:
-        if key is not last:
-            last, shared = key, rules.options(key.variant, given.groups[key.variant.source])
-        group = shared.copy()
-        group["params"] = list(map(param_of, members))
-        group["name"] = name
-        if key.parallel_group is not None:
-            group["moe"] = True
-            group["expert_group_name"] = key.layer
-            group["expert_number"] = expert_number
-        groups.append(group)
-    return groups

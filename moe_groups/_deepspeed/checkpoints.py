@@ -125,7 +125,8 @@ def wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
     """Write the manifest of the groups beside the checkpoint."""
 
     def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return PORTS.save_checkpoint(self, functools.partial(original, self), args, kwargs)
+        save = functools.partial(original, self)
+        return PORTS.save_checkpoint(self, save, _arguments(save, args, kwargs))
 
     return save_checkpoint
 
@@ -134,14 +135,20 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     """Compare the groups with the manifest before loading; then apply the loaded group options."""
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = inspect.signature(original).bind(self, *args, **kwargs)
-        call.apply_defaults()
-        _check_release(self, call.arguments)
-        result = PORTS.load_checkpoint(self, functools.partial(original, self), args, kwargs)
+        load = functools.partial(original, self)
+        given = _arguments(load, args, kwargs)
+        _check_release(self, given)
+        result = PORTS.load_checkpoint(self, load, given)
         PORTS.checkpoint_loaded(self)
         return result
 
     return load_checkpoint
+
+
+def _arguments(call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(call).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _check_release(engine: Any, given: Mapping[str, Any]) -> None:

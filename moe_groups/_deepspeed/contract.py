@@ -20,6 +20,7 @@ from moe_groups._deepspeed.start import (
     wrap_setup,
 )
 from moe_groups._deepspeed.step.norms import (
+    wrap_bf16_step,
     wrap_grads_for_norm,
     wrap_grads_for_reduction,
     wrap_is_model_parallel,
@@ -76,6 +77,7 @@ CHANGES: tuple[Change, ...] = (
     (_BF16, "see_memory_usage", wrap_report),
     (_ZERO, "is_model_parallel_parameter", wrap_is_model_parallel),
     (f"{_ZERO}:DeepSpeedZeroOptimizer", "scaled_global_norm", wrap_zero_norm),
+    (f"{_BF16}:BF16_Optimizer", "step", wrap_bf16_step),
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_norm", wrap_grads_for_norm),
     (f"{_BF16}:BF16_Optimizer", "get_grads_for_reduction", wrap_grads_for_reduction),
     ("deepspeed.moe.mappings", "_gather_tokens", wrap_gather_tokens),

@@ -15,8 +15,6 @@ from moe_groups._common.arguments import Is
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.releases import need
 
-_GIVEN = "_moe_groups_given"
-
 
 class Engine(Protocol):
     """The members of a DeepSpeed engine that are used; its wrappers have too little in common."""
@@ -47,7 +45,22 @@ class Engine(Protocol):
     def get_global_grad_norm(self) -> float | torch.Tensor | None: ...
 
 
-_ENGINES: "weakref.WeakSet[Any]" = weakref.WeakSet()
+class Given(NamedTuple):
+    """The options of a parameter's group when the engine got the optimizer.
+
+    Attributes:
+        name: of the group.
+        options: its learning rate and weight decay.
+        own_lr: the learning rate differs from the optimizer's default.
+    """
+
+    name: str
+    options: dict[str, float]
+    own_lr: bool
+
+
+_ENGINES: "weakref.WeakKeyDictionary[Any, dict[int, Given]]" = weakref.WeakKeyDictionary()
+"""Engines that were initialized over our groups, and what their groups were given."""
 
 
 def is_engine(value: object) -> bool:
@@ -137,24 +150,9 @@ def engine_data_parallel_group(engine: Any) -> Any:
     return engine.seq_data_parallel_group
 
 
-class Given(NamedTuple):
-    """The options of a parameter's group when the engine got the optimizer.
-
-    Attributes:
-        name: of the group.
-        options: its learning rate and weight decay.
-        own_lr: the learning rate differs from the optimizer's default.
-    """
-
-    name: str
-    options: dict[str, float]
-    own_lr: bool
-
-
 def given_options(engine: Any) -> dict[int, Given]:
     """``id(parameter)`` to the options of its group; empty if the groups were not ours."""
-    given: dict[int, Given] = getattr(engine, _GIVEN, {})
-    return given
+    return _ENGINES.get(engine, {})
 
 
 def remember(engine: Any, optimizer: Any) -> None:
@@ -167,8 +165,7 @@ def remember(engine: Any, optimizer: Any) -> None:
             options["lr"] = float(group["initial_lr"])
         record = Given(str(group.get("name", "")), options, options.get("lr") != default)
         given.update((id(param), record) for param in group["params"])
-    setattr(engine, _GIVEN, given)
-    _ENGINES.add(engine)
+    _ENGINES[engine] = given
     PORTS.engine_started(engine)
 
 

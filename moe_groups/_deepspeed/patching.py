@@ -16,11 +16,20 @@ Change = tuple[str, str, Wrap]
 
 def change_functions(changes: Iterable[Change], needed_by: str) -> None:
     """Wrap functions of DeepSpeed, each once; if one is missing or has changed, wrap none."""
-    for name, wrap, holder, original in check_functions(changes, needed_by):
-        changed: Any = functools.wraps(original)(wrap(original))
-        setattr(changed, _PATCHED, original)
-        static = isinstance(inspect.getattr_static(holder, name), staticmethod)
-        setattr(holder, name, staticmethod(changed) if static else changed)
+    for name, wrap, holder, _ in check_functions(changes, needed_by):
+        wrap_once(holder, name, wrap)
+
+
+def wrap_once(holder: Any, name: str, wrap: Wrap) -> bool:
+    """Wrap a function of a module or class; False, and no change, if it is wrapped already."""
+    original = getattr(holder, name)
+    if hasattr(original, _PATCHED):
+        return False
+    changed: Any = functools.wraps(original)(wrap(original))
+    setattr(changed, _PATCHED, original)
+    static = isinstance(inspect.getattr_static(holder, name), staticmethod)
+    setattr(holder, name, staticmethod(changed) if static else changed)
+    return True
 
 
 def check_functions(

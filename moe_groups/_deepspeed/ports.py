@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 Call: TypeAlias = Callable[..., Any]
-Arguments: TypeAlias = tuple[Any, ...]
+Arguments: TypeAlias = dict[str, Any]
+"""All of a call, defaults included."""
 
 
 def _nothing(_: Any) -> None:
@@ -23,8 +24,8 @@ def _no_problem(*_: Any) -> tuple[bool, str | None]:
     return False, None
 
 
-def _call(_: Any, original: Call, args: Arguments, kwargs: Mapping[str, Any]) -> Any:
-    return original(*args, **kwargs)
+def _call(_: Any, original: Call, given: Arguments) -> Any:
+    return original(**given)
 
 
 @dataclass(slots=True)
@@ -48,8 +49,8 @@ class Ports:
     modules_replaced: Callable[[Any, Mapping[int, Any]], bool] = _not_followed
     process_groups_made: Callable[[Any], None] = _nothing
     stage_problem: Callable[[Any, Any, bool, bool, str], tuple[bool, str | None]] = _no_problem
-    save_checkpoint: Callable[[Any, Call, Arguments, Mapping[str, Any]], Any] = _call
-    load_checkpoint: Callable[[Any, Call, Arguments, Mapping[str, Any]], Any] = _call
+    save_checkpoint: Callable[[Any, Call, Arguments], Any] = _call
+    load_checkpoint: Callable[[Any, Call, Arguments], Any] = _call
     checkpoint_loaded: Callable[[Any], None] = _nothing
 
 

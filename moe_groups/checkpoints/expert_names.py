@@ -1,7 +1,7 @@
 """Layer and expert number of expert parameters, from their qualified names alone.
 
 For a layout without a model. What :func:`moe_groups.tag_experts` reads off the tree of
-modules is told by names where an expert stands in a list whose name speaks of experts
+modules follows from names where an expert stands in a list whose name speaks of experts
 (``deepspeed/moe/experts.py`` calls it ``deepspeed_experts``), or where one tensor holds all
 experts of a layer (AutoEP has ``experts.w1``, ``w2`` and ``w3``).
 """
@@ -47,12 +47,12 @@ class ExpertPlaces:
         stacked = [p.name for p in experts if p.shape is not None and len(p.shape) == 3]
         others = [param.name for param in dense]
         self._stacks = {_owner(name) for name in stacked}
-        # a list with anything but alike experts in it is a list of layers
+        # a list with anything but equal experts in it is a list of layers
         self._layers = {path for name in [*others, *stacked] for path in _lists(name)}
         self._peft = bool(others) and all(name.startswith("base_model.model.") for name in others)
 
     def of(self, name: str) -> ExpertPlace | None:
-        """Where an expert parameter belongs; None where its name does not tell."""
+        """Where an expert parameter belongs; None where its name does not say it."""
         path = _WRAPPERS.sub("", _PEFT.sub("", name) if self._peft else name)
         if match := _DEEPSPEED.fullmatch(path):
             return ExpertPlace(label_from_path(match[1] or "") or "moe", int(match[2]))

@@ -23,7 +23,7 @@ class Kept(NamedTuple):
     """The state of an optimizer.
 
     Attributes:
-        by: the class that keeps it, such as ``torch.optim.adamw.AdamW``; None where not told.
+        by: the class that keeps it, such as ``torch.optim.adamw.AdamW``; None where not known.
         keys: names of what it keeps of a parameter, such as ``exp_avg``; None where not known.
     """
 
@@ -63,12 +63,12 @@ def compare_kept(saved: Kept, running: Kept) -> Literal["same", "unknown", "othe
 
 
 def other_options(by: str | None, saved: Collection[str], optimizer: Any) -> str | None:
-    """What in the names of saved options tells that they are another optimizer's; None if nothing.
+    """What in the names of saved options shows that they are another optimizer's; None if nothing.
 
     DeepSpeed replaces the options of the groups by the saved ones, and the next step is a KeyError.
 
     Args:
-        by: the class that was saved; None where not told.
+        by: the class that was saved; None where not known.
         saved: names of the options in the groups of a checkpoint.
         optimizer: the running one.
     """
@@ -77,9 +77,9 @@ def other_options(by: str | None, saved: Collection[str], optimizer: Any) -> str
     if missing := sorted(needed - {*saved}):
         return f"without {', '.join(missing)}"
     # Adam and AdamW have it, RAdam with the same state has not; "bias_correction" is DeepSpeed's.
-    told = by or not type(optimizer).__module__.startswith("torch.optim.")
+    known = by or not type(optimizer).__module__.startswith("torch.optim.")
     has, wants = _FLAG in saved, _FLAG in defaults
-    if not told and has != wants and "bias_correction" not in saved:
+    if not known and has != wants and "bias_correction" not in saved:
         return f"with {_FLAG}" if has else f"without {_FLAG}"
     return None
 

@@ -47,8 +47,8 @@ class FlatParam(NamedTuple):
         name: qualified name on the ranks that hold it (experts are numbered per rank).
         numel: elements.
         offset: first element in the group's buffer.
-        shape: None where a checkpoint does not tell.
-        dtype: of the model's parameter, such as "bfloat16"; None where not told.
+        shape: None where a checkpoint does not say it.
+        dtype: of the model's parameter, such as "bfloat16"; None where not known.
         expert: number of the expert over all ranks; None for what is not one expert's.
     """
 
@@ -137,10 +137,6 @@ class Layout:
     def of(self, rank: Rank) -> list[FlatGroup]:
         """This rank's groups in the order of its optimizer."""
         return [self.groups[index] for index in self.order[rank]]
-
-    def home(self, rank: Rank) -> dict[str, tuple[FlatGroup, FlatParam]]:
-        """Where each parameter of this rank is, by name."""
-        return {param.name: (group, param) for group in self.of(rank) for param in group.params}
 
     @property
     def elements(self) -> int:

@@ -68,7 +68,7 @@ class Manifest:
         about: versions, world sizes and step, for the reader.
         files: each file of the checkpoint by name; empty for a manifest that describes a run and
             no checkpoint.
-        optimizer: who kept what of each parameter; None where it is not told.
+        optimizer: who kept what of each parameter; None where it is not known.
     """
 
     layout: Layout

@@ -218,7 +218,7 @@ def state_keys(shard: Shard) -> tuple[str, ...] | None:
 
 
 def option_names(shard: Shard) -> frozenset[str] | None:
-    """Names of the options of all groups; None where they are not told by group."""
+    """Names of the options of all groups; None where they are not known by group."""
     if not isinstance(shard.optimizer[STATE], dict):
         return None
     return frozenset(str(key) for options in shard.options for key in options)

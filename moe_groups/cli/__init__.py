@@ -4,33 +4,18 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from moe_groups._common.arguments import LEVELS, TILE, OptimizerKind
-from moe_groups._common.text import parse_bytes
 from moe_groups._version import __version__
 from moe_groups.cli.checkpoints import add_commands
 from moe_groups.cli.progress import quiet
-from moe_groups.cli.topology import add_topology
+from moe_groups.cli.topology import add_sizes, add_topology
 from moe_groups.errors import InvalidArgumentError, MoEGroupsError
 
 if TYPE_CHECKING:
     from moe_groups.cli.plan import PlanRequest
-
-_OPTIONS = {
-    "step_memory_budget": "--budget",
-    "max_groups": "--max-groups",
-    "max_group_size": "--cap",
-    "split_by": "--split-by",
-    "ep_size": "--ep",
-    "tp_size": "--tp",
-    "pp_size": "--pp",
-    "pp_rank": "--pp-rank",
-    "compact_gradients": "--compact-gradients",
-    "lean_step": "--tile",
-    "optimizer": "--optimizer",
-}
-"""Arguments of the library in messages, and their options on the command line."""
 
 _DESCRIPTION = """\
 Predict the memory of the optimizer step and plan the param groups, with no GPU, no process
@@ -58,14 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         used, with one line on stderr.
         Options that cannot be parsed raise ``SystemExit(2)``, as argparse does.
     """
-    args = _parser().parse_args(argv)
+    parser, commands = _parsers()
+    args = parser.parse_args(argv)
     try:
         return int(args.run(args) or 0)
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         sys.stderr.close()
         return 0
     except MoEGroupsError as error:
-        message = _in_options(str(error), args.names)
+        message = _in_options(str(error), commands[args.command])
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "numpy"):
             raise
@@ -76,15 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _in_options(message: str, options: Mapping[str, str]) -> str:
-    """The message in one line, with options in place of the library's arguments."""
+def _in_options(message: str, command: argparse.ArgumentParser) -> str:
+    """The message in one line, with options in place of the library's arguments.
+
+    Where an option is not called as the argument is, its ``dest`` is.
+    """
+    known = {action.dest: action.option_strings for action in command._actions}
+    options = {name: strings[0] for name, strings in known.items() if strings}
     names = "|".join(options)
     message = re.sub(rf"\b({names})=True\b", lambda found: options[found[1]], message)
     message = re.sub(rf"\b({names})=", lambda found: f"{options[found[1]]} ", message)
     return " ".join(message.split())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """That of ``moe-groups``, and those of its commands by their names."""
     parser = _Parser(prog="moe-groups", description="Param groups for MoE models on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"moe-groups {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -93,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="memory of the optimizer step and the groups that lower it",
         description=_DESCRIPTION,
     )
-    plan.set_defaults(run=_plan, names=_OPTIONS)
+    plan.set_defaults(run=_plan)
     plan.add_argument("source", metavar="SOURCE", help="config.json, model type, module:function")
     _add_topology(plan)
     _add_step(plan)
@@ -103,15 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--plot", metavar="FILE", help="draw the curve: .png or .html")
     add_topology(commands, _count)
     add_commands(commands, _count)
-    return parser
+    return parser, commands.choices
 
 
 def _add_topology(plan: argparse.ArgumentParser) -> None:
     group = plan.add_argument_group("topology", "data-parallel size = world size / (tp * pp)")
-    group.add_argument("--world-size", type=_count, required=True, metavar="N", help="all ranks")
-    group.add_argument("--ep", type=_count, metavar="N", help="expert-parallel size (1)")
-    group.add_argument("--tp", type=_count, default=1, metavar="N", help="tensor-parallel size (1)")
-    group.add_argument("--pp", type=_count, default=1, metavar="N", help="pipeline stages (1)")
+    add_sizes(group, _count)
+    plan.set_defaults(ep_size=None)  # 1, where the source does not say it
     group.add_argument(
         "--pp-rank", type=int, metavar="N", help="stage to plan (the one with most parameters)"
     )
@@ -134,8 +124,10 @@ def _add_step(plan: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compact-gradients", action="store_true", help="compact_gradients(engine) is called"
     )
-    group.add_argument("--lean-step", action="store_true", help="lean_step(engine, tile) is called")
-    group.add_argument("--tile", metavar="SIZE", help=f"of lean_step ({TILE})")
+    group.add_argument(
+        "--lean-step", dest="lean", action="store_true", help="lean_step(engine, tile) is called"
+    )
+    group.add_argument("--tile", dest="lean_step", metavar="SIZE", help=f"of lean_step ({TILE})")
 
 
 def _add_groups(plan: argparse.ArgumentParser) -> None:
@@ -146,13 +138,20 @@ def _add_groups(plan: argparse.ArgumentParser) -> None:
     limit = group.add_mutually_exclusive_group()
     limit.add_argument(
         "--budget",
+        dest="step_memory_budget",
         default="auto",
         metavar="SIZE",
         help="most that the step may need, as 2GiB: the fewest groups that fit (auto: the "
         "lowest peak that is worth its groups)",
     )
     limit.add_argument("--max-groups", type=_count, metavar="N", help="the lowest peak with those")
-    limit.add_argument("--cap", type=_count, metavar="N", help="elements of a group; no planning")
+    limit.add_argument(
+        "--cap",
+        dest="max_group_size",
+        type=_count,
+        metavar="N",
+        help="elements of a group; no planning",
+    )
 
 
 def _count(text: str) -> int:
@@ -195,18 +194,15 @@ def _request(args: argparse.Namespace) -> "PlanRequest":
         optimizer=args.optimizer,
         grad_accum_dtype=args.grad_accum_dtype,
         compact_gradients=args.compact_gradients,
-        lean_step=(args.tile or TILE) if args.lean_step else None,
-        tp_size=args.tp,
+        lean_step=(args.lean_step or TILE) if args.lean else None,
+        tp_size=args.tp_size,
     )
-    if args.tile is not None and not args.lean_step:
+    if args.lean_step is not None and not args.lean:
         raise InvalidArgumentError("--tile is of lean_step: give --lean-step too, or neither.")
-    if args.world_size % (args.tp * args.pp):
+    if args.world_size % (args.tp_size * args.pp_size):
         raise InvalidArgumentError(
-            f"--world-size {args.world_size} is no multiple of --tp {args.tp} times --pp {args.pp}."
+            f"--world-size {args.world_size} is no multiple of --tp {args.tp_size} times --pp "
+            f"{args.pp_size}."
         )
-    taken: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in ("source", "world_size", "ep", "tp", "pp", "pp_rank", "experts", "split_by")
-    }
-    budget = args.budget if args.budget == "auto" else parse_bytes(args.budget, "--budget")
-    return PlanRequest(**taken, step=step, budget=budget, max_groups=args.max_groups, cap=args.cap)
+    names = (field.name for field in fields(PlanRequest) if field.name != "step")
+    return PlanRequest(step=step, **{name: getattr(args, name) for name in names})

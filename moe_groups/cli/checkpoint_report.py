@@ -9,10 +9,10 @@ from moe_groups._common.text import show_bytes
 from moe_groups.checkpoints.inspect.report import CheckpointReport, SavedExpert, SavedGroup
 from moe_groups.cli.render import (
     MOST_ROWS,
-    alike,
     name_pattern,
     new_table,
     print_with,
+    same_but_numbers,
     say_hidden,
 )
 
@@ -175,7 +175,9 @@ def _groups(report: CheckpointReport, everything: bool) -> "Table":
 
 def fold(groups: Sequence[SavedGroup]) -> list[list[SavedGroup]]:
     """Lists of groups that share a row of the table."""
-    return alike(groups, lambda g: (len(g.ranks), _option(g, "lr"), _option(g, "weight_decay")))
+    return same_but_numbers(
+        groups, lambda g: (len(g.ranks), _option(g, "lr"), _option(g, "weight_decay"))
+    )
 
 
 def _group_cells(rows: Sequence[SavedGroup]) -> list[str]:

@@ -8,17 +8,6 @@ from moe_groups._common.text import show_bytes
 from moe_groups.cli.checkpoint_report import print_report
 from moe_groups.cli.progress import quiet, show_progress
 
-INSPECT_OPTIONS = {"tag": "--tag", "data": "--quick"}
-REGROUP_OPTIONS = {
-    "to": "--to",
-    "max_group_size": "--max-group-size",
-    "ep_size": "--ep-size",
-    "tag": "--tag",
-    "workers": "--workers",
-}
-EXPORT_OPTIONS = {"family": "--family", "dtype": "--dtype", "tag": "--tag"}
-"""Arguments of the library in messages, and their options on the command line."""
-
 _INSPECT = """\
 Show what is in a DeepSpeed checkpoint (ZeRO-1, ZeRO-2, BF16_Optimizer): its groups, the norms
 of each expert's weights and optimizer state, its counters; and check that it is sound: files
@@ -58,11 +47,13 @@ def _add_inspect(commands: Any) -> None:
         help="groups, norms per expert and damage of a checkpoint",
         description=_INSPECT,
     )
-    parser.set_defaults(run=_inspect, names=INSPECT_OPTIONS)
+    parser.set_defaults(run=_inspect)
     parser.add_argument("directory", metavar="DIR", help="the checkpoint")
     parser.add_argument("--tag", help="of the checkpoint (what the file latest says)")
     parser.add_argument("--trust", action="store_true", help=_TRUST)
-    parser.add_argument("--quick", action="store_true", help="do not read the tensors")
+    parser.add_argument(
+        "--quick", dest="data", action="store_false", help="do not read the tensors"
+    )
     parser.add_argument("--all", action="store_true", help="a row for every group and expert")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
@@ -73,7 +64,7 @@ def _add_regroup(commands: Any, count: Callable[[str], int]) -> None:
         help="convert a checkpoint to other groups",
         description=_REGROUP,
     )
-    parser.set_defaults(run=_regroup, names=REGROUP_OPTIONS)
+    parser.set_defaults(run=_regroup)
     parser.add_argument("source", metavar="SRC", help="the checkpoint")
     parser.add_argument("destination", metavar="DST", help="a directory for the converted one")
     parser.add_argument("--to", metavar="PLAN", help=_PLAN)
@@ -99,7 +90,7 @@ def _add_regroup(commands: Any, count: Callable[[str], int]) -> None:
 def _add_export(commands: Any) -> None:
     about = "the weights of a checkpoint as Hugging Face safetensors"
     parser = commands.add_parser("export-checkpoint", help=about, description=_EXPORT)
-    parser.set_defaults(run=_export, names=EXPORT_OPTIONS)
+    parser.set_defaults(run=_export)
     parser.add_argument("directory", metavar="DIR", help="the checkpoint")
     parser.add_argument("destination", metavar="OUT", help="a directory for the safetensors")
     parser.add_argument("--family", required=True, help="mixtral, qwen3_moe, ..., or a checkpoint")
@@ -117,7 +108,7 @@ def _inspect(args: argparse.Namespace) -> int:
         check_tables()
     with quiet(), show_progress("reading") as progress:
         report = inspect_checkpoint(
-            args.directory, args.tag, data=not args.quick, trust=args.trust, progress=progress
+            args.directory, args.tag, data=args.data, trust=args.trust, progress=progress
         )
     if args.json:
         print(report.as_json())

@@ -28,19 +28,19 @@ class PlanRequest:
     source: str
     world_size: int
     step: StepConfig
-    ep: int | None = None
-    tp: int = 1
-    pp: int = 1
+    ep_size: int | None = None
+    tp_size: int = 1
+    pp_size: int = 1
     pp_rank: int | None = None
     experts: Literal["list", "fused"] | None = None
     split_by: SplitBy = "parallel_group"
-    budget: int | str = "auto"
+    step_memory_budget: str = "auto"
     max_groups: int | None = None
-    cap: int | None = None
+    max_group_size: int | None = None
 
     @property
     def data_parallel_size(self) -> int:
-        return self.world_size // (self.tp * self.pp)
+        return self.world_size // (self.tp_size * self.pp_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,9 @@ def make_report(request: PlanRequest) -> PlanReport:
     Raises:
         MoEGroupsError: the source, the topology or the budget cannot be used.
     """
-    if request.step.offloads and (request.budget != "auto" or request.max_groups is not None):
+    if request.step.offloads and (
+        request.step_memory_budget != "auto" or request.max_groups is not None
+    ):
         raise InvalidArgumentError(
             "with the optimizer on the host its step takes nothing on the device: leave out the "
             "budget and the number of groups."
@@ -114,13 +116,13 @@ def make_report(request: PlanRequest) -> PlanReport:
     _check_fits(rank, request)
     curve: list[TradeOff] = []
     hints: list[str] = []
-    if request.cap is not None or request.step.offloads:
-        label = "no cap" if request.cap is None else f"cap {request.cap:,}"
-        chosen = _mark("plan", label, _capped(rank, request, request.cap), request)
+    if request.max_group_size is not None or request.step.offloads:
+        label = "no cap" if request.max_group_size is None else f"cap {request.max_group_size:,}"
+        chosen = _mark("plan", label, _capped(rank, request, request.max_group_size), request)
     else:
         plan = plan_param_groups(
             rank.model,
-            step_memory_budget=request.budget,
+            step_memory_budget=request.step_memory_budget,
             max_groups=request.max_groups,
             split_by=request.split_by,
             step=request.step,
@@ -145,7 +147,11 @@ def make_report(request: PlanRequest) -> PlanReport:
 
 def _rank_model(request: PlanRequest) -> RankModel:
     if names_function(request.source):
-        given = {"--ep": request.ep, "--pp-rank": request.pp_rank, "--experts": request.experts}
+        given = {
+            "--ep": request.ep_size,
+            "--pp-rank": request.pp_rank,
+            "--experts": request.experts,
+        }
         if unused := [name for name, value in given.items() if value is not None]:
             raise InvalidArgumentError(
                 f"{', '.join(unused)}: not with module:function, which builds one rank's model "
@@ -155,12 +161,12 @@ def _rank_model(request: PlanRequest) -> RankModel:
     whole = load_model(request.source)
     total = sum(param.numel() for param in whole.parameters())
     best: RankModel | None = None
-    for stage in range(request.pp) if request.pp_rank is None else [request.pp_rank]:
+    for stage in range(request.pp_size) if request.pp_rank is None else [request.pp_rank]:
         model = shard_for_rank(
             whole,
-            ep_size=request.ep or 1,
-            tp_size=request.tp,
-            pp_size=request.pp,
+            ep_size=request.ep_size or 1,
+            tp_size=request.tp_size,
+            pp_size=request.pp_size,
             pp_rank=stage,
             experts=request.experts or "list",
         )
@@ -168,9 +174,9 @@ def _rank_model(request: PlanRequest) -> RankModel:
         if best is None or found.held > best.held:
             best = found
     assert best is not None
-    if kept := undivided_layers(whole, request.ep or 1):
+    if kept := undivided_layers(whole, request.ep_size or 1):
         best.notes.append(
-            f"experts are whole on every rank where --ep {request.ep} does not divide their "
+            f"experts are whole on every rank where --ep {request.ep_size} does not divide their "
             f"number beside the decoder: in {len(kept)} layers, the first is {kept[0].path!r}"
         )
     return best
@@ -188,7 +194,7 @@ def _measured(model: nn.Module, pp_rank: int | None, total: int | None) -> RankM
 
 
 def _check_fits(rank: RankModel, request: PlanRequest) -> None:
-    stage = request.world_size // request.pp
+    stage = request.world_size // request.pp_size
     for size in rank.ep_sizes:
         if stage % size:
             raise InvalidArgumentError(

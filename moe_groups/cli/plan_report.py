@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moe_groups._common.text import show_bytes
-from moe_groups.cli.render import MOST_ROWS, alike, name_pattern, new_table, print_with
+from moe_groups.cli.render import MOST_ROWS, name_pattern, new_table, print_with, same_but_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,10 +22,10 @@ def headline(report: "PlanReport") -> str:
     asked, rank = report.request, report.rank
     total = "" if rank.total is None else f" ({_count(rank.total)})"
     experts = ", ".join(map(str, rank.ep_sizes)) or "1"
-    stage = "" if rank.pp_rank is None or asked.pp == 1 else f", stage {rank.pp_rank}"
+    stage = "" if rank.pp_rank is None or asked.pp_size == 1 else f", stage {rank.pp_rank}"
     return (
         f"{asked.source}{total} on {asked.world_size} ranks: DP {asked.data_parallel_size}, "
-        f"EP {experts}, TP {asked.tp}, PP {asked.pp}{stage}; {asked.step.label}"
+        f"EP {experts}, TP {asked.tp_size}, PP {asked.pp_size}{stage}; {asked.step.label}"
     )
 
 
@@ -43,8 +43,8 @@ def as_json(report: "PlanReport") -> str:
             "world_size": asked.world_size,
             "data_parallel_size": asked.data_parallel_size,
             "expert_parallel_sizes": rank.ep_sizes,
-            "tensor_parallel_size": asked.tp,
-            "pipeline_stages": asked.pp,
+            "tensor_parallel_size": asked.tp_size,
+            "pipeline_stages": asked.pp_size,
             "pipeline_stage": rank.pp_rank,
         },
         "parameters": {"model": rank.total, "rank": rank.held, "rank_experts": rank.in_experts},
@@ -114,7 +114,7 @@ def _memory(report: "PlanReport") -> "Table":
 
 def _groups(report: "PlanReport") -> "Table":
     memory = report.memory
-    folds = alike(memory.groups, lambda row: row.ranks)
+    folds = same_but_numbers(memory.groups, lambda row: row.ranks)
     columns = (">groups", ">elements", ">ranks", ">partition", ">held, R", ">peak", "name")
     title = f"{len(memory.groups)} groups, split by {report.request.split_by}"
     same = len(folds) == len(memory.groups)

@@ -70,7 +70,7 @@ class Named(Protocol):
 _Row = TypeVar("_Row", bound=Named)
 
 
-def alike(groups: Iterable[_Row], key: Callable[[_Row], object]) -> list[list[_Row]]:
+def same_but_numbers(groups: Iterable[_Row], key: Callable[[_Row], object]) -> list[list[_Row]]:
     """Lists of groups of equal key whose names differ only in numbers, ordered by their first."""
     found: dict[object, list[_Row]] = {}
     for group in groups:

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -95,7 +95,10 @@ def _ranks(topology: Topology, everything: bool) -> "Table":
     columns = (">rank", ">stage", ">data", ">tensor", "dense parameters with", "tokens with")
     table = new_table("Ranks", (*columns, ">experts", "experts with"))
     shown = topology.world_size if everything else min(topology.world_size, MOST_ROWS)
-    of = {kind: _by_rank(topology, kind) for kind in get_args(GroupKind)}
+    of = {
+        kind: {rank: ranks for ranks in topology.groups(kind) for rank in ranks}
+        for kind in get_args(GroupKind)
+    }
     for rank in range(shown):
         experts = of["expert"][rank]
         places = (rank, topology.stage(rank), topology.data_rank(rank), topology.tensor_rank(rank))
@@ -109,18 +112,6 @@ def _ranks(topology: Topology, everything: bool) -> "Table":
     say_hidden(table, topology.world_size - shown)
     return table
 
-
-def _by_rank(topology: Topology, kind: GroupKind) -> dict[int, list[int]]:
-    return {rank: ranks for ranks in topology.groups(kind) for rank in ranks}
-
-
-OPTIONS = {
-    "world_size": "--world-size",
-    "tp_size": "--tp",
-    "pp_size": "--pp",
-    "ep_size": "--ep",
-}
-"""Arguments of the library in messages, and their options on the command line."""
 
 _DESCRIPTION = """\
 Show which ranks share dense parameters, which share experts and which exchange tokens: the
@@ -139,18 +130,17 @@ def add_topology(commands: Any, count: Callable[[str], int]) -> None:
         help="which ranks share parameters and exchange tokens",
         description=_DESCRIPTION,
     )
-    parser.set_defaults(run=_topology, names=OPTIONS)
-    parser.add_argument("--world-size", type=count, required=True, metavar="N", help="all ranks")
-    parser.add_argument("--tp", type=count, default=1, metavar="N", help="tensor-parallel size (1)")
-    parser.add_argument("--pp", type=count, default=1, metavar="N", help="pipeline stages (1)")
-    parser.add_argument("--ep", type=count, default=1, metavar="N", help="ep_size of layers (1)")
+    parser.set_defaults(run=_topology)
+    add_sizes(parser, count)
     parser.add_argument(
         "--expert-tp",
+        dest="expert_tensor_parallelism",
         action="store_true",
         help="layers with enable_expert_tensor_parallelism: experts are cut over --tp too",
     )
     parser.add_argument(
         "--data-before-expert",
+        dest="use_data_before_expert_parallel",
         action="store_true",
         help="DeepSpeed's config has use_data_before_expert_parallelism",
     )
@@ -159,21 +149,24 @@ def add_topology(commands: Any, count: Callable[[str], int]) -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw the groups: .png")
 
 
+def add_sizes(parser: Any, count: Callable[[str], int]) -> None:
+    """Add the sizes of the world to a parser, or to a group of its options."""
+    parser.add_argument("--world-size", type=count, required=True, metavar="N", help="all ranks")
+    for option, name, what in (
+        ("--tp", "tp_size", "tensor-parallel size (1)"),
+        ("--pp", "pp_size", "pipeline stages (1)"),
+        ("--ep", "ep_size", "expert-parallel size (1)"),
+    ):
+        parser.add_argument(option, dest=name, type=count, default=1, metavar="N", help=what)
+
+
 def _topology(args: argparse.Namespace) -> None:
     from moe_groups.cli.render import check_tables
     from moe_groups.cli.topology_plot import check_picture, write_picture
-    from moe_groups.topology import Topology
 
     if not args.json:
         check_tables()
-    topology = Topology(
-        world_size=args.world_size,
-        tp_size=args.tp,
-        pp_size=args.pp,
-        ep_size=args.ep,
-        expert_tensor_parallelism=args.expert_tp,
-        use_data_before_expert_parallel=args.data_before_expert,
-    )
+    topology = Topology(**{field.name: getattr(args, field.name) for field in fields(Topology)})
     if args.plot is not None:
         check_picture(args.plot, topology)
         write_picture(topology, args.plot)

@@ -31,7 +31,7 @@ def check_picture(path: str, topology: Topology) -> None:
     if topology.world_size > _MOST_RANKS:
         raise InvalidArgumentError(
             f"--plot draws up to {_MOST_RANKS} ranks, not {topology.world_size}: --json has all "
-            "groups, and a smaller world of the same sizes looks alike."
+            "groups, and a smaller world of the same sizes looks the same."
         )
 
 

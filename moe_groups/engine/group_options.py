@@ -12,9 +12,8 @@ from moe_groups._deepspeed.process_groups import expert_parallel_rank
 from moe_groups._deepspeed.step.around_step import check_steps_partitions
 from moe_groups.engine.step_options import Options, write_options
 from moe_groups.errors import InvalidArgumentError, OverrideError
-from moe_groups.experts.find import TaggedModel, find_experts
+from moe_groups.experts.find import FoundExpert, TaggedModel, find_experts
 from moe_groups.groups.rules import compile_pattern
-from moe_groups.tags import ExpertTag
 
 
 def select_groups(engine: Engine, patterns: Sequence[str]) -> list[list[int]]:
@@ -51,7 +50,7 @@ def _select(
 ) -> tuple[list[list[int]], str | None]:
     """Positions of the selected groups, and the problem of the first that is selected in part."""
     names = {
-        id(param): (found.names[row], _addresses(found, row))
+        id(param): (found.names[row], _addresses(found, row), found.experts[row])
         for row, param in enumerate(found.params)
     }
     selected: list[list[int]] = []
@@ -59,31 +58,39 @@ def _select(
         matcher = compile_pattern(pattern)
         places: list[int] = []
         for place, (group, params) in enumerate(stepped_groups(engine)):
-            sides: dict[bool, list[str]] = {True: [], False: []}
+            sides: dict[bool, tuple[str, FoundExpert | None]] = {}
             for param in params:
-                name, known = names.get(id(param), ("a parameter of no module", []))
-                sides[any(map(matcher.fullmatch, known))].append(name)
-            if sides[True] and sides[False]:
+                name, known, expert = names.get(id(param), ("a parameter of no module", [], None))
+                sides.setdefault(any(map(matcher.fullmatch, known)), (name, expert))
+            if len(sides) > 1:
+                (one, expert), (rest, other) = sides[True], sides[False]
                 return [], (
                     f"pattern {pattern!r} selects a part of group {str(group.get('name', ''))!r}: "
-                    f"{sides[True][0]}, but not {sides[False][0]}. Options hold for whole groups: "
-                    "make the groups with split_by='expert' (and an override for what is to be a "
-                    "group of its own), or widen the pattern."
+                    f"{one}, but not {rest}. Options hold for whole groups: make the groups with "
+                    f"{_separates(expert, other)}, or widen the pattern."
                 )
-            if sides[True]:
+            if True in sides:
                 places.append(place)
         selected.append(places)
     return selected, None
 
 
+def _separates(one: FoundExpert | None, other: FoundExpert | None) -> str:
+    """With what two parameters of a group come into different ones."""
+    if one and other and one.tag.layer != other.tag.layer:
+        return "split_by='module'"
+    if one and other and one.tag.expert_number != other.tag.expert_number:
+        return "split_by='expert'"
+    return "an override of that pattern"
+
+
 def _addresses(found: TaggedModel, row: int) -> list[str]:
-    expert = found.experts[row]
-    return found.addresses(row, _with_global_number(expert.tag) if expert else None)
-
-
-def _with_global_number(tag: ExpertTag) -> ExpertTag:
-    rank = expert_parallel_rank(tag.parallel_group) or 0
-    return tag._replace(expert_number=tag.global_number(rank))
+    """What patterns are compared with, with the expert's global number."""
+    if (expert := found.experts[row]) is None:
+        return found.addresses(row, None)
+    rank = expert_parallel_rank(expert.tag.parallel_group) or 0
+    number = expert.tag.global_number(rank)
+    return found.addresses(row, expert.tag._replace(expert_number=number))
 
 
 def _examples(found: TaggedModel) -> list[str]:

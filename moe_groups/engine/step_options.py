@@ -34,7 +34,7 @@ class StepHooks:
     """Applies the options of an optimizer's groups while it steps, and skips frozen groups."""
 
     needs_gradients = False
-    """For :func:`moe_groups.lean_step`: only tells whether there is one."""
+    """For :func:`moe_groups.lean_step`: asks only whether there is one."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_pre_hook(self._before)
@@ -76,8 +76,8 @@ class StepHooks:
             trained = [param for param in params if param.requires_grad]
             self._held[index] = [param.register_hook(torch.zeros_like) for param in trained]
 
-    def let_go(self, index: int) -> None:
-        """Let the group have gradients again."""
+    def release(self, index: int) -> None:
+        """Give the group its gradients again."""
         for handle in self._held.pop(index, ()):
             handle.remove()
 
@@ -116,4 +116,4 @@ def _hold_frozen(engine: Engine, indices: Iterable[int]) -> None:
         if group.get(STEP_OPTIONS, {}).get("frozen"):
             hooks.hold(index, params)
         else:
-            hooks.let_go(index)
+            hooks.release(index)

@@ -103,7 +103,7 @@ def find_places(nodes: list[ModuleNode], flags: Mapping[int, int]) -> list[Place
             continue
         if "expert" in node.slot:
             named.append((node, children))
-        elif _alike(children, flags):
+        elif _are_experts(children, flags):
             unnamed.append((node, children))
     places: list[Place | None] = [None] * len(nodes[0].columns.params)
     for node, children in [*unnamed, *named]:  # later ones, which are further inside, win
@@ -122,7 +122,7 @@ def _children(nodes: list[ModuleNode], index: int) -> list[ModuleNode]:
     return children
 
 
-def _alike(children: list[ModuleNode], flags: Mapping[int, int]) -> bool:
+def _are_experts(children: list[ModuleNode], flags: Mapping[int, int]) -> bool:
     """Do all modules hold only expert parameters, of the same shapes?"""
     signatures = set()
     for child in children:

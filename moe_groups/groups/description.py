@@ -2,15 +2,15 @@
 
 import html
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from typing import Any, TypeAlias
 
 import torch
 
 from moe_groups._common.arguments import Count, Positive, checked
-from moe_groups._common.text import html_table, text_table
+from moe_groups._common.text import html_table, show_bytes, text_table
 from moe_groups._deepspeed.engines import engine_data_parallel_group, is_engine, stepped_groups
 from moe_groups._deepspeed.process_groups import expert_data_parallel_ranks, expert_parallel_rank
 from moe_groups.groups.grouping import padded_partition
@@ -99,7 +99,7 @@ class GroupTable:
         cells = [_cells(rows, self.largest) for rows in self._folded()]
         total = _cells(self.rows, None)
         total[:3] = ["total", "", ""]
-        total[6:] = [_bytes(self.partition_bytes), "", ""]
+        total[6:] = [show_bytes(self.partition_bytes), "", ""]
         return [*cells, total]
 
     def _folded(self) -> list[list[GroupRow]]:
@@ -125,7 +125,7 @@ class GroupTable:
         if self.largest is not None:
             notes.append(
                 f"* largest partition: {self.largest.name}, "
-                f"{_bytes(self.largest.partition_bytes)} on each rank"
+                f"{show_bytes(self.largest.partition_bytes)} on each rank"
             )
         if len(self._folded()) < len(self.rows):
             notes.append(
@@ -157,7 +157,7 @@ def _cells(rows: list[GroupRow], largest: GroupRow | None) -> list[str]:
         f"{len(rows):,}",
         f"{sum(row.tensors for row in rows):,}",
         f"{sum(row.elements for row in rows):,}",
-        mark + _bytes(biggest.partition_bytes if biggest else 0),
+        mark + show_bytes(biggest.partition_bytes if biggest else 0),
         _range([row.lr for row in rows]),
         _range([row.weight_decay for row in rows]),
     ]
@@ -166,16 +166,9 @@ def _cells(rows: list[GroupRow], largest: GroupRow | None) -> list[str]:
 def _common_name(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
-    parts = [name.split(".") for name in names]
-    shared = [same[0] for same in _takewhile_equal(zip(*parts, strict=False))]
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    shared = [same[0] for same in takewhile(lambda part: len(set(part)) == 1, parts)]
     return ".".join([*shared, "*"]) if shared else "*"
-
-
-def _takewhile_equal(columns: Iterable[tuple[str, ...]]) -> Iterable[tuple[str, ...]]:
-    for column in columns:
-        if len(set(column)) > 1:
-            return
-        yield column
 
 
 def _span(values: list[Any], what: str) -> str:
@@ -195,13 +188,6 @@ def _range(values: list[float | None]) -> str:
         return "default"
     text = f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}"
     return text if None not in values else f"{text}, default"
-
-
-def _bytes(count: int) -> str:
-    if count < 1024:
-        return f"{count} B"
-    power = min(int(math.log(count, 1024)), 4)
-    return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"
 
 
 _Pairs: TypeAlias = list[tuple[Mapping[str, Any], list[torch.Tensor]]]

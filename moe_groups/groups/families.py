@@ -28,10 +28,6 @@ _DENSE: Place = (None, None, None, None)
 _NAME = (str, type(None))
 
 
-Run: TypeAlias = tuple[int, int, Place, torch.dtype]
-"""Rows from the first up to the second that have place and dtype in common."""
-
-
 def read_table(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
     """The table of all parameters; the rows in its families are those to be stepped.
 
@@ -58,73 +54,50 @@ def read_table(given: GroupInput, rules: Rules, split_by: SplitBy) -> Table:
 
 
 class _Reader:
-    """Looks at each parameter once, and checks each distinct tag once.
-
-    With tens of thousands of parameters, reading attributes of tensors takes most of the time.
-    """
+    """Looks at each parameter once, and checks each distinct tag once."""
 
     def __init__(self, given: GroupInput, split_by: SplitBy) -> None:
         self.given = given
         self.by_layer, self.by_expert = split_by != "parallel_group", split_by == "expert"
         self.sizes: list[int] = []
-        self.families: Families = {}
+        self.families: dict[Key, dict[int, list[int]]] = {}
         self.layers: dict[str, tuple[int, int]] = {}
 
     def read(self) -> Families:
-        """Put the runs of one family and expert together."""
-        known: dict[Any, dict[int, Rows]] = {}
+        """Put the rows of one family and expert together; fills in the sizes on the way."""
+        known: dict[Any, dict[int, list[int]]] = {}
         last: Any = None
-        experts: dict[int, Rows] = {}
-        for start, stop, (group, label, number, layer_id), dtype in self._runs():
-            around = group, label, layer_id, dtype
+        experts: dict[int, list[int]] = {}
+        for row, (param, place) in enumerate(zip(self.given.params, self._places(), strict=True)):
+            size = numel_of(param)
+            self.sizes.append(size)
+            if not size or not param.requires_grad:
+                continue
+            group, label, number, layer_id = place
+            around = group, label, layer_id, param.dtype
             if around != last:
                 if not (isinstance(group, _NAME) and isinstance(label, _NAME)):
-                    self._check(start, label, layer_id)  # it may be unhashable
+                    self._check(row, label, layer_id)  # it may be unhashable
                 last = around
                 if around not in known:
-                    known[around] = self._family(start, *around)
+                    known[around] = self._family(row, *around)
                 experts = known[around]
             if number is None:
                 number = NO_EXPERT
             elif type(number) is not int or number < 0:
-                check_number(number, _row_name(self.given, start))
-            if number not in experts:
-                experts[number] = range(start, stop)
-                continue
-            rows = experts[number]
-            if not isinstance(rows, list):
-                rows = experts[number] = list(rows)
-            rows.extend(range(start, stop))
-        return self.families
-
-    def _runs(self) -> Iterator[Run]:
-        """Runs of trainable parameters; fills in the sizes on the way."""
-        sizes, params = self.sizes, self.given.params
-        sizes += map(torch.Tensor.numel, params)
-        start, here, here_dtype = 0, _DENSE, None
-        for row, (param, place) in enumerate(zip(params, self._places(), strict=True)):
-            size = sizes[row]
-            if not size or place is not _DENSE:  # ZeRO-3's placeholder, or AutoEP will share it
-                size = sizes[row] = numel_of(param)
-            dtype = param.dtype if size and param.requires_grad else None
-            if place != here or dtype is not here_dtype:
-                if here_dtype is not None:
-                    yield start, row, here, here_dtype
-                start, here, here_dtype = row, place, dtype
-        if here_dtype is not None:
-            yield start, len(sizes), here, here_dtype
+                check_number(number, _row_name(self.given, row))
+            experts.setdefault(number, []).append(row)
+        return cast(Families, self.families)
 
     def _places(self) -> Iterator[Place]:
         """Where each parameter is, as the model or the parameter itself says."""
         if self.given.model is not None:
-            last, place = None, _DENSE
             for expert in self.given.model.experts:
-                if expert is not last:
-                    last, place = expert, _DENSE
-                    if expert is not None:
-                        group, label, number, *_ = expert.tag
-                        place = group, label, number if self.by_expert else None, None
-                yield place
+                if expert is None:
+                    yield _DENSE
+                    continue
+                group, label, number, *_ = expert.tag
+                yield group, label, number if self.by_expert else None, None
             return
         for param in self.given.params:
             get = param.__dict__.get
@@ -137,7 +110,7 @@ class _Reader:
 
     def _family(
         self, row: int, group: Any, label: Any, layer_id: Any, dtype: torch.dtype
-    ) -> dict[int, Rows]:
+    ) -> dict[int, list[int]]:
         """Where rows like ``row`` go, by expert number."""
         if group is not None and self.given.model is None:
             self._check(row, label, layer_id)

@@ -12,8 +12,9 @@ from moe_groups._common.warn import warn
 from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
 from moe_groups.experts.find import TaggedModel, find_experts, restored_on_error, tag_experts
 from moe_groups.groups.inputs import ParamGroup
+from moe_groups.groups.make import MARKS, speaks_of_experts
 from moe_groups.integrations.autoep import autoep_enabled, autoep_experts_tagged
-from moe_groups.param_groups import MARKS, create_moe_param_groups, speaks_of_experts
+from moe_groups.param_groups import create_moe_param_groups
 from moe_groups.tags import is_expert_parameter
 
 need("accelerate", "hf", "groups for Accelerate")
@@ -23,11 +24,6 @@ from accelerate.state import AcceleratorState, is_initialized  # noqa: E402
 from accelerate.utils import DummyOptim  # noqa: E402
 
 _Optimizer = TypeVar("_Optimizer", bound=Any)
-_NOT_HERE = {
-    "plan": "its groups have options of their own, which a plan would drop: give "
-    "step_memory_budget, with which they are planned",
-    "weight_decay": "it has a weight decay already: give it to the optimizer",
-}
 
 
 def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> _Optimizer:
@@ -44,9 +40,8 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
     Args:
         optimizer: is changed, and returned.
         model: the model that is prepared with it, not yet wrapped by DeepSpeed.
-        options: of :func:`moe_groups.create_moe_param_groups`, except ``plan`` and
-            ``weight_decay``. ``no_decay`` applies to groups that have no weight decay of their
-            own.
+        options: of :func:`moe_groups.create_moe_param_groups`, except ``weight_decay``.
+            ``no_decay`` applies to groups that have no weight decay of their own.
 
     Raises:
         InvalidArgumentError: such an optimizer or option cannot be used.
@@ -62,9 +57,10 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
         ...                             split_by="expert")                # doctest: +SKIP
         >>> model, optimizer = accelerator.prepare(model, optimizer)      # doctest: +SKIP
     """
-    for option in _NOT_HERE.keys() & options.keys():
+    if "weight_decay" in options:
         raise InvalidArgumentError(
-            f"{option} cannot be given where an optimizer is grouped: {_NOT_HERE[option]}."
+            "weight_decay cannot be given where an optimizer is grouped, which has one already: "
+            "give it to the optimizer."
         )
     _check_optimizer(optimizer)
     own = _own_groups(optimizer)

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import importlib
 import logging
 import os
@@ -23,6 +22,7 @@ from moe_groups._deepspeed.autoep.early_groups import (
 )
 from moe_groups._deepspeed.autoep.made_before import make_autoep_layers
 from moe_groups._deepspeed.layers import is_autoep_layer
+from moe_groups._deepspeed.patching import wrap_once
 from moe_groups.errors import InvalidArgumentError, ParameterInputError
 from moe_groups.experts.find import restored_on_error, tag_experts
 from moe_groups.param_groups import create_moe_param_groups
@@ -121,11 +121,6 @@ def autoep_experts_tagged(
         found_none: raise if AutoEP finds no MoE block.
     """
     config = _settings(config)
-    if not autoep_enabled(config):
-        raise InvalidArgumentError(
-            'the DeepSpeed config does not enable AutoEP: add "expert_parallel": {"enabled": true, '
-            '"autoep_size": N}.'
-        )
     support_early_groups()
     support_new_transformers()
     params, ranks = find_sources(model, config["expert_parallel"])
@@ -195,8 +190,8 @@ def load_autoep(
         >>> load_autoep(model, directory, config)                         # doctest: +SKIP
     """
     need("transformers", "cli", "load_autoep")
-    settings = _settings(config)
     _check_empty(model)
+    settings = _settings(config)
     support_new_transformers()
     own = copy.deepcopy(model, {id(model.config): model.config})
     make_autoep_layers(own, settings)
@@ -208,10 +203,15 @@ def load_autoep(
 
 
 def _settings(config: Mapping[str, Any] | FilePath) -> Mapping[str, Any]:
-    """DeepSpeed's config, also from its file."""
-    if isinstance(config, Mapping):
-        return config
-    return read_json(Path(config), InvalidArgumentError, "It must be DeepSpeed's config.")
+    """DeepSpeed's config, also from its file, with AutoEP turned on."""
+    if not isinstance(config, Mapping):
+        config = read_json(Path(config), InvalidArgumentError, "It must be DeepSpeed's config.")
+    if not autoep_enabled(config):
+        raise InvalidArgumentError(
+            'the DeepSpeed config does not enable AutoEP: add "expert_parallel": {"enabled": true, '
+            '"autoep_size": N}.'
+        )
+    return config
 
 
 def _check_empty(model: nn.Module) -> None:
@@ -315,18 +315,17 @@ def support_new_transformers() -> None:
         registry = type(importlib.import_module(_REGISTRY)._CAN_RECORD_REGISTRY)
     except (ModuleNotFoundError, AttributeError):
         return
-    original = registry.get
-    if original is dict.get or hasattr(original, "_moe_groups_original"):
+    if registry.get is dict.get or not wrap_once(registry, "get", _wrap_get):
         return
-
-    @functools.wraps(original)
-    def get(self: Any, key: Any, *default: Any) -> Any:
-        return dict.get(self, key, *default) if isinstance(key, str) else original(self, key)
-
-    get._moe_groups_original = original  # type: ignore[attr-defined]
-    registry.get = get
     if os.environ.get("RANK", "0") == "0":
         _log.warning(
             "this transformers has another registry of outputs than DeepSpeed's AutoEP knows; "
             "moe-groups lets AutoEP read it (support_new_transformers)."
         )
+
+
+def _wrap_get(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get(self: Any, key: Any, *default: Any) -> Any:
+        return dict.get(self, key, *default) if isinstance(key, str) else original(self, key)
+
+    return get

@@ -1,13 +1,14 @@
 """Metrics of MoE layers in whatever Hugging Face's ``Trainer`` reports to."""
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
-from moe_groups._common.arguments import Positive, checked, need
+from moe_groups._common.arguments import need
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.engines import known_engines
-from moe_groups.integrations.moe_values import MoEValues
+from moe_groups._deepspeed.patching import wrap_once
+from moe_groups.integrations.moe_values import LogsMoEValues, MoEValues
 
 need("transformers", "hf", "metrics for Trainer")
 need("deepspeed", "hf", "metrics for Trainer")
@@ -15,7 +16,7 @@ need("deepspeed", "hf", "metrics for Trainer")
 from transformers import Trainer, TrainerCallback  # noqa: E402
 
 
-class MoEMetricsCallback(TrainerCallback):
+class MoEMetricsCallback(LogsMoEValues, TrainerCallback):
     """Logs norms, loads and memory of MoE layers with Trainer's own logs, under DeepSpeed.
 
     The values are part of the dict that ``Trainer.log`` gets, so they reach everything in
@@ -52,20 +53,10 @@ class MoEMetricsCallback(TrainerCallback):
         >>> trainer = MoETrainer(..., callbacks=[MoEMetricsCallback()])      # doctest: +SKIP
     """
 
-    @checked
-    def __init__(
-        self,
-        *,
-        interval: Positive | None = None,
-        per_layer: bool = False,
-        per_expert: bool = False,
-        update_ratio: bool = True,
-    ) -> None:
-        self._interval, self._options = interval, (per_layer, per_expert, update_ratio)
-        self._values: MoEValues | None = None
+    def _made(self) -> None:
         self._pending: dict[str, float] = {}
         support_our_groups(moe=True)  # so that engines are known whose groups DeepSpeed made
-        _add_to_logs()
+        wrap_once(Trainer, "log", _wrap_log)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._close()
@@ -82,7 +73,7 @@ class MoEMetricsCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self._pending = self._values.read() if self._values is not None else {}
+        self._pending = self._read()
         if self._pending:
             control.should_log = True
         return control
@@ -91,9 +82,8 @@ class MoEMetricsCallback(TrainerCallback):
         self._close()
 
     def _close(self) -> None:
-        if self._values is not None:
-            self._values.close()
-        self._values, self._pending = None, {}
+        super()._close()
+        self._pending = {}
 
     def take(self) -> dict[str, float]:
         """The values of the step that are not logged yet."""
@@ -101,18 +91,13 @@ class MoEMetricsCallback(TrainerCallback):
         return taken
 
 
-def _add_to_logs() -> None:
-    """Let ``Trainer.log`` add the values of the trainer's callbacks; changes it once."""
-    original = Trainer.log
-    if hasattr(original, "_moe_groups_original"):
-        return
+def _wrap_log(original: Callable[..., None]) -> Callable[..., None]:
+    """Let ``Trainer.log`` add the values of the trainer's callbacks."""
 
-    @functools.wraps(original)
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, MoEMetricsCallback):
                 logs.update(callback.take())
         original(self, logs, *args, **kwargs)
 
-    log._moe_groups_original = original  # type: ignore[attr-defined]
-    Trainer.log = log
+    return log

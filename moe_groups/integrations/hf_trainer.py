@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from moe_groups._deepspeed.autoep.early_groups import support_early_groups
 from moe_groups._deepspeed.engines import known_engines
 from moe_groups._deepspeed.layers import is_autoep_layer, is_partitioned
 from moe_groups._deepspeed.process_groups import tensor_parallel_size
-from moe_groups.checkpoints.guard.guard import Regroup, guard_of, protect_checkpoints
+from moe_groups.checkpoints.guard.guard import GUARDS, Regroup, protect_checkpoints
 from moe_groups.engine.lean import lean_step
 from moe_groups.engine.verification import verify
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.integrations.autoep import autoep_enabled, support_new_transformers
+from moe_groups.param_groups import create_moe_param_groups
 from moe_groups.weights.gather import gather_model
 
 need("transformers", "hf", "groups for Trainer")
@@ -34,15 +36,8 @@ from transformers.trainer import SCHEDULER_NAME  # noqa: E402
 
 from moe_groups.integrations.accelerate import deepspeed_config, group_optimizer  # noqa: E402
 
-_OPTIONS = (
-    "split_by",
-    "max_group_size",
-    "max_group_bytes",
-    "data_parallel_size",
-    "overrides",
-    "step_memory_budget",
-    "step",
-)
+_TRAINERS = ("params", "weight_decay", "no_decay")
+_OPTIONS = [name for name in signature(create_moe_param_groups).parameters if name not in _TRAINERS]
 
 
 _NUMBER = re.compile(r"(?<=\.deepspeed_experts\.)\d+")
@@ -184,9 +179,7 @@ class MoETrainer(Trainer):
         mine = getattr(self.optimizer, "optimizer", None)  # in Accelerate's wrapper
         if mine is not None and engine.optimizer is mine:  # not for evaluation only
             protect_checkpoints(engine, regroup=self.regroup)
-            guard = guard_of(engine)
-            assert guard is not None
-            guard.own_schedules = True  # in _load_optimizer_and_scheduler
+            GUARDS[engine].own_schedules = True  # in _load_optimizer_and_scheduler
             verify(engine)
             if self.lean_step:
                 lean_step(engine, *([] if self.lean_step is True else [self.lean_step]))

@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from moe_groups._common.arguments import Positive, checked, need
+from moe_groups._common.arguments import checked, need
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.engines import is_engine
-from moe_groups.integrations.moe_values import MoEValues
+from moe_groups.integrations.moe_values import LogsMoEValues, MoEValues
 
 need("lightning", "lightning", "curves in Lightning's loggers")
 
@@ -88,7 +88,7 @@ class GroupLearningRateMonitor(Callback):
             self.curves |= {(name if part is stays else part[0][0]): part[1] for part in parts}
 
 
-class MoEMetricsCallback(Callback):
+class MoEMetricsCallback(LogsMoEValues, Callback):
     """Logs norms, loads and memory of MoE layers to all loggers, under ``DeepSpeedStrategy``.
 
     The names are those of :class:`moe_groups.integrations.hf_metrics.MoEMetricsCallback`: by
@@ -108,18 +108,6 @@ class MoEMetricsCallback(Callback):
         >>> trainer = Trainer(callbacks=[MoEMetricsCallback()])           # doctest: +SKIP
     """
 
-    @checked
-    def __init__(
-        self,
-        *,
-        interval: Positive | None = None,
-        per_layer: bool = False,
-        per_expert: bool = False,
-        update_ratio: bool = True,
-    ) -> None:
-        self._interval, self._options = interval, (per_layer, per_expert, update_ratio)
-        self._values: MoEValues | None = None
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
         interval = self._interval or trainer.log_every_n_steps
@@ -134,18 +122,12 @@ class MoEMetricsCallback(Callback):
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        values = self._values.read() if self._values is not None else {}
-        if values:
+        if values := self._read():
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
-
-    def _close(self) -> None:
-        if self._values is not None:
-            self._values.close()
-        self._values = None
 
 
 def _claim(curve: str, names: Sequence[str]) -> tuple[bool, bool, int]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from moe_groups._common.arguments import Positive, checked
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.engines import Engine, engine_data_parallel_group, stepped_groups
 from moe_groups.errors import InvalidArgumentError
@@ -20,6 +21,34 @@ from moe_groups.metrics.report import METRICS, GroupStats, MetricsReport
 _GIB = 2**30
 _LOADS = ("imbalance", "dropped", "dead_experts", "aux_loss")
 _Part = TypeVar("_Part")
+
+
+class LogsMoEValues:
+    """What the callbacks for Trainer and Lightning have in common; they say what it takes."""
+
+    @checked
+    def __init__(
+        self,
+        *,
+        interval: Positive | None = None,
+        per_layer: bool = False,
+        per_expert: bool = False,
+        update_ratio: bool = True,
+    ) -> None:
+        self._interval, self._options = interval, (per_layer, per_expert, update_ratio)
+        self._values: MoEValues | None = None
+        self._made()
+
+    def _made(self) -> None:
+        """What one of the callbacks does beside."""
+
+    def _read(self) -> dict[str, float]:
+        return {} if self._values is None else self._values.read()
+
+    def _close(self) -> None:
+        if self._values is not None:
+            self._values.close()
+        self._values = None
 
 
 class MoEValues:

@@ -26,7 +26,7 @@ FACTOR = 1.5
 WORTH_A_WORD = 64 << 20
 """Bytes that could be saved; if fewer, there is no warning."""
 
-Alike: TypeAlias = Counter[tuple[tuple[int, ...], str | None]]
+Counted: TypeAlias = Counter[tuple[tuple[int, ...], str | None]]
 """How many groups have parameters of these sizes and this parallel group."""
 
 
@@ -79,7 +79,7 @@ def _is_costly(peak: int, other: int) -> bool:
     return peak > FACTOR * other and peak - other > WORTH_A_WORD
 
 
-def peak_of(groups: Alike, world: int, step: StepConfig, ascending: bool = False) -> int:
+def peak_of(groups: Counted, world: int, step: StepConfig, ascending: bool = False) -> int:
     """T + R of the worst rank, stepped in this order or from small partitions to large ones."""
     from moe_groups.memory.step_cost import step_cost
 
@@ -89,11 +89,11 @@ def peak_of(groups: Alike, world: int, step: StepConfig, ascending: bool = False
     return int(step_cost(tiles, step.settings).peak.max())
 
 
-def simple_cuts(uncut: Alike, world: int, tensor_ranks: int) -> Iterator[Alike]:
+def simple_cuts(uncut: Counted, world: int, tensor_ranks: int) -> Iterator[Counted]:
     """No cap; a few parameters for each rank, which hold no gradient twice; small partitions."""
 
-    def cut(tiles_of: Callable[[tuple[int, ...], int], Tiles]) -> Alike:
-        found: Alike = Counter()
+    def cut(tiles_of: Callable[[tuple[int, ...], int], Tiles]) -> Counted:
+        found: Counted = Counter()
         for (sizes, group), count in uncut.items():
             for start, stop in tiles_of(sizes, sharing_ranks(group, world, tensor_ranks)):
                 found[sizes[start:stop], group] += count

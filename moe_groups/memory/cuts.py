@@ -23,7 +23,7 @@ Cut: TypeAlias = tuple[tuple[int, int], ...]
 """Tiles of a line as ``(start, stop)``, in order."""
 
 _POSITIONS = 48
-"""Positions of a long line of unlike sizes where a cut is considered."""
+"""Positions of a long line of other sizes where a cut is considered."""
 
 
 @lru_cache(maxsize=1 << 12)
@@ -40,11 +40,11 @@ def least_held(
         considered stays within the limit.
     """
     if len(set(sizes)) == 1:
-        return _alike(sizes, ranks, limit, np.array(tile_prices))
-    return tuple(_unlike(sizes, ranks, limit, price) for price in tile_prices)
+        return _equal_sizes(sizes, ranks, limit, np.array(tile_prices))
+    return tuple(_other_sizes(sizes, ranks, limit, price) for price in tile_prices)
 
 
-def _alike(
+def _equal_sizes(
     sizes: tuple[int, ...], ranks: int, limit: int, prices: NDArray[np.float64]
 ) -> tuple[Cut, ...]:
     """For equal sizes: a tile's gradients depend on its length alone; all prices at once."""
@@ -67,7 +67,7 @@ def _alike(
     return tuple(_tiles(row, range(len(sizes) + 1)) for row in last)
 
 
-def _unlike(sizes: tuple[int, ...], ranks: int, limit: int, tile_price: float) -> Cut | None:
+def _other_sizes(sizes: tuple[int, ...], ranks: int, limit: int, tile_price: float) -> Cut | None:
     positions, elements, held = _pieces(sizes, ranks)
     count = len(positions) - 1
     best = np.full(count + 1, np.inf)
@@ -197,7 +197,7 @@ def _so_many(line: Line, number: int) -> Cut:
 
 
 def _even(line: Line, number: int) -> Cut:
-    """At most ``number`` tiles, the largest as small as the order allows, if sizes are alike."""
+    """At most ``number`` tiles, the largest as small as the order allows, if sizes are equal."""
     return tuple(pack(line.sizes, max(max(line.sizes), -(-sum(line.sizes) // number))))
 
 

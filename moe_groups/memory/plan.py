@@ -14,7 +14,7 @@ from moe_groups._common.arguments import (
     checked,
     shown,
 )
-from moe_groups._common.text import parse_bytes, show_bytes
+from moe_groups._common.text import show_bytes
 from moe_groups.errors import InvalidArgumentError, PlanError
 from moe_groups.groups.families import read_table
 from moe_groups.groups.grouping import (
@@ -24,8 +24,9 @@ from moe_groups.groups.grouping import (
     name_groups,
     split_like_deepspeed,
 )
-from moe_groups.groups.inputs import GroupInput, ParamsInput, read_input
+from moe_groups.groups.inputs import GroupInput, ParamGroup, ParamsInput, read_input
 from moe_groups.groups.keys import Line, PlannedGroup, Table
+from moe_groups.groups.make import make_groups
 from moe_groups.groups.rules import NoDecay, Overrides, Rules
 from moe_groups.memory.estimate import (
     SizedGroup,
@@ -113,15 +114,6 @@ def cost_lines(found: list[Line], table: Table, world: int, tensor_ranks: int) -
     return costed
 
 
-GROUP_PRICE = 64 << 20
-"""Bytes that one more group must save for "auto".
-
-A group costs about 1.7 ms of a step under ZeRO on gloo ranks (``benchmarks/group_cost.py``): a
-tenth of a percent of a step of two seconds, priced like a tenth of a percent of 64 GiB of memory.
-With ``lean_step`` a group saves nothing, and there is one plan.
-"""
-
-
 @dataclass(frozen=True, slots=True)
 class TradeOff:
     """A point of the trade-off curve.
@@ -139,7 +131,7 @@ class TradeOff:
 
 @dataclass(frozen=True, slots=True)
 class ParamGroupPlan:
-    """Ordered groups, before any optimizer exists; ``create_moe_param_groups`` takes it.
+    """Ordered groups, before any optimizer exists.
 
     Attributes:
         groups: name, key, expert number and rows of the parameters of each group.
@@ -176,8 +168,25 @@ class ParamGroupPlan:
         return estimate_step_memory(self)
 
     @checked
-    def check_made_for(self, table: Table) -> None:
-        """Raise PlanError unless the parameters in ``table`` are those of the plan."""
+    def groups_of(self, params: ParamsInput) -> list[ParamGroup]:
+        """The group dicts of the plan, as :func:`create_moe_param_groups` returns them.
+
+        Args:
+            params: what the plan was made for, or the same model built again.
+
+        Raises:
+            PlanError: the parameters are not those that the plan was made for.
+            MoEGroupsError: as :func:`create_moe_param_groups`.
+        """
+        rules = Rules(*self.rules)
+
+        def planned(given: GroupInput) -> list[PlannedGroup]:
+            self._check_made_for(read_table(given, rules, self.split_by))
+            return self.groups
+
+        return make_groups(params, rules, planned, self.split_by)
+
+    def _check_made_for(self, table: Table) -> None:
         if made_for(table) == self.made_for:
             return
         rows = sum(len(rows) for experts in table.families.values() for rows in experts.values())
@@ -214,7 +223,7 @@ def plan_param_groups(
         params: as for :func:`create_moe_param_groups`; meta parameters suffice.
         step_memory_budget: bytes, or a string like "2GiB": the fewest groups whose step
             peak T + R fits on every rank. "auto": the lowest peak that is worth its groups
-            (each further group must save ``GROUP_PRICE``), and not above that of DeepSpeed's
+            (each further group must save 64 MiB), and not above that of DeepSpeed's
             own split where ``split_by`` allows it, as its default always does.
         max_groups: the lowest peak with at most this number of groups.
         split_by: groups never mix more than this level, at any cost. The default mixes layers,
@@ -233,7 +242,7 @@ def plan_param_groups(
     Example:
         >>> plan = plan_param_groups(model, step_memory_budget="2GiB",
         ...                          data_parallel_size=64)              # doctest: +SKIP
-        >>> groups = create_moe_param_groups(model, plan=plan)           # doctest: +SKIP
+        >>> groups = plan.groups_of(model)                               # doctest: +SKIP
     """
     if max_groups is not None and step_memory_budget != "auto":
         raise InvalidArgumentError(
@@ -258,7 +267,7 @@ def make_group_plan(
     max_groups: int | None = None,
 ) -> ParamGroupPlan:
     """:func:`plan_param_groups` for parameters that have been read."""
-    from moe_groups.memory.search import best_order, price, trade_off
+    from moe_groups.memory.search import best_order, choose, price, trade_off
 
     step, world = step or StepConfig(), data_parallel_world(data_parallel_size)
     if step.offloads:
@@ -274,7 +283,7 @@ def make_group_plan(
         coarse = read_table(given, Rules(*rules), "parallel_group")
         coarse_lines = cost_lines(list(lines(coarse.families)), coarse, world, step.tensor_ranks)
     stock = estimate(stock_groups(coarse), step, world).step_peak
-    chosen = _choose(curve, budget, max_groups, split_by, stock)
+    chosen = choose(curve, budget, max_groups, split_by, stock)
     named = name_groups(zip(found, map(_tiles, chosen.cuts), strict=True), table, given.groups)
     tiles = [
         line.tile(*ends) for line, cut in zip(costed, chosen.cuts, strict=True) for ends in cut
@@ -297,32 +306,6 @@ def make_group_plan(
 
 def _tiles(cut: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]] | None:
     return cut if len(cut) > 1 else None
-
-
-def _choose(
-    curve: list["Candidate"], budget: Bytes, max_groups: int | None, split_by: str, stock: int
-) -> "Candidate":
-    if max_groups is not None:
-        within = [candidate for candidate in curve if candidate.groups <= max_groups]
-        if not within:
-            raise PlanError(
-                f"split_by={split_by!r} needs at least {curve[0].groups} groups, more than "
-                f"max_groups={max_groups}: raise it, or use a coarser split_by."
-            )
-        return within[-1]
-    if budget == "auto":
-        no_worse = [candidate for candidate in curve if candidate.peak <= stock]
-        return min(no_worse or curve, key=lambda c: (c.peak + GROUP_PRICE * c.groups, c.groups))
-    most = parse_bytes(budget, "step_memory_budget")
-    for candidate in curve:
-        if candidate.peak <= most:
-            return candidate
-    least = curve[-1]
-    raise PlanError(
-        f"no groups with split_by={split_by!r} step in {show_bytes(most)} on every rank: the "
-        f"lowest peak found is {show_bytes(least.peak)} with {least.groups} groups. Give "
-        f"step_memory_budget={least.peak}, and see the hints of that plan for what lowers it."
-    )
 
 
 def made_for(table: Table) -> bytes:

@@ -11,6 +11,9 @@ from itertools import combinations, pairwise, product
 
 import numpy as np
 
+from moe_groups._common.arguments import Bytes
+from moe_groups._common.text import parse_bytes, show_bytes
+from moe_groups.errors import PlanError
 from moe_groups.memory.cuts import Cut, Line, proposed_cuts
 from moe_groups.memory.group_layout import GroupOnRanks
 from moe_groups.memory.step_cost import StepSettings, step_cost
@@ -23,6 +26,15 @@ _MIXED = 24
 """Neighbours on the trade-off curve between which mixtures are tried."""
 _LAST = 3
 """Groups beside the largest that are tried in the last place."""
+
+
+GROUP_PRICE = 64 << 20
+"""Bytes that one more group must save for "auto".
+
+A group costs about 1.7 ms of a step under ZeRO on gloo ranks (``benchmarks/group_cost.py``): a
+tenth of a percent of a step of two seconds, priced like a tenth of a percent of 64 GiB of memory.
+With ``lean_step`` a group saves nothing, and there is one plan.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +129,13 @@ def _best(found: Iterable[Candidate]) -> list[Candidate]:
 
 def _bundle(lines: Sequence[Line]) -> tuple[list[Line], list[int]]:
     """Equal lines as one line with a count, and the bundle of each line."""
-    alike: dict[tuple[tuple[int, ...], int, bytes, bool], list[int]] = {}
+    equal: dict[tuple[tuple[int, ...], int, bytes, bool], list[int]] = {}
     for index, line in enumerate(lines):
         key = line.sizes, line.ranks, line.partition_of.tobytes(), line.dense
-        alike.setdefault(key, []).append(index)
+        equal.setdefault(key, []).append(index)
     bundles: list[Line] = []
     member_of = [0] * len(lines)
-    for indices in alike.values():
+    for indices in equal.values():
         for part in np.array_split(np.array(indices), min(len(indices), _BUNDLES)):
             for index in part:
                 member_of[index] = len(bundles)
@@ -157,3 +169,39 @@ def _all_cuts(lines: Sequence[Line]) -> Iterator[tuple[Cut, ...]]:
                 yield tuple(pairwise((0, *inner, items)))
 
     yield from product(*(list(cuts(len(line.sizes))) for line in lines))
+
+
+def choose(
+    curve: Sequence[Candidate], budget: Bytes, max_groups: int | None, split_by: str, stock: int
+) -> Candidate:
+    """The point of the curve that the budget or the number of groups asks for.
+
+    Args:
+        stock: the peak of DeepSpeed's own split, bytes: "auto" stays within it where it can.
+
+    Raises:
+        PlanError: there is none.
+    """
+    if max_groups is not None:
+        within = [candidate for candidate in curve if candidate.groups <= max_groups]
+        if not within:
+            coarser = "" if split_by == "parallel_group" else ", or use a coarser split_by"
+            raise PlanError(
+                f"split_by={split_by!r} needs at least {curve[0].groups} groups, more than "
+                f"max_groups={max_groups}: raise it{coarser}."
+            )
+        return within[-1]
+    if budget == "auto":
+        no_worse = [candidate for candidate in curve if candidate.peak <= stock]
+        return min(no_worse or curve, key=lambda c: (c.peak + GROUP_PRICE * c.groups, c.groups))
+    most = parse_bytes(budget, "step_memory_budget")
+    for candidate in curve:
+        if candidate.peak <= most:
+            return candidate
+    least = curve[-1]
+    raise PlanError(
+        f"no groups step in {show_bytes(most)} on every rank: with split_by={split_by!r} the "
+        f"lowest peak found is {show_bytes(least.peak)}, of {least.groups} groups. Give "
+        f"step_memory_budget={least.peak}; the hints of plan_param_groups with that budget say "
+        "what lowers the peak."
+    )

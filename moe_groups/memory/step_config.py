@@ -1,12 +1,12 @@
 """How a model will be stepped: DeepSpeed's wrapper, the optimizer, and the ranks."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from moe_groups._common.arguments import FilePath, OptimizerKind, check_one_of, checked
+from moe_groups._common.arguments import Count, FilePath, OptimizerKind, checked
 from moe_groups._common.text import parse_bytes
 from moe_groups._deepspeed.engines import SteppingEngine
 from moe_groups._deepspeed.step.exact_partitions import keeps_exact_partitions
@@ -59,21 +59,12 @@ class StepConfig:
     compact_gradients: bool = False
     lean_step: int | str | None = None
     gather_copies: bool = False
-    weight_bytes: int = 2
-    tp_size: int = 1
+    weight_bytes: Literal[2, 4] = 2
+    tp_size: Count = 1
     expert_tensor_parallel: bool = False
 
     def __post_init__(self) -> None:
         check_zero_stage(self.zero_stage)
-        check_one_of("optimizer", self.optimizer, tuple(_KINDS))
-        check_one_of("grad_accum_dtype", self.grad_accum_dtype, ("bf16", "fp32"))
-        check_one_of("weight_bytes", self.weight_bytes, (2, 4))
-        if type(self.tp_size) is not int or self.tp_size < 1:
-            raise InvalidArgumentError(f"tp_size={self.tp_size!r} must be an integer of 1 or more.")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is bool and type(value) is not bool:
-                raise InvalidArgumentError(f"{field.name}={value!r} must be True or False.")
         if self.compact_gradients and (self.uses_bf16_optimizer or self.offloads):
             raise InvalidArgumentError(
                 "compact_gradients=True is for ZeRO-1 and ZeRO-2 with the optimizer on the device: "

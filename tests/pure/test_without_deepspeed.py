@@ -78,7 +78,7 @@ from moe_groups.cli import main
 
 ranks = {"data_parallel_size": 4}
 plan = moe_groups.plan_param_groups(model, split_by="expert", weight_decay=0.1, **ranks)
-groups = moe_groups.create_moe_param_groups(model, plan=plan)
+groups = plan.groups_of(model)
 print(moe_groups.describe(groups, **ranks), moe_groups.estimate_step_memory(groups, **ranks))
 halves = moe_groups.split_for_muon(model, muon={"lr": 0.1}, adam={"lr": 0.1})
 assert {group["use_muon"] for group in halves} == {True, False}

@@ -167,7 +167,7 @@ def make_groups(model: nn.Module, case: Case, world: int) -> list[dict[str, Any]
             step=case.step,
             data_parallel_size=world,
         )
-        return create_moe_param_groups(model, plan=plan)
+        return plan.groups_of(model)
     return create_moe_param_groups(model, split_by=case.groups, max_group_size=case.cap)  # type: ignore[arg-type]
 
 

@@ -21,10 +21,10 @@ def make_autoep_layers(model: nn.Module, settings: Mapping[str, Any]) -> None:
 
     Args:
         model: of transformers.
-        settings: DeepSpeed's config.
+        settings: DeepSpeed's config, which turns AutoEP on.
 
     Raises:
-        InvalidArgumentError: AutoEP is not enabled, or refuses the model or the settings.
+        InvalidArgumentError: AutoEP refuses the model or the settings.
         UnsupportedDeepSpeedError: this DeepSpeed has no AutoEP that is known.
     """
     change_functions(CHANGES, "load_autoep needs")
@@ -34,11 +34,6 @@ def make_autoep_layers(model: nn.Module, settings: Mapping[str, Any]) -> None:
     from deepspeed.utils import groups
 
     config = get_expert_parallel_config(settings)
-    if config is None or not config.enabled:
-        raise InvalidArgumentError(
-            'the config does not enable AutoEP: it needs "expert_parallel": {"enabled": true, '
-            '"autoep_size": N}.'
-        )
     if settings.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
         raise InvalidArgumentError(
             "load_autoep does not load parts of dense layers: take tensor_parallel out of the "

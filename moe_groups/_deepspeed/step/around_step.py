@@ -10,8 +10,6 @@ from moe_groups._deepspeed.engines import steps_parameters, wrapper_name
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.tags import is_expert_parameter, numel_of
 
-_BEFORE_CLIPPING = "_moe_groups_before_clipping"
-_AFTER_STEP = "_moe_groups_after_step"
 _PARTITIONED = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "BF16_Optimizer")
 
 
@@ -145,26 +143,16 @@ def clipping_divisor(engine: Any) -> float:
 
 def before_own_clipping(engine: Any, function: Callable[[], None]) -> Callable[[], None]:
     """Call ``function`` before an engine without a wrapper clips; returns a function to undo it."""
-    functions: list[Callable[[], None]] | None = getattr(engine, _BEFORE_CLIPPING, None)
-    if functions is None:
-        setattr(engine, _BEFORE_CLIPPING, functions := [])
-        original, called = engine.clip_fp32_gradients, functions
 
+    def wrap(original: Callable[[], None], functions: list[Any]) -> Callable[[], None]:
         def clip_fp32_gradients() -> None:
-            for one in called:
+            for one in functions:
                 one()
             original()
 
-        engine.clip_fp32_gradients = clip_fp32_gradients
-    functions.append(function)
+        return clip_fp32_gradients
 
-    def undo() -> None:
-        functions.remove(function)
-        if not functions:
-            del engine.clip_fp32_gradients
-            delattr(engine, _BEFORE_CLIPPING)
-
-    return undo
+    return _called_by(engine, "clip_fp32_gradients", wrap, function)
 
 
 def after_step(engine: Any, function: Callable[[bool], None]) -> Callable[[], None]:
@@ -173,24 +161,34 @@ def after_step(engine: Any, function: Callable[[bool], None]) -> Callable[[], No
     It gets whether DeepSpeed skipped the step. Wraps what ``step`` and a pipeline's ``train_batch``
     call at the end of gradient accumulation, and what counts the steps.
     """
-    functions: list[Callable[[bool], None]] | None = getattr(engine, _AFTER_STEP, None)
-    if functions is None:
-        setattr(engine, _AFTER_STEP, functions := [])
-        original, called = engine._take_model_step, functions
 
+    def wrap(original: Callable[..., None], functions: list[Any]) -> Callable[..., None]:
         def _take_model_step(*args: Any, **kwargs: Any) -> None:
             skipped = engine.skipped_steps
             original(*args, **kwargs)
-            for one in called:
+            for one in functions:
                 one(engine.skipped_steps > skipped)
 
-        engine._take_model_step = _take_model_step
+        return _take_model_step
+
+    return _called_by(engine, "_take_model_step", wrap, function)
+
+
+def _called_by(
+    engine: Any, method: str, wrap: Callable[..., Any], function: Callable[..., None]
+) -> Callable[[], None]:
+    """Add ``function`` to those that this engine's method calls; returns a function to undo it."""
+    kept = f"_moe_groups_{method}"
+    functions: list[Any] | None = getattr(engine, kept, None)
+    if functions is None:
+        setattr(engine, kept, functions := [])
+        setattr(engine, method, wrap(getattr(engine, method), functions))
     functions.append(function)
 
     def undo() -> None:
         functions.remove(function)
         if not functions:
-            del engine._take_model_step
-            delattr(engine, _AFTER_STEP)
+            delattr(engine, method)
+            delattr(engine, kept)
 
     return undo

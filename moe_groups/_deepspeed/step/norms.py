@@ -90,25 +90,32 @@ def wrap_grads_for_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """``BF16_Optimizer`` sums once for each parallel group, the same ones on all ranks."""
 
     def get_grads_for_norm(self: Any, for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return original(self, for_clipping)
+        dense, experts = original(self)
+        nothing = self.fp32_groups_flat_partition[0].new_zeros(1)
+        experts = by_parallel_group(experts)
+        if _has_stages(self):
+            experts = {key: experts.get(key, [nothing]) for key in parallel_groups()}
+        return dense or [nothing], experts  # DeepSpeed fails on an empty list
+
+    return get_grads_for_norm
+
+
+def wrap_bf16_step(original: Callable[..., None]) -> Callable[..., None]:
+    """``BF16_Optimizer`` counts all experts in the norm, and joins the sums of other stages."""
+
+    def step(self: Any, closure: Any = None) -> None:
         groups = self.optimizer.param_groups
         for has_gradients, group in zip(self.fp32_groups_has_gradients, groups, strict=True):
             if group.get("moe"):
                 # Its buffer has the sum over all ranks that share it, even if this rank added 0.
                 has_gradients[:] = [True] * len(has_gradients)
-        if for_clipping:
-            return original(self, for_clipping)
-        dense, experts = original(self)
-        nothing = self.fp32_groups_flat_partition[0].new_zeros(1)
-        if not dense:  # DeepSpeed fails on an empty list
-            dense = [nothing]
-        experts = by_parallel_group(experts)
-        if _has_stages(self):
-            experts = {key: experts.get(key, [nothing]) for key in parallel_groups()}
-            if experts and not self.has_moe_layers:  # other stages have: all join the all-reduce
-                self.has_moe_layers, self.expert_gradients = True, {}
-        return dense, experts
+        if not self.has_moe_layers and _has_stages(self) and parallel_groups():
+            self.has_moe_layers, self.expert_gradients = True, {}
+        original(self, closure)
 
-    return get_grads_for_norm
+    return step
 
 
 def _has_stages(optimizer: Any) -> bool:

@@ -203,12 +203,8 @@ def _take(
             kept.copy_(value)
 
 
-def _per_element(value: object, param: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == param.shape
-
-
 def _part(value: Any, param: torch.Tensor, start: int, end: int) -> Any:
     """A slice of a state that has an entry per element; a copy of another tensor."""
-    if _per_element(value, param):
-        return value[start:end]
-    return value.clone() if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value[start:end] if value.shape == param.shape else value.clone()

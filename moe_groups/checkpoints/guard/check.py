@@ -59,8 +59,8 @@ class Finding:
         tag: of the checkpoint that this rank would load.
         step: of this rank's optimizer state.
         unstated: records that could not be compared, as they state no CRC-32.
-        saved: the optimizer's state that this rank would load; None where nothing tells.
-        options: names of the options in its groups; None where nothing tells.
+        saved: the optimizer's state that this rank would load; None where nothing says it.
+        options: names of the options in its groups; None where nothing says it.
     """
 
     kind: Kind
@@ -119,7 +119,7 @@ def checked(
     if unstated := sum(finding.unstated for finding in findings):
         warn(
             f"{unstated:,} records in {load_dir / str(findings[0].tag)} state no CRC-32 "
-            "(torch.serialization.set_crc32_options): whether they changed cannot be told.",
+            "(torch.serialization.set_crc32_options), so nothing shows whether they changed.",
             CheckpointWarning,
         )
     kinds, tag = {finding.kind for finding in findings}, findings[0].tag
@@ -146,7 +146,7 @@ def checked(
 
 
 def _check_optimizer(where: str, engine: Engine, findings: list[Finding]) -> None:
-    """Refuse state that the running optimizer keeps not, or keeps with another meaning."""
+    """Refuse state that the running optimizer does not keep, or keeps with another meaning."""
     optimizer, alone = engine.basic_optimizer, weights_alone(wrapper_name(engine))
     running = kept_by(optimizer)
     for finding in findings:
@@ -155,11 +155,11 @@ def _check_optimizer(where: str, engine: Engine, findings: list[Finding]) -> Non
             continue
         verdict = compare_kept(saved, running)
         line = f"it was saved with the state of {saved}, the run has {running}"
-        told = None
+        others = None
         if saved.by != running.by and finding.options is not None:
-            told = other_options(saved.by, finding.options, optimizer)
-        if told:
-            verdict, line = "other", f"{line}; the options of its groups are {told}"
+            others = other_options(saved.by, finding.options, optimizer)
+        if others:
+            verdict, line = "other", f"{line}; the options of its groups are {others}"
         if verdict == "other":
             message = (
                 f"{where} was saved with another optimizer.\n  {line}\nNothing was loaded. "
@@ -169,8 +169,8 @@ def _check_optimizer(where: str, engine: Engine, findings: list[Finding]) -> Non
             raise CheckpointMismatchError(message, [line])
         if verdict == "unknown":
             warn(
-                f"{where}: {line}. Whether one can go on from the state of the other cannot be "
-                f"told; if not, load the weights alone: {alone}.",
+                f"{where}: {line}. Whether the one can continue with the state of the other is not "
+                f"known; if it cannot, load the weights alone: {alone}.",
                 CheckpointWarning,
             )
             return
@@ -183,10 +183,10 @@ def _problem(load_dir: Path, findings: list[Finding]) -> str | None:
         return f"ranks would load different checkpoints of {load_dir} ({', '.join(tags[:_SHOWN])})."
     steps = {finding.step: rank for rank, finding in enumerate(findings)}
     if len(steps.keys() - {None}) > 1:
-        told = [f"rank {rank}'s after {step:g} steps" for step, rank in steps.items() if step]
+        saves = [f"rank {rank}'s after {step:g} steps" for step, rank in steps.items() if step]
         return (
             f"the optimizer states in {load_dir / str(findings[0].tag)} are of different saves "
-            f"({', '.join(told[:_SHOWN])}): a save over an older checkpoint was not finished. "
+            f"({', '.join(saves[:_SHOWN])}): a save over an older checkpoint was not finished. "
             "Use another tag."
         )
     absent = [rank for rank, finding in enumerate(findings) if finding.kind == "absent"]
@@ -288,12 +288,12 @@ def _by_shard(files: CheckpointFiles, rank: Rank, running: list[FlatGroup]) -> F
             )
         return Finding("world")
     shard = read_shard(files.shards[rank], files.trust, elastic=True)
-    told = Finding("other", saved=Kept(None, state_keys(shard)), options=option_names(shard))
+    found = Finding("other", saved=Kept(None, state_keys(shard)), options=option_names(shard))
     if shard.holds(rank, running):
-        return replace(told, kind="same", step=step_of_shard(shard))
+        return replace(found, kind="same", step=step_of_shard(shard))
     if files.manifest.is_file():
         raise CheckpointError(
             f"{files.manifest} says that the groups are those of this run, but {shard.path.name} "
             "holds others: the files are not of one checkpoint."
         )
-    return told
+    return found

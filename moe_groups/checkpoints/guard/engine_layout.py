@@ -103,7 +103,7 @@ def own_origin(engine: Engine) -> Origin | None:
 def _own_groups_or_problem(
     engine: Engine,
 ) -> tuple[Rank | None, list[FlatGroup], Origin | None, str | None]:
-    """The others wait for this rank, whatever is wrong with it."""
+    """This rank's groups, or what is wrong with them: the other ranks wait in a collective."""
     try:
         return *own_groups(engine), own_origin(engine), None
     except Exception as error:  # the model's and its parameters' own code may raise anything
@@ -113,15 +113,15 @@ def _own_groups_or_problem(
 def with_options_of(engine: Engine, layout: Layout) -> Layout:
     """The layout with the hyperparameters that the engine's groups have now.
 
-    Groups stand at the same place of all ranks, so this rank's tell those of the others too.
+    A group stands at the same place on all ranks, so this rank's options are those of all.
     """
     now = {
         (place, str(group.get("name", ""))): readable_options(group)
         for place, group in enumerate(engine.optimizer.param_groups)
     }
     groups = list(layout.groups)
-    alike = set(layout.order.values())
-    for place, index in {pair for own in alike for pair in enumerate(own)}:
+    orders = set(layout.order.values())
+    for place, index in {pair for own in orders for pair in enumerate(own)}:
         if options := now.get((place, groups[index].name)):
             groups[index] = replace(groups[index], options=options)
     return replace(layout, groups=tuple(groups))

@@ -1,7 +1,7 @@
 """Checkpoints that say what their groups were, and are not loaded into other groups."""
 
 import contextlib
-import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,6 @@ from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, write_manifes
 from moe_groups.errors import CheckpointError, CheckpointWarning, MoEGroupsError
 from moe_groups.tags import LABELS
 
-_GUARD = "_moe_groups_guard"
 Regroup: TypeAlias = Literal["refuse", "auto", "off"]
 
 
@@ -58,6 +57,10 @@ class Guard:
     gathered: bool = False
 
 
+GUARDS: "weakref.WeakKeyDictionary[Engine, Guard]" = weakref.WeakKeyDictionary()
+"""Of each engine whose checkpoints are guarded."""
+
+
 @checked
 def protect_checkpoints(
     engine: SteppingEngine,
@@ -66,7 +69,7 @@ def protect_checkpoints(
     scratch_dir: FilePath | None = None,
     check_data: bool = False,
 ) -> None:
-    """Choose what happens to the engine's checkpoints; all ranks call it alike.
+    """Choose what happens to the engine's checkpoints; all ranks make the same call.
 
     Engines that are initialized after :func:`create_moe_param_groups` was called are protected
     with "refuse" without a call, whoever saves and loads (HF Trainer, Lightning). Another
@@ -97,39 +100,23 @@ def protect_checkpoints(
     """
     support_our_groups(moe=True)
     scratch = None if scratch_dir is None else Path(scratch_dir)
-    guard = Guard(regroup, scratch, check_data)
-    set_guard(engine, guard)
-
-
-def guard_of(engine: Engine) -> Guard | None:
-    """None where the engine's checkpoints are not guarded."""
-    guard: Guard | None = getattr(engine, _GUARD, None)
-    return guard
-
-
-def set_guard(engine: Engine, guard: Guard | None) -> None:
-    """Guard the engine's checkpoints with this; None leaves them to DeepSpeed."""
-    setattr(engine, _GUARD, guard)
+    GUARDS[engine] = Guard(regroup, scratch, check_data)
 
 
 def guard_from_now_on(engine: Engine) -> None:
     """Guard the checkpoints of an engine that is initialized over our groups."""
-    if guard_of(engine) is None:
-        set_guard(engine, Guard())
+    GUARDS.setdefault(engine, Guard())
 
 
-def guarded_save(
-    engine: Engine, save: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
-    """DeepSpeed's ``save_checkpoint``, with our file beside its files."""
-    guard = guard_of(engine)
+def guarded_save(engine: Engine, save: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """DeepSpeed's ``save_checkpoint`` with all of its arguments, and our file beside its files."""
+    guard = GUARDS.get(engine)
     if guard is not None and guard.regroup == "off":
         guard = None
-    call = inspect.signature(save).bind(*args, **kwargs)
-    save_dir = call.arguments.get("save_dir")
+    save_dir = given["save_dir"]
     if not save_dir:
-        return save(*args, **kwargs)
-    call.arguments["tag"] = tag = checkpoint_tag(engine, call.arguments.get("tag"))
+        return save(**given)
+    given["tag"] = tag = checkpoint_tag(engine, given["tag"])
     folder, writes = Path(save_dir) / tag, _writes(engine)
     if guard is not None:
         on_all_ranks(lambda: check_tag(tag))
@@ -139,13 +126,13 @@ def guarded_save(
                 with contextlib.suppress(OSError):
                     (folder / name).unlink()
         if guard is None:
-            return save(*call.args, **call.kwargs)
-        return _save_decoupled(engine, guard, folder, lambda: save(*call.args, **call.kwargs))
+            return save(**given)
+        return _save_decoupled(engine, guard, folder, lambda: save(**given))
     layout, problems = _layout(engine, guard)
-    announces = call.arguments.get("save_latest", True) and distributed.get_rank() == 0
-    call.arguments["save_latest"] = False  # DeepSpeed does not wait for the other ranks
+    announces = given["save_latest"] and distributed.get_rank() == 0
+    given["save_latest"] = False  # DeepSpeed does not wait for the other ranks
     on_all_ranks(lambda: mark_unfinished(folder) if writes else None)
-    result = save(*call.args, **call.kwargs)
+    result = save(**given)
     if layout is not None and writes:
         problems += _write(engine, layout, folder, finished=True)
     on_all_ranks(lambda: mark_finished(folder) if writes else None)
@@ -240,22 +227,17 @@ def _warn(problems: list[str]) -> None:
         warn(problem, CheckpointWarning)
 
 
-def guarded_load(
-    engine: Engine, load: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
+def guarded_load(engine: Engine, load: Callable[..., Any], given: dict[str, Any]) -> Any:
     """DeepSpeed's ``load_checkpoint`` for a checkpoint that was saved with the same groups."""
-    guard = guard_of(engine)
-    call = inspect.signature(load).bind(*args, **kwargs)
-    call.apply_defaults()
-    given = call.arguments
+    guard = GUARDS.get(engine)
     if guard is None or guard.regroup == "off":
-        return load(*args, **kwargs)
+        return load(**given)
     optimizer, scheduler = _loads_optimizer(engine, given), _loads_scheduler(engine, given)
     if engine.load_universal_checkpoint() and engine.zero_optimization():
         from moe_groups.checkpoints.guard.universal import checked_universal
 
         with checked_universal(engine, Path(given["load_dir"]), given["tag"], scheduler):
-            return load(*args, **kwargs)
+            return load(**given)
     _check_loads_weights(engine, given)
     from moe_groups.checkpoints.guard.check import checked
 
@@ -276,7 +258,7 @@ def guarded_load(
         scratch_dir=guard.scratch_dir,
     ) as directory:
         given["load_dir"] = str(directory)
-        path, client_state = load(*call.args, **call.kwargs)
+        path, client_state = load(**given)
     if optimizer:
         _restore_names(engine, names)
     elif path is not None and not engine.zero_optimization():

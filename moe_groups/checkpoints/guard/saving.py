@@ -1,4 +1,4 @@
-"""A save of all ranks of which can be told afterwards whether it came to its end.
+"""Marks by which a finished save of all ranks differs from one that was stopped.
 
 DeepSpeed writes every rank's files in place, and ``latest`` while other ranks may still be
 writing. So a marker is there from before the first file is replaced until all are written;

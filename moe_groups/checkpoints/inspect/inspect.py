@@ -147,7 +147,7 @@ def _report(
 
 def _notes(expected: Expected, agreement: RankAgreement, unstated: int) -> Iterator[str]:
     if unstated:
-        yield f"{unstated:,} records state no CRC-32: whether they changed cannot be told"
+        yield f"{unstated:,} records state no CRC-32, so nothing shows whether they changed"
     lost = expected.ranks - agreement.files.keys()
     if lost and expected.layout.groups:
         yield (
@@ -204,10 +204,10 @@ def find_places(layout: Layout) -> dict[ParamKey, Place]:
 
 def _on_the_rank(names: ExpertPlaces, group: FlatGroup, param: FlatParam) -> tuple[str, int | None]:
     """Layer of an expert parameter, and number among the rank's experts of the layer."""
-    told = names.of(param.name)
-    layer = group.labels.get("expert_group_name") or (told and told.layer)
+    named = names.of(param.name)
+    layer = group.labels.get("expert_group_name") or (named and named.layer)
     number = group.labels.get("expert_number")
-    number = told.number if number is None and told else number
+    number = named.number if number is None and named else number
     return str(layer or group.parallel_group), number
 
 

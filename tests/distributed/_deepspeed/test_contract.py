@@ -212,6 +212,7 @@ SIGNATURES = {
     "_configure_basic_optimizer": "(self, model_parameters)",
     "_setup_for_real_optimizer": "(self)",
     "see_memory_usage": "(message, force=False)",
+    "step": "(self, closure=None)",
     "get_grads_for_norm": "(self, for_clipping=False)",
     "get_grads_for_reduction": "(self)",
     "get_norm_with_moe_layers": "(non_expert_norm, mpu, expert_tensors, norm_type=2)",

@@ -292,6 +292,7 @@ def problems(split: str) -> list[str]:
     calls: list[Callable[[], object]] = [
         lambda: set_group_options(engine, "*.expert.4", frozen=True),
         lambda: set_group_options(engine, "blocks.0.moe.expert.3", frozen=True),
+        lambda: set_group_options(engine, "blocks.0.moe.*.gate.*", frozen=True),
         lambda: set_group_options(engine, "*", frozen=1),
         lambda: set_group_options(engine, "*", lr=-1.0),
         lambda: set_group_options(engine, "*", lr_multiplier=float("nan")),
@@ -313,8 +314,9 @@ def problems(split: str) -> list[str]:
 def test_refusals() -> None:
     for split in ("expert", "module"):
         ranks = run_on_ranks(2, problems, split)
-        assert ranks[0][:8] == ranks[1][:8]
-        nothing, part, *others, given = ranks[1]
+        assert ranks[0][:9] == ranks[1][:9]
+        nothing, part, gate, *others, given = ranks[1]
+        assert gate.endswith("with an override of that pattern, or widen the pattern.")
         assert "'*.expert.4' selects no parameter" in nothing
         assert "blocks.0.moe.expert.0" in nothing
         if split == "expert":
@@ -324,6 +326,7 @@ def test_refusals() -> None:
         else:
             assert part.startswith("rank 1: pattern 'blocks.0.moe.expert.3' selects a part of")
             assert "'ep_size_2_blocks.0.moe'" in part
+            assert "make the groups with split_by='expert', or" in part
             assert given == "[]"
         for message, expected in zip(
             others,

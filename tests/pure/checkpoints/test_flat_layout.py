@@ -222,14 +222,6 @@ def test_merge_ranks_keeps_each_rank_and_each_group_once(found: Columns) -> None
     assert set(places) == {(group.name, group.place()) for _, own in found for group in own}
 
 
-@given(columns())
-def test_home(found: Columns) -> None:
-    layout = merge_ranks(found)
-    for rank, own in found:
-        wanted = {param.name: (group, param) for group in own for param in group.params}
-        assert layout.home(rank) == wanted
-
-
 def test_sizes_of_the_world() -> None:
     ranks = [Rank(model, data) for model in (3, 1) for data in (2, 0, 1)]
     layout = merge_ranks([(rank, []) for rank in ranks])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_groups import StepConfig, cli, estimate_step_memory, plan_param_groups
-from moe_groups.cli.render import alike, name_pattern
+from moe_groups.cli.render import name_pattern, same_but_numbers
 from moe_groups.memory.estimate import GroupMemory
 from moe_groups.meta_models.rank import shard_for_rank
 from moe_groups.meta_models.source import load_model
@@ -217,7 +217,7 @@ def test_text_fits_100_columns_and_has_all_parts(
 def test_groups_fold_where_names_differ_in_numbers() -> None:
     rows = [GroupMemory(f"moe.{i}.tile.{j}", 10 * i, 4, i, i, j) for i in (2, 5) for j in (0, 1)]
     dense = GroupMemory("dense", 7, 8, 2, 3, 4)
-    assert alike([dense, *rows], lambda row: row.ranks) == [[dense], rows]
+    assert same_but_numbers([dense, *rows], lambda row: row.ranks) == [[dense], rows]
     assert name_pattern([row.name for row in rows]) == "moe.{2..5}.tile.{0..1}"
 
 
@@ -280,7 +280,7 @@ BAD = [
     (["CONFIG", *EIGHT, "--pp", "8"], "--pp 8 is more than the 3 layers"),
     (["CONFIG", *EIGHT, "--ep", "3"], "--ep 3 does not divide the 8 experts"),
     (["CONFIG", "--world-size", "6", "--ep", "4"], "does not divide the 6 ranks"),
-    (["CONFIG", *EIGHT, "--budget", "lots"], "--budget='lots' is not a size"),
+    (["CONFIG", *EIGHT, "--budget", "lots"], "--budget 'lots' is not a size"),
     (["CONFIG", *EIGHT, "--budget", "1KiB"], "Give --budget "),
     (["CONFIG", *EIGHT, "--max-groups", "1"], "more than --max-groups 1"),
     (["CONFIG", *EIGHT, "--cap", "9", "--budget", "1GiB"], "not allowed with"),

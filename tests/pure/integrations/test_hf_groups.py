@@ -171,7 +171,7 @@ def test_groups_of_another_trainer_keep_their_options(tmp_path: Path) -> None:
     assert sum(bool(group.get("moe")) for group in ours.param_groups) == 4
 
 
-@pytest.mark.parametrize("option", ["weight_decay", "no_decay", "plan", "max_size"])
+@pytest.mark.parametrize("option", ["weight_decay", "no_decay", "max_size"])
 def test_options_that_trainer_decides_are_refused(option: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"group_options has {option}: .*split_by"):
         MoETrainer(group_options={option: None})
@@ -231,12 +231,6 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Except
         {},
         ParameterInputError,
         r"group 0 of the optimizer has a parameter of shape \(16, 16\).*not in the model",
-    ),
-    "a plan": (
-        lambda model: torch.optim.AdamW(model.parameters()),
-        {"plan": object()},
-        InvalidArgumentError,
-        "plan cannot be given.*step_memory_budget",
     ),
     "weight decay": (
         lambda model: torch.optim.AdamW(model.parameters()),

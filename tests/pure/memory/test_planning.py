@@ -24,7 +24,7 @@ from moe_groups import (
 from moe_groups._common.arguments import OptimizerKind
 from moe_groups._common.text import show_bytes
 from moe_groups.errors import CostlyGroupsWarning, InvalidArgumentError, PlanError
-from moe_groups.memory.cost_warning import Alike, least_peak, peak_of, simple_cuts
+from moe_groups.memory.cost_warning import Counted, least_peak, peak_of, simple_cuts
 from moe_groups.memory.cuts import Cut, Line
 from moe_groups.memory.estimate import on_ranks
 from moe_groups.memory.search import trade_off
@@ -195,7 +195,7 @@ def test_groups_of_a_plan(split_by: Any, step: StepConfig) -> None:
     plan = plan_param_groups(
         model, split_by=split_by, max_groups=40, step=step, data_parallel_size=8, **rules
     )
-    groups = create_moe_param_groups(model, plan=plan)
+    groups = plan.groups_of(model)
     plain = create_moe_param_groups(model, split_by=split_by, **rules)
     assert [g["name"] for g in groups] == [name for name, *_ in plan.groups]
     assert len({g["name"] for g in groups}) == len(groups)
@@ -246,7 +246,7 @@ def test_lean_step_needs_no_more_groups_than_the_split(split_by: Any) -> None:
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     with pytest.raises(PlanError, match=r"lowest peak.*step_memory_budget=\d+") as error:
         plan_param_groups(Model(), step_memory_budget="1KiB", data_parallel_size=4)
-    least = int(str(error.value).partition("step_memory_budget=")[2].partition(",")[0])
+    least = int(str(error.value).partition("step_memory_budget=")[2].partition(";")[0])
     plan = plan_param_groups(Model(), step_memory_budget=least, data_parallel_size=4)
     assert plan.memory.step_peak == least
     with pytest.raises(PlanError):
@@ -272,22 +272,14 @@ def test_never_worse_than_the_stock_split(world: int, cap: int | None, step: Ste
 
 def test_a_plan_is_for_one_model() -> None:
     plan = plan_param_groups(Model(), data_parallel_size=4)
-    create_moe_param_groups(Model(), plan=plan)
+    plan.groups_of(Model())
     for other in (Model(layers=3), Model(experts=1), Model(ep_size=4), Model().float()):
         with pytest.raises(PlanError, match="made for another model"):
-            create_moe_param_groups(other, plan=plan)
+            plan.groups_of(other)
     frozen = Model()
     frozen.embed.weight.requires_grad_(False)
     with pytest.raises(PlanError, match="trainable parameters where it had"):
-        create_moe_param_groups(frozen, plan=plan)
-
-
-def test_a_plan_goes_without_other_arguments() -> None:
-    plan = plan_param_groups(Model(), data_parallel_size=4)
-    for argument in ({"split_by": "expert"}, {"weight_decay": 0.1}, {"max_group_size": 5}):
-        options: dict[str, Any] = dict(argument)
-        with pytest.raises(InvalidArgumentError, match=f"plan.*{next(iter(options))}"):
-            create_moe_param_groups(Model(), plan=plan, **options)
+        plan.groups_of(frozen)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +371,7 @@ CONFIGS = [
 ]
 
 
-def uncut(lines: list[Line]) -> tuple[Alike, int]:
+def uncut(lines: list[Line]) -> tuple[Counted, int]:
     """The lines as the warning wants them, and the ranks; the first line is dense."""
     world = lines[0].ranks
     return Counter((line.sizes, f"ep_size_{world // line.ranks}") for line in lines), world

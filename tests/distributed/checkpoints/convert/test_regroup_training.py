@@ -9,7 +9,7 @@ import torch
 
 from moe_groups import protect_checkpoints, regroup_checkpoint
 from moe_groups.checkpoints.guard.engine_layout import gather_layout
-from moe_groups.checkpoints.guard.guard import set_guard
+from moe_groups.checkpoints.guard.guard import GUARDS
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import read_manifest
 from tests.support.checkpoints.made_checkpoints import same, shard_contents, state_of
@@ -48,7 +48,7 @@ def save_all(directory: Path, wrapper: str, ep_size: int, splits: list[str]) -> 
         train(engine, 2)
         engine.save_checkpoint(str(directory / split))
         histories[split] = train(engine, 2, 2) | rates(engine)
-        set_guard(engine, None)
+        GUARDS.pop(engine, None)
         engine.destroy()
     return histories
 
