@@ -275,19 +275,27 @@ class _Finder:
             self._claim(label, layer.path)
 
     def tag_hand_made_experts(self) -> None:
-        flags = find_flags(self.nodes, self.found.experts)
+        params, experts = self.found.params, self.found.experts
+        flags = find_flags(self.nodes, experts)
         if not flags:
             return
         places = find_places(self.nodes, flags)
+        found, last = None, None
+        known: tuple[Any, ...] = (None,)
         for row, flag in flags.items():
             place = places[flag]
-            found = self._expert(row, flag, place) if place else self._alone(row, flag)
-            self.found.experts[row] = found
+            if place is None:
+                experts[row] = self._alone(row, flag)
+                continue
+            marks = tuple(map(params[flag].__dict__.get, _MARKS))
+            same = place is last and marks == known and type(marks[0]) is type(known[0])
+            if not same:  # another expert than that of the row before; True is no 1
+                found, last, known = self._expert(row, flag, place, marks), place, marks
+            experts[row] = found
 
-    def _expert(self, row: int, flag: int, place: Place) -> FoundExpert:
+    def _expert(self, row: int, flag: int, place: Place, marks: tuple[Any, ...]) -> FoundExpert:
         """What ``row`` belongs to, as the place and the attributes of row ``flag`` say."""
-        number, *marks = map(self.found.params[flag].__dict__.get, _MARKS)
-        key = (place.layer, *marks)
+        number, key = marks[0], (place.layer, *marks[1:])
         if key not in self.layers:
             self.layers[key] = self._layer(row, flag, place.layer, place.layer)
         tag, labelled = self.layers[key]

@@ -92,12 +92,14 @@ class _Reader:
     def _places(self) -> Iterator[Place]:
         """Where each parameter is, as the model or the parameter itself says."""
         if self.given.model is not None:
+            last, place = None, _DENSE
             for expert in self.given.model.experts:
-                if expert is None:
-                    yield _DENSE
-                    continue
-                group, label, number, *_ = expert.tag
-                yield group, label, number if self.by_expert else None, None
+                if expert is not last:
+                    last, place = expert, _DENSE
+                    if expert is not None:
+                        group, label, number, *_ = expert.tag
+                        place = group, label, number if self.by_expert else None, None
+                yield place
             return
         for param in self.given.params:
             get = param.__dict__.get
