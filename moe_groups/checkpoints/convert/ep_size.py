@@ -88,13 +88,12 @@ def _parts(source: Layout, ranks: Sequence[Rank]) -> _Parts:
     """The expert parameters of all ranks with one model-parallel rank, by their numbers."""
     found: dict[_Part, dict[str, _Member]] = {}
     for rank in {source.order[rank]: rank for rank in reversed(ranks)}.values():
-        homes = source.home(rank)
+        place = {param.name: (group, param) for group in source.of(rank) for param in group.params}
         seen: set[_Part] = set()
         for part, rows in _runs(source.origins[rank]):
             if part is None:
                 continue
-            places = [(row, homes[row.name]) for row in rows]
-            own = [_Member(at[1].expert or 0, row, *at) for row, at in places]
+            own = [_member(row, *place[row.name]) for row in rows]
             numbers = [member.number for member in own]
             if part in seen or numbers != sorted(numbers):
                 raise CheckpointError(
@@ -107,6 +106,11 @@ def _parts(source: Layout, ranks: Sequence[Rank]) -> _Parts:
             for member in own:
                 known.setdefault(str(member.param.global_name), member)
     return {part: sorted(own.values(), key=lambda each: each.number) for part, own in found.items()}
+
+
+def _member(row: OriginRow, group: FlatGroup, param: FlatParam) -> _Member:
+    assert param.expert is not None  # unnumbered_problem
+    return _Member(param.expert, row, group, param)
 
 
 def _counts(parts: _Parts, ep_size: int, frozen: bool) -> dict[str, int]:
