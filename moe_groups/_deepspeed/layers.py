@@ -88,6 +88,32 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(param, "ds_id") for param in model.parameters())
 
 
+def gather_listed_experts(model: nn.Module) -> None:
+    """Let ZeRO-3 gather all experts of a layer together if each is a module of its own.
+
+    It gathers a module when it is called. If a rank has no token for an expert, it does not call
+    the expert, and the other ranks wait for it. DeepSpeed's ``leaf_module`` knows three classes of
+    transformers; here each layer with a list of experts becomes a leaf.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and _is_of_experts(path, module):
+            while type(module).forward is nn.Module.forward:  # nobody calls a list
+                path = path.rpartition(".")[0]
+                module = model.get_submodule(path)
+            vars(module)["_z3_leaf"] = True  # set_z3_leaf_modules chooses by class
+
+
+def _is_of_experts(path: str, module: nn.Module) -> bool:
+    """Is it a list of experts by its name, or by the numbers that they are tagged with?"""
+    if "expert" in path.rpartition(".")[2]:
+        return True
+    numbers = [
+        {getattr(p, "expert_number", None) for p in e.parameters()} for e in module.children()
+    ]
+    found = {number for own in numbers for number in own}
+    return None not in found and len(found) == len(numbers) == sum(map(len, numbers)) > 1
+
+
 class LayerRouter(NamedTuple):
     """The router of a layer of DeepSpeed.
 
