@@ -24,7 +24,8 @@ CPU_ONLY = export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 QUIET := KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::FutureWarning
 
 BENCHMARKS := grouping_time group_cost group_count_cost step_memory demo_memory large_world \
-  regroup_checkpoint checkpoint_faults topologies checkpointing load_experts load_autoep group_metrics expert_balance
+  regroup_checkpoint checkpoint_faults topologies checkpointing load_experts load_autoep load_zero3 \
+  group_metrics expert_balance
 
 .PHONY: demo test test-long test-numeric campaign lint docs bench compatibility smoke contract dist \
   gpu-wheels clean

@@ -22,6 +22,8 @@ train as before, bit for bit, unless clipping uses a norm that DeepSpeed compute
   DeepSpeed alone hangs unless all stages have the same groups;
 * a model whose experts are all frozen is stepped as a dense one, where DeepSpeed demands a group of
   experts; and a load restores each rank's frozen experts, where ZeRO-2 loads those of rank 0;
+* under ZeRO-3 a layer whose experts are modules of their own becomes a leaf, whose experts are
+  gathered together. DeepSpeed hangs if a rank has no token for one of them;
 * ZeRO's norm counts the experts of all tensor-parallel ranks;
 * gloo can gather tokens over tensor-parallel ranks;
 * Muon steps the parameters of the groups with ``use_muon=True``; optimizers that cannot step

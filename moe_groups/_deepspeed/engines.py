@@ -1,10 +1,8 @@
 """The groups that an engine steps, its wrapper, and the options that its groups were given."""
 
-import bisect
-import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
@@ -12,8 +10,11 @@ import torch
 from torch import nn
 
 from moe_groups._common.arguments import Is
+from moe_groups._deepspeed.parts import whole_values
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.releases import need
+from moe_groups.errors import InvalidArgumentError
+from moe_groups.tags import shape_of
 
 
 class Engine(Protocol):
@@ -194,6 +195,30 @@ def backward_scale(engine: Any) -> float:
     return float(one) / float(steps)
 
 
+def stepped_elsewhere(engine: Any) -> str | None:
+    """The setting of ZeRO-3 by which not all master weights are in the torch optimizer's memory."""
+    optimizer = engine.optimizer
+    settings = {
+        '"zenflow"': getattr(optimizer, "zenflow", False),
+        'an "offload_optimizer" with a "ratio" below 1': hasattr(optimizer, "backup_optimizer"),
+        'an "offload_optimizer" on NVMe': getattr(optimizer, "swap_optimizer", False),
+    }
+    return next((setting for setting, is_set in settings.items() if is_set), None)
+
+
+def check_refreshes(engine: Any) -> None:
+    """Refuse an engine of ZeRO-3 whose masters :func:`refresh_master_weights` does not reach.
+
+    Raises:
+        InvalidArgumentError: with the setting that prevents it.
+    """
+    if wrapper_name(engine) == "ZeRO-3" and (found := stepped_elsewhere(engine)):
+        raise InvalidArgumentError(
+            f"load_experts cannot refresh all that ZeRO-3 steps with {found}: load before "
+            'deepspeed.initialize, or take the setting out of "zero_optimization" in the config.'
+        )
+
+
 def refresh_master_weights(engine: Any) -> None:
     """Copy the model's weights into the wrapper's master weights, if it has any.
 
@@ -209,31 +234,12 @@ def refresh_master_weights(engine: Any) -> None:
         refresh()
 
 
-@contextlib.contextmanager
-def ready_to_gather(engine: Any) -> Iterator[None]:
-    """Between these, parameters of ZeRO-3 may be gathered, as where DeepSpeed saves them."""
-    if not hasattr(engine.optimizer, "checkpoint_event_prologue"):
-        yield
-        return
-    engine.optimizer.checkpoint_event_prologue()
-    yield
-    engine.optimizer.checkpoint_event_epilogue()
-
-
-@contextlib.contextmanager
-def gathered(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The values of a tensor; of a parameter of ZeRO-3 from all ranks, which call it together."""
-    if not hasattr(tensor, "ds_id"):
-        yield tensor.detach()
-        return
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters([tensor]):
-        yield tensor.detach()
+def in_fp32(values: torch.Tensor) -> torch.Tensor:
+    return values.float() if values.is_floating_point() else values
 
 
 def master_weights(engine: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that gives the fp32 values of a model's tensor, or of a view of a parameter.
+    """A function that gives the fp32 values of a parameter or buffer of the model.
 
     All ranks that share the tensor call it together, in the same order: ZeRO and BF16_Optimizer
     have a part of the master weights on each. What nobody steps in fp32 is cast.
@@ -250,20 +256,13 @@ def master_weights(engine: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         else:
             parts = getattr(engine.optimizer, "fp32_groups", {index: ()})[index]
         whole |= {id(param): part for param, part in zip(params, parts, strict=False)}
-    stepped = {param.data_ptr(): param for _, own in stepped_groups(engine) for param in own}
-    starts = sorted(stepped)
 
     def master(tensor: torch.Tensor) -> torch.Tensor:
-        at = bisect.bisect_right(starts, tensor.data_ptr()) - 1
-        param = stepped[starts[at]] if at >= 0 else tensor
-        first = (tensor.data_ptr() - param.data_ptr()) // tensor.element_size()
-        if not 0 <= first <= param.numel() - tensor.numel() or not tensor.numel():
-            return tensor.detach().float() if tensor.is_floating_point() else tensor
-        full = whole.get(id(param))
+        full = whole.get(id(tensor))
         if full is None:
-            full = safe_get_full_fp32_param(param)
-        full = (param if full is None else full).detach().flatten()
-        return full[first : first + tensor.numel()].view(tensor.shape).float()
+            full = safe_get_full_fp32_param(tensor)
+        values = whole_values(tensor) if full is None else full.detach().view(shape_of(tensor))
+        return in_fp32(values)
 
     return master
 

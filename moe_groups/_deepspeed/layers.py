@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from moe_groups._deepspeed.parts import Part
+
 
 def moe_layer_types() -> tuple[type, ...]:
     """``(deepspeed.moe.layer.MoE,)``; empty if it was not imported, because no module is one."""
@@ -42,17 +44,15 @@ class LayerParts(NamedTuple):
         num_experts: number of experts over all ranks.
         ep_size: ranks over which they are distributed.
         parallel_group: key of their process groups.
-        experts: the tensors of each expert on this rank, by their name in it.
-        params: the parameters that these tensors are, or are views of.
+        experts: the matrices of each expert on this rank, by their name in it.
         router: the router's tensors, by their name in it.
     """
 
     num_experts: int
     ep_size: int
     parallel_group: str
-    experts: Sequence[Mapping[str, torch.Tensor]]
-    params: list[torch.Tensor]
-    router: Mapping[str, torch.Tensor]
+    experts: Sequence[Mapping[str, Part]]
+    router: Mapping[str, Part]
 
 
 def layer_parts(module: Any) -> LayerParts | None:
@@ -65,27 +65,49 @@ def layer_parts(module: Any) -> LayerParts | None:
     if is_autoep_layer(module):
         fused = {f"{name}.weight": getattr(layer.experts, name) for name in ("w1", "w2", "w3")}
         own = [
-            {name: param.detach()[number] for name, param in fused.items()}
+            {name: Part.rows(param, number) for name, param in fused.items()}
             for number in range(layer.num_local_experts)
         ]
-        router = dict(layer.router.gate.named_parameters())
+        router = _wholes(layer.router.gate)
         if layer.router.e_score_correction_bias is not None:
-            router["e_score_correction_bias"] = layer.router.e_score_correction_bias
+            router["e_score_correction_bias"] = Part.whole(layer.router.e_score_correction_bias)
         sizes = layer.num_experts, layer.ep_size, layer.ep_group_name
-        return LayerParts(*sizes, own, [*fused.values()], router)
+        return LayerParts(*sizes, own, router)
     if not isinstance(module, moe_layer_types()):
         return None
-    own = [dict(expert.named_parameters()) for expert in layer_experts(layer)]
-    params = [param for expert in own for param in expert.values()]
-    router = dict(layer.deepspeed_moe.gate.wg.named_parameters())
-    return LayerParts(
-        layer.num_experts, layer.ep_size, layer.expert_group_name, own, params, router
-    )
+    own = [_wholes(expert) for expert in layer_experts(layer)]
+    router = _wholes(layer.deepspeed_moe.gate.wg)
+    return LayerParts(layer.num_experts, layer.ep_size, layer.expert_group_name, own, router)
 
 
-def is_partitioned(model: nn.Module) -> bool:
-    """Has ZeRO-3 partitioned the parameters, with placeholders in the model?"""
-    return any(hasattr(param, "ds_id") for param in model.parameters())
+def _wholes(module: nn.Module) -> dict[str, Part]:
+    return {name: Part.whole(param) for name, param in module.named_parameters()}
+
+
+def gather_listed_experts(model: nn.Module) -> None:
+    """Let ZeRO-3 gather all experts of a layer together if each is a module of its own.
+
+    It gathers a module when it is called. If a rank has no token for an expert, it does not call
+    the expert, and the other ranks wait for it. DeepSpeed's ``leaf_module`` knows three classes of
+    transformers; here each layer with a list of experts becomes a leaf.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and _is_of_experts(path, module):
+            while path and type(module).forward is nn.Module.forward:  # nobody calls a list
+                path = path.rpartition(".")[0]
+                module = model.get_submodule(path)
+            vars(module)["_z3_leaf"] = True  # set_z3_leaf_modules chooses by class
+
+
+def _is_of_experts(path: str, module: nn.Module) -> bool:
+    """Is it a list of experts by its name, or by the numbers that they are tagged with?"""
+    if "expert" in path.rpartition(".")[2]:
+        return True
+    numbers = [
+        {getattr(p, "expert_number", None) for p in e.parameters()} for e in module.children()
+    ]
+    found = {number for own in numbers for number in own}
+    return None not in found and len(found) == len(numbers) == sum(map(len, numbers)) > 1
 
 
 class LayerRouter(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.autoep.early_groups import keep_model_order
 from moe_groups._deepspeed.engines import remember
+from moe_groups._deepspeed.layers import gather_listed_experts
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import register_names
 from moe_groups._deepspeed.releases import need
@@ -99,6 +100,8 @@ def wrap_sanity_check(original: Callable[..., Any]) -> Callable[..., Any]:
             need("BF16_Optimizer", 'set "data_types": {"grad_accum_dtype": "bf16"} for ZeRO-1')
         if self.has_moe_layers:
             _check_experts(self, basic_optimizer, wrapper)
+        if self.zero_optimization_stage() == 3:
+            gather_listed_experts(self.module)
         keep_model_order(self, basic_optimizer)
         settle_muon(self, basic_optimizer)
         register_names(str(g.get("name")) for g in moe)

@@ -15,7 +15,8 @@ from moe_groups._common.arguments import Bytes, checked, need
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.autoep.early_groups import support_early_groups
 from moe_groups._deepspeed.engines import known_engines
-from moe_groups._deepspeed.layers import is_autoep_layer, is_partitioned
+from moe_groups._deepspeed.layers import is_autoep_layer
+from moe_groups._deepspeed.parts import is_partitioned
 from moe_groups._deepspeed.process_groups import tensor_parallel_size
 from moe_groups.checkpoints.guard.guard import GUARDS, Regroup, protect_checkpoints
 from moe_groups.engine.lean import lean_step

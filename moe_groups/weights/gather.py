@@ -10,13 +10,14 @@ from torch import nn
 from moe_groups._common.arguments import checked
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.autoep.source_layers import SourceLayer, source_layers
-from moe_groups._deepspeed.engines import InitializedEngine, gathered, ready_to_gather
+from moe_groups._deepspeed.engines import InitializedEngine
 from moe_groups._deepspeed.layers import (
     autoep_parallel_group,
     layer_experts,
     layer_parallel_group,
     moe_layer_types,
 )
+from moe_groups._deepspeed.parts import gathered, ready_to_gather
 from moe_groups._deepspeed.process_groups import gather_from_ep_group
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.weights.local_experts import refuse_parts

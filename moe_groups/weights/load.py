@@ -15,10 +15,12 @@ from moe_groups._common.warn import warn
 from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.engines import (
     InitializedEngine,
+    check_refreshes,
     has_engine,
     is_pipeline,
     refresh_master_weights,
 )
+from moe_groups._deepspeed.parts import check_partitions, ready_to_gather
 from moe_groups.errors import CheckpointError, CheckpointWarning, InvalidArgumentError
 from moe_groups.topology import Topology
 from moe_groups.weights.load_plan import LoadPlan, NamesGiven, plan_load
@@ -75,18 +77,20 @@ def load_experts(
 
     Call it on all ranks, before ``deepspeed.initialize`` with the model, or after it with the
     engine, whose full-precision weights are then refreshed too. The layers are DeepSpeed's
-    ``MoE`` (or :class:`moe_groups.MoE`) and, once the engine has made them, AutoEP's. Their
-    experts, each a module with ``w1``, ``w2``, ``w3`` or ``gate_proj``, ``down_proj``,
+    ``MoE`` (or :class:`moe_groups.MoE`), AutoEP's once the engine has made them, and the blocks of
+    transformers 5 with one tensor for all experts. Their
+    experts, each with ``w1``, ``w2``, ``w3`` or ``gate_proj``, ``down_proj``,
     ``up_proj``, and their routers are loaded from Mixtral, Qwen3-MoE and DeepSeek checkpoints
     and others with such names, with one tensor for each expert or one for all. Other parameters
     are loaded if a tensor of the checkpoint has the same name. Floating-point values are
     converted to the parameter's dtype.
 
     It checks everything in the files' headers first. It copies weights from mapped files, a
-    matrix at a time, so it needs no memory besides the model's own.
+    matrix at a time, so it needs no memory besides the model's own. Of a parameter that ZeRO-3 has
+    partitioned each rank reads its partition, and nothing is gathered.
 
     Args:
-        model: the module, not wrapped by another one; or a DeepSpeed engine without ZeRO-3.
+        model: the module, not wrapped by another one; or a DeepSpeed engine.
         directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files.
         strict: refuse a checkpoint that lacks a parameter or saved buffer of the model, or has
             a tensor that the model lacks.
@@ -110,7 +114,8 @@ def load_experts(
         CheckpointError: a file is missing, damaged or (``check_data``) changed; names, shapes,
             dtypes or numbers of experts do not fit. Nothing has been changed.
         InvalidArgumentError: an argument does not fit the model, the rank's experts are not
-            known, or the package ``safetensors`` is missing.
+            known, ZeRO-3 has weights on NVMe or quantized, or the package ``safetensors`` is
+            missing.
         UnsupportedDeepSpeedError: this DeepSpeed lacks a function that is needed.
 
     Example:
@@ -118,12 +123,11 @@ def load_experts(
         >>> loaded.experts["model.layers.0.moe"]                          # doctest: +SKIP
         range(4, 8)
     """
-    module = module_of(
-        model,
-        "load_experts",
-        "load before deepspeed.initialize: with load_autoep for AutoEP, or with from_pretrained",
-    )
+    module = module_of(model)
     _check_module(module, model is module, layers)
+    check_partitions(module)
+    if model is not module:
+        check_refreshes(model)
     local = find_local_experts(module, topology)
     given = NamesGiven(layers, matrices or {}, router)
     with contextlib.ExitStack() as stack:
@@ -138,7 +142,8 @@ def load_experts(
         files, plan, unused = _checked(prepare) if check_data else prepare()
         if local and model is module:
             support_our_groups(moe=True)  # so that deepspeed.initialize checks the places
-        read = _copy(plan, files)
+        with ready_to_gather(model) if model is not module else contextlib.nullcontext():
+            read = _copy(plan, files)
     if model is module:
         note_places(module, local)
     else:
@@ -205,8 +210,6 @@ def _checked(prepare: Callable[[], _Prepared]) -> _Prepared:
 @torch.no_grad()
 def _copy(plan: LoadPlan, files: SafetensorsFiles) -> int:
     read = 0
-    for tensor, piece in plan.copies:
-        values = files.read(piece.tensor, piece.part)
-        tensor.copy_(values)
-        read += values.nbytes
+    for part, piece in plan.copies:
+        read += part.fill(files.read(piece.tensor, piece.part))
     return read

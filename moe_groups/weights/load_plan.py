@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from moe_groups._deepspeed.parts import Part
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.weights.local_experts import LocalExperts, dense_tensors
 from moe_groups.weights.names import Piece, StoredLayer, find_stored_layers, match_layers
@@ -36,14 +37,14 @@ class LoadPlan:
     """Copies to make, and problems.
 
     Attributes:
-        copies: ``(tensor of the model, where its values are)``.
+        copies: ``(part of the model, where its values are)``.
         filled: names in the model that the copies fill.
         not_filled: names in the model for which the checkpoint has nothing.
         used: names in the checkpoint that some rank reads.
         problems: one line for each reason not to load the checkpoint.
     """
 
-    copies: list[tuple[torch.Tensor, Piece]] = field(default_factory=list)
+    copies: list[tuple[Part, Piece]] = field(default_factory=list)
     filled: list[str] = field(default_factory=list)
     not_filled: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
@@ -116,36 +117,36 @@ class _Planner:
         return (f"{layer.path}.experts.*.{matrix}" for matrix in matrices)
 
     def add_router(self, layer: LocalExperts, prefix: str | None) -> None:
-        for name, tensor in layer.router.items():
+        for name, part in layer.router.items():
             stored = f"{prefix}.{self.given.router}.{name}"
-            self._add(f"{layer.path}.router.{name}", stored if prefix else None, tensor)
+            self._add(f"{layer.path}.router.{name}", stored if prefix else None, part)
 
     def add_dense(self, names: list[str], tensor: torch.Tensor) -> None:
         names = [*names, *(_SHARED.sub(r".shared_expert\1.", name) for name in names)]
         found = next((name for name in names if name in self.tensors), None)
         self.plan.used.update(name for name in names if name in self.tensors)
-        self._add(names[0], found, tensor)
+        self._add(names[0], found, Part.whole(tensor))
 
-    def _add(self, name: str, stored: str | None, tensor: torch.Tensor) -> None:
+    def _add(self, name: str, stored: str | None, part: Part) -> None:
         if stored is None or stored not in self.tensors:
             self.plan.not_filled.append(name)
             return
         self.plan.filled.append(name)
         piece = Piece(stored, (), self.tensors[stored].shape)
-        if self._fits(name, tensor, piece):
-            self.plan.copies.append((tensor, piece))
+        if self._fits(name, part, piece):
+            self.plan.copies.append((part, piece))
 
-    def _fits(self, name: str, tensor: torch.Tensor, piece: Piece) -> bool:
+    def _fits(self, name: str, part: Part, piece: Piece) -> bool:
         self.plan.used.add(piece.tensor)
         stored = self.tensors[piece.tensor]
         where = f"{piece.tensor}{list(piece.part) if piece.part else ''}"
-        if piece.shape != tuple(tensor.shape):
-            problem = f"has shape {piece.shape}, the model's is {tuple(tensor.shape)}"
-        elif not stored.fits(tensor.dtype):
-            problem = f"is {stored.dtype}, which does not become {tensor.dtype} by a copy"
+        if piece.shape != part.shape:
+            problem = f"has shape {piece.shape}, the model's is {part.shape}"
+        elif not stored.fits(part.tensor.dtype):
+            problem = f"is {stored.dtype}, which does not become {part.tensor.dtype} by a copy"
             if stored.dtype.startswith("F8"):
                 problem += ": a quantized checkpoint has to be converted to bfloat16 first"
-        elif tensor.is_meta:
+        elif part.tensor.is_meta:
             problem = "cannot be copied to the meta device: give the model memory (to_empty) first"
         else:
             return True

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from moe_groups._deepspeed.engines import is_engine, is_pipeline
-from moe_groups._deepspeed.layers import LayerParts, is_partitioned, layer_parts
+from moe_groups._deepspeed.layers import LayerParts, layer_parts
+from moe_groups._deepspeed.parts import Part
 from moe_groups._deepspeed.process_groups import (
     expert_parallel_ranks,
     expert_place,
@@ -16,7 +17,9 @@ from moe_groups._deepspeed.process_groups import (
 )
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.experts.module_tree import walk
+from moe_groups.tags import shape_of
 from moe_groups.topology import Topology, world_size
+from moe_groups.weights.names import ROUTER
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,9 @@ class LocalExperts:
         path: of the layer in the model.
         total: experts over all ranks.
         first: number of this rank's first expert among them.
-        experts: the tensors of each of this rank's experts by their name in it; views if one
-            parameter holds all of them.
+        experts: the matrices of each of this rank's experts by their name in it; parts of a
+            parameter that holds all of them.
         router: tensors of the router, by their name in it.
-        params: ``id`` of each parameter or buffer of these tensors.
         writes: the rank is the first of those that hold the same experts.
         assumed: the ranks from which this was computed; None if process groups exist.
     """
@@ -38,9 +40,8 @@ class LocalExperts:
     path: str
     total: int
     first: int
-    experts: Sequence[Mapping[str, torch.Tensor]]
-    router: Mapping[str, torch.Tensor]
-    params: frozenset[int]
+    experts: Sequence[Mapping[str, Part]]
+    router: Mapping[str, Part]
     writes: bool
     assumed: Topology | None
 
@@ -49,23 +50,17 @@ class LocalExperts:
         """Global numbers of this rank's experts."""
         return range(self.first, self.first + len(self.experts))
 
-
-def module_of(model: Any, name: str, instead: str) -> nn.Module:
-    """The module that ``model`` is, or that the engine ``model`` steps.
-
-    Args:
-        name: of the function that needs its weights.
-        instead: what does the same under ZeRO-3.
-
-    Raises:
-        InvalidArgumentError: ZeRO-3 has its weights.
-    """
-    module: nn.Module = model.module if is_engine(model) else model
-    if is_partitioned(module):
-        raise InvalidArgumentError(
-            f"ZeRO-3 keeps this model's parameters in parts: {name} works with ZeRO-1, ZeRO-2 and "
-            f"BF16_Optimizer. Under ZeRO-3 {instead}."
+    @property
+    def tensors(self) -> frozenset[int]:
+        """``id`` of each parameter or buffer that these are, or are parts of."""
+        return frozenset(
+            id(part.tensor) for own in (*self.experts, self.router) for part in own.values()
         )
+
+
+def module_of(model: Any) -> nn.Module:
+    """The module that ``model`` is, or that the engine ``model`` steps."""
+    module: nn.Module = model.module if is_engine(model) else model
     return module
 
 
@@ -85,6 +80,8 @@ def refuse_parts(module: nn.Module, name: str) -> None:
 def find_local_experts(model: nn.Module, topology: Topology | None) -> list[LocalExperts]:
     """The layers of DeepSpeed (ours and AutoEP's included) in the model's order.
 
+    And the blocks of transformers with one tensor for all experts, which every rank has whole.
+
     Args:
         topology: the ranks, while DeepSpeed's expert groups do not exist; None: all ranks of
             ``torch.distributed``, as DeepSpeed distributes experts by default.
@@ -96,10 +93,11 @@ def find_local_experts(model: nn.Module, topology: Topology | None) -> list[Loca
     for node in walk(model):
         parts = layer_parts(node.module)
         if parts is None:
+            if block := _block_of_transformers(node.path, node.module):
+                found.append(block)
             continue
         ep_rank, writes, assumed = _place(parts, topology, node.path)
         local = parts.num_experts // parts.ep_size
-        own = frozenset(map(id, [*parts.params, *parts.router.values()]))
         found.append(
             LocalExperts(
                 node.path,
@@ -107,7 +105,6 @@ def find_local_experts(model: nn.Module, topology: Topology | None) -> list[Loca
                 ep_rank * local,
                 parts.experts,
                 parts.router,
-                own,
                 writes,
                 assumed,
             )
@@ -137,15 +134,40 @@ def _place(
         raise InvalidArgumentError(
             f"topology has world_size={topology.world_size}, but there are {world} ranks."
         )
-    here, rank = replace(topology, ep_size=ep_size), torch.distributed.get_rank()
+    here, rank = replace(topology, ep_size=ep_size), distributed.get_rank()
     return here.expert_rank(rank), here.group_of("expert_data", rank)[0] == rank, here
+
+
+def _block_of_transformers(path: str, module: nn.Module) -> LocalExperts | None:
+    """A block of transformers 5 whose ``experts`` hold one tensor for all; None for another."""
+    experts = module._modules.get("experts")
+    own: dict[str, Any] = dict(experts._parameters) if experts is not None else {}
+    if own.keys() != {"gate_up_proj", "down_proj"}:
+        return None
+    both, down = own["gate_up_proj"], own["down_proj"]
+    (total, *sizes), (_, hidden, inner) = shape_of(both), shape_of(down)
+    if sizes != [2 * inner, hidden] or not getattr(experts, "is_concatenated", True):
+        return None
+    parts = [
+        {
+            "gate_proj.weight": Part.rows(both, number, slice(inner)),
+            "up_proj.weight": Part.rows(both, number, slice(inner, None)),
+            "down_proj.weight": Part.rows(down, number),
+        }
+        for number in range(total)
+    ]
+    gate = module._modules.get(ROUTER)
+    state: Mapping[str, Any] = gate.state_dict(keep_vars=True) if gate is not None else {}
+    router = {name: Part.whole(tensor) for name, tensor in state.items()}
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    return LocalExperts(path, total, 0, parts, router, first, None)
 
 
 def dense_tensors(
     model: nn.Module, layers: list[LocalExperts]
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Parameters and saved buffers outside of the layers; all names of tied ones."""
-    taken = frozenset().union(*(layer.params for layer in layers))
+    taken = frozenset().union(*(layer.tensors for layer in layers))
     names: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
     state: Mapping[str, object] = model.state_dict(keep_vars=True)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +21,13 @@ class Later(NamedTuple):
 
     Attributes:
         nbytes: its size.
-        make: makes it.
+        make: makes it, together with the other ranks if it is given to all of them.
+        writes: it is written here; else it is made for the other ranks alone.
     """
 
     nbytes: int
     make: Callable[[], torch.Tensor]
+    writes: bool = True
 
 
 Named = dict[str, torch.Tensor]
@@ -85,24 +88,28 @@ class Job:
 def write(job: Job, shards: list[Planned]) -> list[Path]:
     """Write this rank's files, and on the first rank the index of all.
 
+    All ranks write a file before any writes its next one.
+
     Raises:
         CheckpointError: on all ranks, if a file cannot be written on one.
     """
-    own = [{name: tensor.nbytes for name, tensor in shard.items()} for shard in shards]
+    own = [_written(shard) for shard in shards]
     everyone = [own]
     if not job.alone:
         everyone = [own] * distributed.get_world_size()
         distributed.all_gather_object(everyone, own)
-    files = [sizes for rank in everyone for sizes in rank]
+    files = [sizes for rank in everyone for sizes in rank if sizes]
     names = [
         f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, 1 + len(files))
     ]
-    first = sum(map(len, everyone[: job.rank]))
-    paths = [job.directory / name for name in names[first : first + len(shards)]]
+    first = sum(bool(sizes) for rank in everyone[: job.rank] for sizes in rank)
+    paths = [job.directory / name for name in names[first : first + sum(map(bool, own))]]
+    left = iter(paths)
 
-    def write_shards() -> None:
-        for path, shard in zip(paths, shards, strict=True):
-            _write_shard(path, shard)
+    def write_next(shard: Planned) -> None:
+        tensors = _made(shard)
+        if tensors:
+            _write_shard(next(left), tensors)
 
     def write_index() -> None:
         if job.rank == 0:
@@ -116,7 +123,9 @@ def write(job: Job, shards: list[Planned]) -> list[Path]:
                 part.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     try:
-        job.together(write_shards)
+        for number in range(max(map(len, everyone))):
+            shard = shards[number] if number < len(shards) else {}
+            job.together(partial(write_next, shard))
         job.together(write_index)
     except CheckpointError:
         job.remove(paths)
@@ -124,11 +133,25 @@ def write(job: Job, shards: list[Planned]) -> list[Path]:
     return paths
 
 
+def _written(shard: Planned) -> dict[str, int]:
+    """Sizes of what this rank writes of a shard."""
+    return {
+        name: tensor.nbytes for name, tensor in shard.items() if getattr(tensor, "writes", True)
+    }
+
+
 @torch.no_grad()
-def _write_shard(path: Path, shard: Planned) -> None:
+def _made(shard: Planned) -> Named:
+    tensors = {}
+    for name, tensor in shard.items():
+        made = tensor.make() if isinstance(tensor, Later) else tensor
+        if getattr(tensor, "writes", True):
+            tensors[name] = made.detach().cpu().contiguous()
+    return tensors
+
+
+def _write_shard(path: Path, tensors: Named) -> None:
     from safetensors.torch import save_file
 
-    made = {k: later.make() if isinstance(later, Later) else later for k, later in shard.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in made.items()}
     with finished_file(path, path.parent) as part:
         save_file(tensors, part, metadata={"format": "pt", **stated_crcs(tensors)})

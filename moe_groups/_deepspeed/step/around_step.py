@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_groups._deepspeed.checkpoints import checkpoint_rank, laid_out_groups
-from moe_groups._deepspeed.engines import steps_parameters, wrapper_name
+from moe_groups._deepspeed.engines import stepped_elsewhere, steps_parameters, wrapper_name
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.tags import is_expert_parameter, numel_of
 
@@ -44,13 +44,7 @@ def check_steps_partitions(engine: Any, what: str) -> None:
             f"not with {wrapper_name(engine)}: choose one of them in the config "
             '("zero_optimization": {"stage": 1, 2 or 3}).'
         )
-    optimizer = engine.optimizer
-    steps_elsewhere = {
-        '"zenflow"': getattr(optimizer, "zenflow", False),
-        'an "offload_optimizer" with a "ratio" below 1': hasattr(optimizer, "backup_optimizer"),
-        'an "offload_optimizer" on NVMe': getattr(optimizer, "swap_optimizer", False),
-    }
-    if found := next((setting for setting, is_set in steps_elsewhere.items() if is_set), None):
+    if found := stepped_elsewhere(engine):
         raise InvalidArgumentError(
             f"{what} does not see all that ZeRO-3 steps with {found}: take the setting out of "
             '"zero_optimization" in the config.'

@@ -10,8 +10,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from moe_groups import balance_experts, create_moe_param_groups, gather_model
-from moe_groups._deepspeed.engines import gathered
-from moe_groups._deepspeed.layers import is_autoep_layer, is_partitioned
+from moe_groups._deepspeed.layers import is_autoep_layer
+from moe_groups._deepspeed.parts import gathered, is_partitioned
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.integrations.autoep import autoep_optimizer, tag_autoep_experts
 from tests.support.autoep_models import VOCABULARY, autoep_config, make_model, train_autoep

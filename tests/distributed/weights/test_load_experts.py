@@ -337,21 +337,6 @@ def test_transformers_loads_the_masters_of_a_checkpoint(wrapper: str, tmp_path: 
     assert all(torch.equal(back[k], v) for k, v in stored(tmp_path / "made fp32").items())
 
 
-def load_into_zero3(directory: Path) -> None:
-    model = nn.Linear(4, 4)
-    optimizer = torch.optim.AdamW(model.parameters())
-    engine = initialize(model, optimizer, config("zero1") | {"zero_optimization": {"stage": 3}})
-    with pytest.raises(InvalidArgumentError, match=r"ZeRO-3 keeps.*load_autoep"):
-        load_experts(engine, directory)
-    with pytest.raises(InvalidArgumentError, match=r"ZeRO-3 keeps.*gather_model"):
-        save_experts(engine, directory / "out", family="mixtral")
-    assert not (directory / "out").exists()
-
-
-def test_zero3_is_refused(tmp_path: Path) -> None:
-    run_on_ranks(2, load_into_zero3, tmp_path)
-
-
 # ---- which experts --------------------------------------------------------------------
 
 

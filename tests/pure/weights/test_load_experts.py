@@ -529,3 +529,24 @@ def test_a_file_that_is_written_again_is_refused(tmp_path: Path) -> None:
         save_file(large | {"a": torch.ones(2**25 + 1, dtype=torch.uint8)}, tmp_path / SINGLE)
         with pytest.raises(CheckpointError, match="written again while it was read"):
             files.read("a")
+
+
+# ---- models of transformers -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "fused"), STYLES)
+def test_blocks_of_transformers(family: str, fused: bool, tmp_path: Path) -> None:
+    """From either style into the model of transformers itself, and back."""
+    source, model = hf_model(family), hf_model(family, seed=1)
+    loaded = load_experts(model, save(source, tmp_path / "in", fused=fused))
+    assert loaded.not_filled == loaded.unused == []
+    assert loaded.experts == {
+        f"model.layers.{number}.mlp": range(EXPERTS)
+        for number in range(DENSE_LAYERS.get(family, 0), 2)
+    }
+    wanted = source.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    save_experts(model, tmp_path / "out", family=family)
+    found, wanted = stored(tmp_path / "out"), stored(save(source, tmp_path / "wanted"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
