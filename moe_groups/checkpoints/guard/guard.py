@@ -253,8 +253,13 @@ def guarded_load(
     if engine.load_universal_checkpoint() and engine.zero_optimization():
         from moe_groups.checkpoints.guard.universal import checked_universal
 
-        with checked_universal(engine, Path(given["load_dir"]), given["tag"], scheduler):
-            return load(*args, **kwargs)
+        names, folder = _names(engine), Path(given["load_dir"])
+        with checked_universal(
+            engine, folder, given["tag"], optimizer=optimizer, scheduler=scheduler
+        ):
+            result = load(*args, **kwargs)
+        _restore_names(engine, names)
+        return result
     _check_loads_weights(engine, given)
     from moe_groups.checkpoints.guard.check import checked
 
