@@ -109,6 +109,16 @@ def loads_weights_by_position(engine: Any) -> bool:
     return wrapper_name(engine) == "ZeRO-3" and bool(engine.has_moe_layers)
 
 
+def model_states_file(engine: Any, load_dir: Path, tag: str) -> Path | None:
+    """The file of a universal checkpoint in which this rank's module is; None where none is.
+
+    With another tensor-parallel size DeepSpeed takes the file at the same place of all.
+    """
+    files = engine._get_all_ckpt_names(str(load_dir), tag)
+    index = checkpoint_rank(engine)[0] * len(files) // engine.mp_world_size
+    return Path(files[index]) if files else None
+
+
 def separate_steps(engine: Any) -> None:
     """Give each sub-group of ZeRO-3 a step count of its own.
 

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_groups._common.ranks import on_first_rank
+import torch
+
+from moe_groups._common.ranks import on_all_ranks, on_first_rank
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed.checkpoints import separate_steps
+from moe_groups._deepspeed.checkpoints import model_states_file, separate_steps
 from moe_groups._deepspeed.engines import Engine, wrapper_name
 from moe_groups.checkpoints.files import check_tag, no_such_tag, read_latest
 from moe_groups.checkpoints.torch_file import read_torch_file
@@ -25,17 +27,26 @@ from moe_groups.tags import LABELS, parallel_group_of
 _LATEST = "latest_universal"
 _STATE = Path("zero", "optimizer_state.pt")
 _OUTCOME = "Nothing was loaded."
+_STAGES = {False: "ZeRO-1 or ZeRO-2", True: "ZeRO-3"}
+_OTHER_GROUPS = (
+    "Load it into the groups that it was made from; save_checkpoint then writes a checkpoint that "
+    'protect_checkpoints(engine, regroup="auto") converts while loading'
+)
 
 
 class _Saved(NamedTuple):
     """What a universal checkpoint says of its groups.
 
     Attributes:
+        tag: the name of its folder.
         groups: options of each group, in order.
+        partitioned: it was made from one of ZeRO-3.
         steps: different step counts of the optimizer's states; none but under ZeRO-3.
     """
 
+    tag: str
     groups: list[dict[str, Any]]
+    partitioned: bool
     steps: list[float]
 
 
@@ -52,43 +63,54 @@ def checked_universal(
         scheduler: values of a scheduler are loaded by the position of groups.
 
     Raises:
-        CheckpointMismatchError: groups would be left out, or get another one's schedule or step.
+        CheckpointMismatchError: groups would be left out, or get another one's schedule or step,
+            or the checkpoint is one for another stage of ZeRO.
         CheckpointError: the checkpoint is not there or cannot be read.
     """
     saved = on_first_rank(lambda: _read(load_dir, tag), _OUTCOME)
     if saved is None:  # no checkpoint, which DeepSpeed says
         yield
         return
-    partitioned = wrapper_name(engine) == "ZeRO-3"
     groups: list[dict[str, Any]] = engine.optimizer.param_groups
     same = list(map(_identity, saved.groups)) == list(map(_identity, groups))
-    lines = []
-    if len(saved.groups) < len(groups) and not partitioned:
-        lines.append(f"it has {len(saved.groups)} groups, the run has {len(groups)}")
+    partitioned = wrapper_name(engine) == "ZeRO-3"
+    optimizer = optimizer or not partitioned
+    if saved.partitioned != partitioned and optimizer:
+        problem = (
+            f"was saved under {_STAGES[saved.partitioned]}, and the run has {_STAGES[partitioned]}",
+            "Train with the stage that it was saved under",
+        )
+    elif len(saved.groups) < len(groups) and not partitioned:
+        problem = (
+            f"is of other groups: it has {len(saved.groups)} groups, the run has {len(groups)}",
+            _OTHER_GROUPS,
+        )
     elif scheduler and not same:
-        lines.append(
-            "the learning-rate schedule has values by the position of groups, and they are others "
-            "(load_lr_scheduler_states=False leaves it out)"
+        problem = (
+            "is of other groups: the learning-rate schedule has values by the position of groups, "
+            "and they are others (load_lr_scheduler_states=False leaves it out)",
+            _OTHER_GROUPS,
         )
-    if lines:
+    elif len(saved.steps) > 1 and optimizer:
+        problem = (
+            f"has groups that were stepped {' and '.join(map('{:g}'.format, saved.steps))} times, "
+            "of which DeepSpeed gives all the first",
+            "Load the checkpoint that it was made from, with as many ranks; or load the weights "
+            "alone (load_optimizer_states=False)",
+        )
+    else:
+        problem = None
+    if problem is not None:
+        said, instead = problem
         raise CheckpointMismatchError(
-            f"{load_dir} is a universal checkpoint of other groups: {lines[0]}. {_OUTCOME} Load it "
-            "into the groups that it was made from; save_checkpoint then writes a checkpoint that "
-            'protect_checkpoints(engine, regroup="auto") converts while loading.',
-            lines,
+            f"{load_dir} is a universal checkpoint that {said}. {_OUTCOME} {instead}.", [said]
         )
-    if partitioned and optimizer and len(saved.steps) > 1:
-        lines = [f"its groups were stepped {' and '.join(map('{:g}'.format, saved.steps))} times"]
-        raise CheckpointMismatchError(
-            f"{load_dir} is a universal checkpoint for ZeRO-3, and {lines[0]}: DeepSpeed gives all "
-            f"the step count of the first. {_OUTCOME} Load the checkpoint that it was made from, "
-            "with as many ranks; or load the weights alone (load_optimizer_states=False).",
-            lines,
-        )
-    loads_options = optimizer or not partitioned
-    wanted = saved.groups if same and loads_options else list(map(_options, groups))
+    buffers: dict[str, torch.Tensor] = {}
+    on_all_ranks(lambda: buffers.update(_read_buffers(engine, load_dir, saved.tag)), _OUTCOME)
+    wanted = saved.groups if same and optimizer else list(map(_options, groups))
     yield
-    if loads_options and not same:
+    _load_buffers(engine, buffers)
+    if optimizer and not same:
         warn(
             f"{load_dir} is a universal checkpoint of other groups: the groups keep the options "
             "that they were given, such as lr, and not those that were saved.",
@@ -100,6 +122,43 @@ def checked_universal(
         group.update(options)
     if partitioned:
         separate_steps(engine)
+
+
+def _persistent_buffers(engine: Engine) -> dict[str, torch.Tensor]:
+    kept = engine.module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
+
+
+def _read_buffers(engine: Engine, load_dir: Path, tag: str) -> Mapping[str, torch.Tensor]:
+    """Saved values of this rank's persistent buffers, such as a router's bias, by name.
+
+    DeepSpeed loads no buffers of a universal checkpoint.
+    """
+    path = model_states_file(engine, load_dir, tag)
+    if path is None or not (live := _persistent_buffers(engine)):
+        return {}
+    weights = read_torch_file(path, trust=True).get("module") or {}  # a pipeline has others
+    return {
+        name: weights[name]
+        for name, buffer in live.items()
+        if torch.is_tensor(weights.get(name)) and weights[name].shape == buffer.shape
+    }
+
+
+def _load_buffers(engine: Engine, saved: Mapping[str, torch.Tensor]) -> None:
+    missing = []
+    for name, buffer in _persistent_buffers(engine).items():
+        if name in saved:
+            buffer.copy_(saved[name])
+        else:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        warn(
+            f"the universal checkpoint has no values of the buffer {missing[0]}{more}, or of "
+            "another shape: what the model has stays.",
+            CheckpointWarning,
+        )
 
 
 def _identity(group: Mapping[str, Any]) -> list[Any]:
@@ -128,6 +187,7 @@ def _read(load_dir: Path, tag: object) -> _Saved | None:
     groups = content.get("param_groups") if isinstance(content, dict) else None
     if not isinstance(groups, list):
         raise CheckpointError(f"{path} has no param_groups.")
-    states = content.get("optimizer_state_dict", {}).get("state", {}).values()
+    optimizer = content.get("optimizer_state_dict")  # the other stages have none
+    states = () if optimizer is None else optimizer["state"].values()
     steps = {float(state["step"]) for state in states if "step" in state}
-    return _Saved(list(map(_options, groups)), sorted(steps))
+    return _Saved(str(tag), list(map(_options, groups)), optimizer is not None, sorted(steps))
