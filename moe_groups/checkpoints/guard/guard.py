@@ -201,7 +201,7 @@ def _write(engine: Engine, layout: Layout, folder: Path, finished: bool) -> list
         if finished:
             manifest = replace(manifest, files=list_saved(folder))
         write_manifest(manifest, folder / FILE_NAME)
-        if finished:
+        if finished and manifest.wrapper != "ZeRO-3":  # which writes a file of weights a rank
             problems += _missing_weights(layout, folder)
     # Options of groups may be of any class. DeepSpeed's files are complete, and the other ranks
     # wait for this one, so that even a bug of ours must not end the save; it is named.

@@ -75,7 +75,7 @@ def checked_universal(
     same = list(map(_identity, saved.groups)) == list(map(_identity, groups))
     partitioned = wrapper_name(engine) == "ZeRO-3"
     optimizer = optimizer or not partitioned
-    if saved.partitioned != partitioned and optimizer:
+    if saved.partitioned != partitioned:  # the files have other names and contents
         problem = (
             f"was saved under {_STAGES[saved.partitioned]}, and the run has {_STAGES[partitioned]}",
             "Train with the stage that it was saved under",
