@@ -151,7 +151,7 @@ def create_moe_param_groups(
         table = read_table(given, Rules(*rules), split_by)
         if step_memory_budget is None:
             groups = make_plan(table, caps.of, given.groups)
-            if not table.sharded:
+            if not (table.sharded or any(hasattr(param, "ds_id") for param in given.params)):
                 warn_if_costly(groups, table, split_by, step, data_parallel_size)
             return groups
         if table.sharded:
@@ -164,7 +164,7 @@ def create_moe_param_groups(
         )
         return made.groups
 
-    return _make_groups(params, Rules(*rules), make, split_by)
+    return _make_groups(params, Rules(*rules), make, split_by, step_memory_budget is not None)
 
 
 def _groups_of_plan(params: ParamsInput, plan: ParamGroupPlan) -> list[ParamGroup]:
@@ -172,7 +172,7 @@ def _groups_of_plan(params: ParamsInput, plan: ParamGroupPlan) -> list[ParamGrou
         plan.check_made_for(read_table(given, Rules(*plan.rules), plan.split_by))
         return plan.groups
 
-    return _make_groups(params, Rules(*plan.rules), make, plan.split_by)
+    return _make_groups(params, Rules(*plan.rules), make, plan.split_by, planned=True)
 
 
 @no_garbage_collection()  # temporary objects are freed before the collector would run
@@ -181,6 +181,7 @@ def _make_groups(
     rules: Rules,
     make: Callable[[GroupInput], list[PlannedGroup]],
     split_by: SplitBy,
+    planned: bool,
 ) -> list[ParamGroup]:
     """Tag, plan with ``make``, and prepare DeepSpeed; all of it or nothing."""
     given = read_input(params)
@@ -189,7 +190,7 @@ def _make_groups(
         groups = make(given)
         if all(key.mesh is None for _, key, _, _ in groups):  # DeepSpeed does not step DTensors
             support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
-            remember_groups(groups, given.params, given.groups)
+            remember_groups(groups, given.params, given.groups, planned)
     if model and not rules.no_decay:  # nothing has looked at the tags
         model.write()
     if not any(key.parallel_group for _, key, _, _ in groups):

@@ -4,7 +4,7 @@ import bisect
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
@@ -81,6 +81,12 @@ def has_engine(model: nn.Module) -> bool:
 def known_engines() -> list[Any]:
     """Living engines that were initialized after :func:`support_our_groups`."""
     return list(_ENGINES)
+
+
+def engine_of(params: Iterable[torch.Tensor]) -> Any:
+    """A known engine whose model has one of these parameters; None if there is none."""
+    own = list(params)
+    return next((one for one in _ENGINES if any(map(one.param_names.__contains__, own))), None)
 
 
 def is_pipeline(model: object) -> bool:
