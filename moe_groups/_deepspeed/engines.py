@@ -86,7 +86,8 @@ def known_engines() -> list[Any]:
 def engine_of(params: Iterable[torch.Tensor]) -> Any:
     """A known engine whose model has one of these parameters; None if there is none."""
     own = list(params)
-    return next((one for one in _ENGINES if any(map(one.param_names.__contains__, own))), None)
+    started = [one for one in _ENGINES if one.optimizer is not None]  # initialize may have raised
+    return next((one for one in started if any(map(one.param_names.__contains__, own))), None)
 
 
 def is_pipeline(model: object) -> bool:
