@@ -160,6 +160,30 @@ def test_another_size_goes_on_as_the_old_one(
         assert len(names) > len(experts) >= 1
 
 
+def saved_on_some_ranks(folder: Path, wrapper: str, ep_size: int) -> None:
+    engine = started("mixtral", wrapper, ep_size, scheduled=True)
+    trained(engine, BEFORE)
+    state_of(engine, folder / "first")
+
+
+def loaded_on_others(folder: Path, wrapper: str, ep_size: int) -> None:
+    engine = started("mixtral", wrapper, ep_size, scheduled=True, universal=True)
+    engine.load_checkpoint(str(folder / "first" / "universal"))
+    verify(engine)
+    now, saved = state_of(engine, folder / "resumed"), universal_state(folder / "first")
+    assert now.keys() == saved.keys()
+    assert [name for name in saved if not torch.equal(saved[name], now[name])] == []
+    trained(engine, AFTER, BEFORE)
+    assert steps_of(engine) == {BEFORE + AFTER}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapper", ["zero2", "zero3"])
+def test_another_number_of_ranks(wrapper: str, tmp_path: Path) -> None:
+    run_on_ranks(4, saved_on_some_ranks, tmp_path, wrapper, 4)
+    run_on_ranks(2, loaded_on_others, tmp_path, wrapper, 1)
+
+
 def refused(folder: Path, saved_by: str, run_by: str) -> str:
     """The refusal, after which all is as before; weights alone can be loaded by the same stage."""
     first = started("mixtral", saved_by, 2)
