@@ -42,16 +42,17 @@ def started(
 
     Args:
         ep_size: 0: without AutoEP.
-        other: ``scheduled``, ``sub_group`` and ``universal``: what it loads.
+        other: ``scheduled``, ``sub_group``, ``split_by``, and ``universal``: what it loads.
     """
     cfg = deepspeed_config(wrapper, ep_size)
     cfg["zero_optimization"]["sub_group_size"] = other.get("sub_group", 10**9)
     cfg["checkpoint"] = {"load_universal": other.get("universal", False)}
     model = make_model(kind)
     grouping: Any = {
-        "split_by": "module",
+        "split_by": other.get("split_by", "module"),
         "weight_decay": 0.1,
-        "overrides": [("*.layers.1.mlp.experts*", {"lr": 3e-4, "weight_decay": 0.3})],
+        "overrides": [("*.layers.1.mlp.experts*", {"lr": 3e-4, "weight_decay": 0.3})]
+        * ("split_by" not in other),
     }
 
     def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -100,6 +101,7 @@ def resumed(
         for name, buffer in first.module.named_buffers():
             if name.endswith("e_score_correction_bias"):  # far above the scores: it routes
                 buffer.copy_(torch.arange(len(buffer)).flip(0))
+    set_group_options(first, "*.layers.1.mlp.experts.*", lr_multiplier=0.5)
     trained(first, BEFORE)
     saved, options = state_of(first, folder / "first"), options_of(first)
     losses = trained(first, AFTER, BEFORE)
@@ -184,12 +186,35 @@ def test_another_number_of_ranks(wrapper: str, tmp_path: Path) -> None:
     run_on_ranks(2, loaded_on_others, tmp_path, wrapper, 1)
 
 
+def into_more_groups(folder: Path) -> None:
+    """ZeRO-3 finds the state of all groups; they keep the options of the run."""
+    first = started("mixtral", "zero3", 2, split_by="parallel_group")
+    trained(first, BEFORE)
+    saved = state_of(first, folder / "first")
+    forget_process_groups()
+    engine = started("mixtral", "zero3", 1, betas=(0.5, 0.5), universal=True)
+    options = options_of(engine)
+    assert len(options) > len(options_of(first))
+    with pytest.warns(CheckpointWarning, match="groups keep the options"):
+        engine.load_checkpoint(str(folder / "first" / "universal"))
+    assert options_of(engine) == options
+    now = state_of(engine, folder / "resumed")
+    assert [name for name in saved if not torch.equal(saved[name], now[name])] == []
+    trained(engine, AFTER, BEFORE)
+    assert steps_of(engine) == {BEFORE + AFTER}
+
+
+@pytest.mark.long
+def test_zero3_loads_fewer_groups(tmp_path: Path) -> None:
+    run_on_ranks(2, into_more_groups, tmp_path)
+
+
 def refused(folder: Path, saved_by: str, run_by: str) -> str:
     """The refusal, after which all is as before; weights alone can be loaded by the same stage."""
     first = started("mixtral", saved_by, 2)
     trained(first, 1)
     if run_by == saved_by:
-        set_group_options(first, "*.layers.1.mlp.experts.w*", frozen=True)
+        set_group_options(first, "*.layers.1.mlp.experts.*", frozen=True)
     trained(first, 1, 1)
     state_of(first, folder)
     saved = full_weights(first)
