@@ -28,10 +28,6 @@ _LATEST = "latest_universal"
 _STATE = Path("zero", "optimizer_state.pt")
 _OUTCOME = "Nothing was loaded."
 _STAGES = {False: "ZeRO-1 or ZeRO-2", True: "ZeRO-3"}
-_OTHER_GROUPS = (
-    "Load it into the groups that it was made from; save_checkpoint then writes a checkpoint that "
-    'protect_checkpoints(engine, regroup="auto") converts while loading'
-)
 
 
 class _Saved(NamedTuple):
@@ -75,31 +71,7 @@ def checked_universal(
     same = list(map(_identity, saved.groups)) == list(map(_identity, groups))
     partitioned = wrapper_name(engine) == "ZeRO-3"
     optimizer = optimizer or not partitioned
-    if saved.partitioned != partitioned:  # the files have other names and contents
-        problem = (
-            f"was saved under {_STAGES[saved.partitioned]}, and the run has {_STAGES[partitioned]}",
-            "Train with the stage that it was saved under",
-        )
-    elif len(saved.groups) < len(groups) and not partitioned:
-        problem = (
-            f"is of other groups: it has {len(saved.groups)} groups, the run has {len(groups)}",
-            _OTHER_GROUPS,
-        )
-    elif scheduler and not same:
-        problem = (
-            "is of other groups: the learning-rate schedule has values by the position of groups, "
-            "and they are others (load_lr_scheduler_states=False leaves it out)",
-            _OTHER_GROUPS,
-        )
-    elif len(saved.steps) > 1 and optimizer:
-        problem = (
-            f"has groups that were stepped {' and '.join(map('{:g}'.format, saved.steps))} times, "
-            "of which DeepSpeed gives all the first",
-            "Load the checkpoint that it was made from, with as many ranks; or load the weights "
-            "alone (load_optimizer_states=False)",
-        )
-    else:
-        problem = None
+    problem = _problem(saved, groups, partitioned, scheduler and not same, optimizer)
     if problem is not None:
         said, instead = problem
         raise CheckpointMismatchError(
@@ -122,6 +94,46 @@ def checked_universal(
         group.update(options)
     if partitioned:
         separate_steps(engine)
+
+
+def _problem(
+    saved: _Saved, groups: list[Any], partitioned: bool, misplaced: bool, optimizer: bool
+) -> tuple[str, str] | None:
+    """What DeepSpeed would load wrongly, and what to do instead.
+
+    Args:
+        partitioned: the run is one of ZeRO-3.
+        misplaced: groups would get another one's schedule.
+        optimizer: the call loads optimizer state.
+    """
+    if saved.partitioned != partitioned:  # the files have other names and contents
+        return (
+            f"was saved under {_STAGES[saved.partitioned]}, and the run has {_STAGES[partitioned]}",
+            "Train with the stage that it was saved under",
+        )
+    into = "Load it into the groups that it was made from"
+    if not partitioned:
+        into += (
+            "; save_checkpoint then writes a checkpoint that "
+            'protect_checkpoints(engine, regroup="auto") converts while loading'
+        )
+    if len(saved.groups) < len(groups) and not partitioned:
+        there = f"it has {len(saved.groups)} groups, the run has {len(groups)}"
+        return f"is of other groups: {there}", into
+    if misplaced:
+        return (
+            "is of other groups: the learning-rate schedule has values by the position of groups, "
+            "and they are others (load_lr_scheduler_states=False leaves it out)",
+            into,
+        )
+    if len(saved.steps) > 1 and optimizer:
+        return (
+            f"has groups that were stepped {' and '.join(map('{:g}'.format, saved.steps))} times, "
+            "of which DeepSpeed gives all the first",
+            "Load the checkpoint that it was made from, with as many ranks; or load the weights "
+            "alone (load_optimizer_states=False)",
+        )
+    return None
 
 
 def _persistent_buffers(engine: Engine) -> dict[str, torch.Tensor]:
