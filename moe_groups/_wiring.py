@@ -11,7 +11,10 @@ from moe_groups._deepspeed.ports import PORTS, Arguments, Call
 
 def _engine_started(engine: Any) -> None:
     from moe_groups.checkpoints.guard.guard import guard_from_now_on
+    from moe_groups.memory.step_config import refuse_planned
 
+    if engine.zero_optimization_stage() == 3:
+        refuse_planned(engine)
     guard_from_now_on(engine)
 
 

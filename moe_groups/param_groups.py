@@ -117,7 +117,7 @@ def create_moe_param_groups(
         table = read_table(given, Rules(*rules), split_by)
         if step_memory_budget is None:
             groups = make_plan(table, caps.of, given.groups)
-            if not table.sharded:
+            if not (table.sharded or any(hasattr(param, "ds_id") for param in given.params)):
                 warn_if_costly(groups, table, split_by, step, data_parallel_size)
             return groups
         if table.sharded:
@@ -130,7 +130,8 @@ def create_moe_param_groups(
         )
         return made.groups
 
-    return make_groups(params, Rules(*rules), make, split_by)
+    planned = step_memory_budget is not None
+    return make_groups(params, Rules(*rules), make, split_by, planned)
 
 
 @checked

@@ -109,6 +109,27 @@ def loads_weights_by_position(engine: Any) -> bool:
     return wrapper_name(engine) == "ZeRO-3" and bool(engine.has_moe_layers)
 
 
+def model_states_file(engine: Any, load_dir: Path, tag: str) -> Path | None:
+    """The file of a universal checkpoint in which this rank's module is; None where none is.
+
+    With another tensor-parallel size DeepSpeed takes the file at the same place of all.
+    """
+    files = engine._get_all_ckpt_names(str(load_dir), tag)
+    index = checkpoint_rank(engine)[0] * len(files) // engine.mp_world_size
+    return Path(files[index]) if files else None
+
+
+def separate_steps(engine: Any) -> None:
+    """Give each sub-group of ZeRO-3 a step count of its own.
+
+    After the load of a universal checkpoint all share one tensor, which each of them advances
+    (``load_hp_checkpoint_state_from_checkpoint_dir_stage3``, ``runtime/zero/stage3.py``).
+    """
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
 def writes_later(engine: Any) -> bool:
     """Does the checkpoint engine write files after ``save_checkpoint`` returned?"""
     checkpoint_engine = engine.checkpoint_engine

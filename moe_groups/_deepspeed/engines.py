@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
@@ -95,6 +95,13 @@ def has_engine(model: nn.Module) -> bool:
 def known_engines() -> list[Any]:
     """Living engines that were initialized after :func:`support_our_groups`."""
     return list(_ENGINES)
+
+
+def engine_of(params: Iterable[torch.Tensor]) -> Any:
+    """A known engine whose model has one of these parameters; None if there is none."""
+    own = list(params)
+    started = [one for one in _ENGINES if one.optimizer is not None]  # initialize may have raised
+    return next((one for one in started if any(map(one.param_names.__contains__, own))), None)
 
 
 def is_pipeline(model: object) -> bool:

@@ -112,7 +112,7 @@ def _add_topology(plan: argparse.ArgumentParser) -> None:
 
 def _add_step(plan: argparse.ArgumentParser) -> None:
     group = plan.add_argument_group("step")
-    group.add_argument("--zero-stage", type=int, choices=(1, 2), default=2, help="(2)")
+    group.add_argument("--zero-stage", type=int, default=2, metavar="N", help="1 or 2 (2)")
     group.add_argument("--bf16-optimizer", action="store_true", help="BF16_Optimizer, not ZeRO")
     group.add_argument(
         "--optimizer",

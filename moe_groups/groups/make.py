@@ -30,15 +30,20 @@ def make_groups(
     rules: Rules,
     make: Callable[[GroupInput], list[PlannedGroup]],
     split_by: SplitBy,
+    planned: bool,
 ) -> list[ParamGroup]:
-    """Tag, plan with ``make``, prepare DeepSpeed and write the dicts; all of it or nothing."""
+    """Tag, plan with ``make``, prepare DeepSpeed and write the dicts; all of it or nothing.
+
+    Args:
+        planned: the groups are planned for the memory of a step.
+    """
     given = read_input(params)
     model = given.model
     with model.written() if model and rules.no_decay else contextlib.nullcontext():
         groups = make(given)
         if all(key.mesh is None for _, key, _, _ in groups):  # DeepSpeed does not step DTensors
             support_our_groups(any(key.parallel_group for _, key, _, _ in groups))
-            remember_groups(groups, given.params, given.groups)
+            remember_groups(groups, given.params, given.groups, planned)
     if model and not rules.no_decay:  # nothing has looked at the tags
         model.write()
     if not any(key.parallel_group for _, key, _, _ in groups):

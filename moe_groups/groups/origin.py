@@ -83,14 +83,17 @@ class _Made(NamedTuple):
         params: ``id`` of each parameter of the groups, in their order.
         names: of the caller's groups.
         frozen_experts: see :class:`Origin`.
+        planned: for the memory of a step.
     """
 
     plan: list[PlannedGroup]
     params: list[int]
     names: list[str | None]
     frozen_experts: bool
+    planned: bool
 
 
+_Named: TypeAlias = Sequence[tuple[str, Sequence[torch.Tensor]]]
 _Groups: TypeAlias = tuple[int, tuple[tuple[str, int], ...]]
 """``id`` of the first parameter, and name and number of parameters of each group."""
 
@@ -104,6 +107,7 @@ def remember_groups(
     plan: list[PlannedGroup],
     params: Sequence[torch.Tensor],
     sources: Sequence[Mapping[str, object]],
+    planned: bool,
 ) -> None:
     """Keep what groups were made from.
 
@@ -114,6 +118,7 @@ def remember_groups(
         plan: the groups.
         params: all parameters in the order in which they were given; the plan's rows.
         sources: the caller's groups, for their names.
+        planned: the groups were planned for the memory of a step.
     """
     ids = list(map(id, map(params.__getitem__, chain.from_iterable(rows for *_, rows in plan))))
     frozen = False
@@ -122,7 +127,7 @@ def remember_groups(
         left_out = (param for param in params if id(param) not in grouped)
         frozen = any(is_expert_parameter(param) and numel_of(param) > 0 for param in left_out)
     names = [given_name(source.get("name")) for source in sources]
-    _keep(_Made(plan, ids, names, frozen))
+    _keep(_Made(plan, ids, names, frozen, planned))
 
 
 def _keep(made: _Made) -> None:
@@ -173,9 +178,21 @@ def follow_replacement(
     return followed
 
 
-def origin_of(
-    groups: Sequence[tuple[str, Sequence[torch.Tensor]]], name_of: Callable[[torch.Tensor], str]
-) -> Origin | None:
+def were_planned(groups: _Named) -> bool:
+    """Were an optimizer's groups planned for the memory of a step?"""
+    made = _made_of(groups)
+    return made is not None and made.planned
+
+
+def _made_of(groups: _Named) -> _Made | None:
+    """None for groups that were not made in this process, or were changed afterwards."""
+    params = [param for _, own in groups for param in own]
+    shape = tuple((name, len(own)) for name, own in groups)
+    made = _made.get((id(params[0]), shape)) if params else None
+    return made if made is None or made.params == list(map(id, params)) else None
+
+
+def origin_of(groups: _Named, name_of: Callable[[torch.Tensor], str]) -> Origin | None:
     """What an optimizer's groups were made from; None where it is not known.
 
     That is so for groups that ``create_moe_param_groups`` did not make in this process, for
@@ -185,11 +202,10 @@ def origin_of(
         groups: name and parameters of each, in the order of the optimizer.
         name_of: the qualified name of a parameter.
     """
-    params = [param for _, own in groups for param in own]
-    shape = tuple((name, len(own)) for name, own in groups)
-    made = _made.get((id(params[0]), shape)) if params else None
-    if made is None or made.params != list(map(id, params)):
+    made = _made_of(groups)
+    if made is None:
         return None
+    params = [param for _, own in groups for param in own]
     found: dict[int, OriginRow] = {}
     keyed = ((row, key) for _, key, _, rows in made.plan for row in rows)
     for (row, key), param in zip(keyed, params, strict=True):

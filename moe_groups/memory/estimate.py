@@ -1,14 +1,17 @@
 """Predict what ``engine.step()`` allocates and holds, for groups or a plan."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+import torch
+
 from moe_groups._common.arguments import Count, checked
 from moe_groups._common.text import show_bytes
+from moe_groups._deepspeed.engines import known_engines
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.groups.inputs import made_groups
-from moe_groups.memory.step_config import StepConfig
+from moe_groups.memory.step_config import StepConfig, step_of
 from moe_groups.tags import get_expert_tag, numel_of
 from moe_groups.topology import sharing_ranks, world_size
 
@@ -121,13 +124,14 @@ def estimate_step_memory(
         groups: group dicts from :func:`create_moe_param_groups` or DeepSpeed's split, the
             optimizer over them (before ``deepspeed.initialize``), or a
             :class:`ParamGroupPlan`.
-        step: wrapper, optimizer and dtypes; None: that of the plan, else ZeRO-2, foreach.
+        step: wrapper, optimizer and dtypes; None: that of the plan, or of the engine that has
+            the parameters, else ZeRO-2, foreach.
         data_parallel_size: ranks that share dense parameters; None: the plan's, or the
             world size of ``torch.distributed``.
 
     Raises:
-        InvalidArgumentError: not groups, or the number of ranks is not known or does not fit
-            the expert-parallel size.
+        InvalidArgumentError: not groups, the model or its engine is of ZeRO-3, or the number of
+            ranks is not known or does not fit the expert-parallel size.
 
     Example:
         >>> print(estimate_step_memory(groups, data_parallel_size=64))   # doctest: +SKIP
@@ -139,7 +143,10 @@ def estimate_step_memory(
         world = data_parallel_size or groups.data_parallel_size
         named = groups.sized()
     else:
-        named = _read(groups)
+        _check_before_engine(groups)
+        made = made_groups(groups)
+        step = step_of([param for _, own in made for param in own], step)
+        named = _read(made)
         world = data_parallel_world(data_parallel_size)
     return estimate(named, step or StepConfig(), world)
 
@@ -161,10 +168,21 @@ def data_parallel_world(size: int | None) -> int:
     )
 
 
-def _read(groups: Any) -> list[SizedGroup]:
+def _check_before_engine(groups: Any) -> None:
+    """Refuse an engine and its optimizers, whose groups hold partitions and not parameters."""
+    for engine in known_engines():
+        if any(groups is part for part in (engine, engine.optimizer, engine.basic_optimizer)):
+            StepConfig.from_engine(engine)  # which refuses what has no known cost, as ZeRO-3
+            raise InvalidArgumentError(
+                "groups: the engine has partitioned them: give those that its optimizer was made "
+                "of; without step they are estimated as the engine steps them."
+            )
+
+
+def _read(groups: list[tuple[Mapping[str, Any], list[torch.Tensor]]]) -> list[SizedGroup]:
     """Name, sizes and parallel group of each group with something trainable."""
     found = []
-    for index, (group, members) in enumerate(made_groups(groups)):
+    for index, (group, members) in enumerate(groups):
         params = [param for param in members if param.requires_grad and numel_of(param)]
         name = str(group.get("name") or f"group {index}")
         if params:

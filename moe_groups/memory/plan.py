@@ -36,7 +36,7 @@ from moe_groups.memory.estimate import (
     estimate_step_memory,
     on_ranks,
 )
-from moe_groups.memory.step_config import StepConfig
+from moe_groups.memory.step_config import StepConfig, step_of
 
 if TYPE_CHECKING:
     from moe_groups.memory.cuts import Line as CostLine
@@ -184,7 +184,7 @@ class ParamGroupPlan:
             self._check_made_for(read_table(given, rules, self.split_by))
             return self.groups
 
-        return make_groups(params, rules, planned, self.split_by)
+        return make_groups(params, rules, planned, self.split_by, planned=True)
 
     def _check_made_for(self, table: Table) -> None:
         if made_for(table) == self.made_for:
@@ -228,7 +228,8 @@ def plan_param_groups(
         max_groups: the lowest peak with at most this number of groups.
         split_by: groups never mix more than this level, at any cost. The default mixes layers,
             which is what lowers the peak most.
-        step: wrapper, optimizer and dtypes; None: ZeRO-2, foreach AdamW, bf16 gradients.
+        step: wrapper, optimizer and dtypes; None: the engine's where one has the parameters,
+            else ZeRO-2, foreach AdamW, bf16 gradients.
         data_parallel_size: ranks that share dense parameters; None: the world size of
             ``torch.distributed``.
         weight_decay: as for :func:`create_moe_param_groups`, like the next two.
@@ -236,7 +237,7 @@ def plan_param_groups(
     Raises:
         PlanError: no plan fits; the message names the smallest budget, or the smallest number
             of groups, that works.
-        InvalidArgumentError: an argument is out of range.
+        InvalidArgumentError: an argument is out of range, or the model or its engine is of ZeRO-3.
         MoEGroupsError: as :func:`create_moe_param_groups`.
 
     Example:
@@ -269,7 +270,7 @@ def make_group_plan(
     """:func:`plan_param_groups` for parameters that have been read."""
     from moe_groups.memory.search import best_order, choose, price, trade_off
 
-    step, world = step or StepConfig(), data_parallel_world(data_parallel_size)
+    step, world = step_of(given.params, step), data_parallel_world(data_parallel_size)
     if step.offloads:
         raise InvalidArgumentError(
             "with the optimizer on the host ('CPUAdam') the step holds next to nothing on the "

@@ -1,6 +1,6 @@
 """How a model will be stepped: DeepSpeed's wrapper, the optimizer, and the ranks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -8,12 +8,13 @@ import torch
 
 from moe_groups._common.arguments import Count, FilePath, OptimizerKind, checked
 from moe_groups._common.text import parse_bytes
-from moe_groups._deepspeed.engines import SteppingEngine
+from moe_groups._deepspeed.engines import SteppingEngine, engine_of
 from moe_groups._deepspeed.step.exact_partitions import keeps_exact_partitions
 from moe_groups._deepspeed.step.lean_step import tile_of
-from moe_groups._deepspeed.step.step_settings import check_zero_stage, read_step_settings
+from moe_groups._deepspeed.step.step_settings import ZERO3, check_zero_stage, read_step_settings
 from moe_groups._deepspeed.step.tiles import elements_of
 from moe_groups.errors import InvalidArgumentError
+from moe_groups.groups.origin import were_planned
 from moe_groups.memory.step_cost import MASTER, TEMPORARIES, StepSettings
 
 _KINDS = {**TEMPORARIES, "FusedAdam": 0, "CPUAdam": 0}
@@ -184,6 +185,36 @@ class StepConfig:
             cls.from_deepspeed(engine.config, engine.basic_optimizer),
             compact_gradients=tile is None and keeps_exact_partitions(engine),
             lean_step=tile,
+        )
+
+
+def step_of(params: Sequence[torch.Tensor], step: StepConfig | None) -> StepConfig:
+    """``step``; None: that of the engine that has the parameters, else the default.
+
+    Raises:
+        InvalidArgumentError: ZeRO-3 has partitioned the parameters, or the cost of the engine's
+            step is not known.
+    """
+    if any(hasattr(param, "ds_id") for param in params):
+        raise InvalidArgumentError(f"the parameters are partitioned for ZeRO-3: {ZERO3}")
+    if step is not None:
+        return step
+    engine = engine_of(params)
+    return StepConfig() if engine is None else StepConfig.from_engine(engine)
+
+
+def refuse_planned(engine: Any) -> None:
+    """Refuse groups for an engine of ZeRO-3 that were planned for the memory of another step.
+
+    Raises:
+        InvalidArgumentError: they were.
+    """
+    groups = engine.basic_optimizer.param_groups
+    if were_planned([(str(group.get("name", "")), group["params"]) for group in groups]):
+        raise InvalidArgumentError(
+            "the groups were planned for the memory of a step under ZeRO-1 or ZeRO-2 "
+            f"(step_memory_budget, or a plan), and the engine is of ZeRO-3: {ZERO3} Make the "
+            "groups without a plan, and set sub_group_size in the DeepSpeed config."
         )
 
 

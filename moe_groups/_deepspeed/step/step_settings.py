@@ -9,6 +9,11 @@ from moe_groups.errors import InvalidArgumentError
 
 _T = TypeVar("_T")
 
+ZERO3 = (
+    "the cost of ZeRO-3's step is not predicted. It follows from sub_group_size, not from the "
+    "groups: measure it with measure_step_memory."
+)
+
 WITHOUT_EFFECT = {
     "zero_optimization": (
         "allgather_bucket_size",
@@ -158,10 +163,7 @@ def check_zero_stage(stage: object) -> None:
         InvalidArgumentError: neither 1 nor 2.
     """
     if stage == 3:
-        raise InvalidArgumentError(
-            "zero_stage=3: the cost of ZeRO-3's step is not predicted. It follows from "
-            "sub_group_size, not from the groups: measure it with measure_step_memory."
-        )
+        raise InvalidArgumentError(f"zero_stage=3: {ZERO3}")
     check_one_of("zero_stage", stage, (1, 2))
 
 

@@ -189,7 +189,7 @@ def _write(engine: Engine, layout: Layout, folder: Path, finished: bool) -> list
         if finished:
             manifest = replace(manifest, files=list_saved(folder))
         write_manifest(manifest, folder / FILE_NAME)
-        if finished:
+        if finished and manifest.wrapper != "ZeRO-3":  # which writes a file of weights a rank
             problems += _missing_weights(layout, folder)
     # Options of groups may be of any class. DeepSpeed's files are complete, and the other ranks
     # wait for this one, so that even a bug of ours must not end the save; it is named.
@@ -236,8 +236,13 @@ def guarded_load(engine: Engine, load: Callable[..., Any], given: dict[str, Any]
     if engine.load_universal_checkpoint() and engine.zero_optimization():
         from moe_groups.checkpoints.guard.universal import checked_universal
 
-        with checked_universal(engine, Path(given["load_dir"]), given["tag"], scheduler):
-            return load(**given)
+        names, folder = _names(engine), Path(given["load_dir"])
+        with checked_universal(
+            engine, folder, given["tag"], optimizer=optimizer, scheduler=scheduler
+        ):
+            result = load(**given)
+        _restore_names(engine, names)
+        return result
     _check_loads_weights(engine, given)
     from moe_groups.checkpoints.guard.check import checked
 

@@ -285,7 +285,7 @@ BAD = [
     (["CONFIG", *EIGHT, "--max-groups", "1"], "more than --max-groups 1"),
     (["CONFIG", *EIGHT, "--cap", "9", "--budget", "1GiB"], "not allowed with"),
     (["CONFIG", *EIGHT, "--cap", "1.5"], "invalid number value"),
-    (["CONFIG", *EIGHT, "--zero-stage", "3"], "invalid choice: 3"),
+    (["CONFIG", *EIGHT, "--zero-stage", "3"], "--zero-stage 3: the cost of ZeRO-3's step is not"),
     (["CONFIG", *EIGHT, "--optimizer", "sgd"], "invalid choice: 'sgd'"),
     (["CONFIG", *EIGHT, "--optimizer", "CPUAdam", "--budget", "1GiB"], "on the host"),
     (["CONFIG", *EIGHT, "--bf16-optimizer", "--compact-gradients"], "--compact-gradients is for"),

@@ -1,12 +1,15 @@
 """Engines that are saved and loaded, and what the tests of checkpoints compare."""
 
 import contextlib
+import io
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from torch import distributed, nn
 
 from moe_groups import MoE, protect_checkpoints
@@ -63,6 +66,35 @@ def forget_manifest(folder: Path) -> None:
     on_first_rank(lambda: (folder / TAG / FILE_NAME).unlink())
 
 
+def to_universal(folder: Path) -> None:
+    """Convert ``saved/t`` to ``universal/t`` with DeepSpeed's own script; all ranks wait for it."""
+    arguments = Namespace(
+        input_folder=str(folder / "saved" / "t"),
+        output_folder=str(folder / "universal" / "t"),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        on_first_rank(lambda: ds_to_universal.main(arguments))
+
+
+def universal_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, moments and steps of a universal checkpoint, whole, by their files."""
+    zero = folder / "universal" / "t" / "zero"
+    files = sorted(path for path in zero.rglob("*.pt") if path.parent != zero)
+    found = {str(path.relative_to(zero)): torch.load(path, weights_only=False) for path in files}
+    values = {key: v["param"] if isinstance(v, dict) else v for key, v in found.items()}
+    return {key: torch.as_tensor(value) for key, value in values.items()}
+
+
+def options_of(engine: Any) -> list[dict[str, Any]]:
+    groups = engine.optimizer.param_groups
+    return [{key: group[key] for key in group if key != "params"} for group in groups]
+
+
 def shard(folder: Path, rank: int, tag: str = TAG) -> Path:
     return find_checkpoint(folder, tag).shards[Rank(0, rank)]
 
@@ -95,10 +127,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
         "masters": weights(engine),
         "weights": {name: p.detach().clone() for name, p in engine.module.named_parameters()},
         "states": [copied(states[p]) for g in engine.optimizer.param_groups for p in g["params"]],
-        "groups": [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in engine.optimizer.param_groups
-        ],
+        "groups": options_of(engine),
         "counters": (engine.global_steps, engine.global_samples, engine.micro_steps),
         "skipped": engine.skipped_steps,
         "scheduler": engine.lr_scheduler and dict(engine.lr_scheduler.state_dict()),

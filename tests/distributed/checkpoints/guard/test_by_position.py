@@ -2,18 +2,16 @@
 the groups of universal checkpoints. And tags that are not there.
 """
 
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from deepspeed.checkpoint import ds_to_universal
 
 from moe_groups import create_moe_param_groups, protect_checkpoints
 from moe_groups._deepspeed.engines import stepped_groups
 from moe_groups.errors import CheckpointError, CheckpointMismatchError, CheckpointWarning
-from tests.support.checkpoints.guard_runs import collected
+from tests.support.checkpoints.guard_runs import collected, options_of, to_universal
 from tests.support.ranks import run_on_ranks
 from tests.support.training import GroupsOf, largest_difference, start, train, weights
 
@@ -94,25 +92,13 @@ def universal(wrapper: str, folder: Path) -> list[Any]:
     train(first, 3)
     first.save_checkpoint(str(folder / "saved"), tag="t")
     saved = weights(first)
-    if torch.distributed.get_rank() == 0:
-        arguments = Namespace(
-            input_folder=str(folder / "saved" / "t"),
-            output_folder=str(folder / "universal" / "t"),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
-        )
-        ds_to_universal.main(arguments)
-        (folder / "universal" / "latest_universal").write_text("t")
-    torch.distributed.barrier()
+    to_universal(folder)
 
     def load(split: str, tag: str | None = None, **rates_of: float) -> Any:
         overrides = [("*.gate.*", dict(rates_of))] if rates_of else []
         cfg: dict[str, Any] = {"checkpoint": {"load_universal": True}}
         engine = start(wrapper, groups(split, *overrides), model_options=options, **cfg)
-        own = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
+        own = options_of(engine)
         before = weights(engine)
         try:
             engine.load_checkpoint(str(folder / "universal"), tag=tag)
@@ -120,8 +106,7 @@ def universal(wrapper: str, folder: Path) -> list[Any]:
             assert largest_difference(weights(engine), before) == 0
             return str(error)
         assert largest_difference(weights(engine), saved) == 0
-        now = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
-        return now == own
+        return options_of(engine) == own
 
     with pytest.warns(CheckpointWarning, match="keep the options"):
         fewer = load("parallel_group", lr=1e-4)
