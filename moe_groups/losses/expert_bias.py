@@ -13,7 +13,7 @@ from torch import distributed, nn
 
 from moe_groups._common.arguments import NotNegative, Positive, checked
 from moe_groups._deepspeed.engines import Engine, InitializedEngine, engine_data_parallel_group
-from moe_groups._deepspeed.layers import give_autoep_bias, is_autoep_layer
+from moe_groups._deepspeed.layers import bias_problem, give_bias, is_autoep_layer
 from moe_groups._deepspeed.step.around_step import after_step
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.losses.routers import Passes, Router, find_routers, recomputes
@@ -77,7 +77,7 @@ def balance_experts(
     distributed.all_gather_object(everywhere, (len(routers), problem))  # stages may differ
     problem = next((text for _, text in everywhere if text), None)
     if not any(count for count, _ in everywhere):
-        problem = "found no router of AutoEP or transformers in the model."
+        problem = "found no router of DeepSpeed's MoE, AutoEP or transformers in the model."
     if problem is not None:
         raise InvalidArgumentError(f"balance_experts {problem}")
     return ExpertBalancer(
@@ -142,14 +142,12 @@ def _problem(router: Router) -> str | None:
     """Why a router takes no bias; None if it does."""
     if is_autoep_layer(router.layer) and getattr(router.module, _CORRECTION, None) is None:
         return None
+    if router.has_loss:
+        problem = bias_problem(router.layer)
+        return None if problem is None else f"cannot balance {router.label!r}: {problem}."
     bias = router.module._buffers.get(_CORRECTION)
     if bias is not None and bias.shape == (router.experts,):
         return None
-    if router.has_loss:
-        return (
-            f"cannot balance {router.label!r}: DeepSpeed's MoE takes no bias in its choice of "
-            "experts. Use its load-balancing loss, or AutoEP."
-        )
     return (
         f"cannot balance {router.label!r}: {type(router.module).__name__} has no buffer "
         f"{_CORRECTION} of {router.experts} numbers, and does not run under AutoEP, which gives "
@@ -165,6 +163,6 @@ def _give_bias(router: Router) -> tuple[nn.Module, str]:
     """
     bias = router.module._buffers.get(_CORRECTION)
     if bias is None:
-        return router.layer, give_autoep_bias(router.layer)
+        return give_bias(router.layer)
     router.module._buffers[_CORRECTION] = bias.float()
     return router.module, _CORRECTION
