@@ -43,7 +43,9 @@ def give_gate_bias(layer: Any) -> None:
     gate = layer.deepspeed_moe.gate
     weight = gate.wg.weight
     given = gate.wg._buffers.get(GATE_BIAS)
-    bias = torch.zeros(gate.wg.out_features, device=weight.device) if given is None else given.float()
+    bias = (
+        torch.zeros(gate.wg.out_features, device=weight.device) if given is None else given.float()
+    )
     gate.wg.register_buffer(GATE_BIAS, bias)
     gate.__class__ = BalancedGate
 
