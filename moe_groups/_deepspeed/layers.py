@@ -81,7 +81,8 @@ def layer_parts(module: Any) -> LayerParts | None:
         return None
     own = [dict(expert.named_parameters()) for expert in layer_experts(layer)]
     params = [param for expert in own for param in expert.values()]
-    router = dict(layer.deepspeed_moe.gate.wg.named_parameters())
+    wg = layer.deepspeed_moe.gate.wg
+    router = {**dict(wg.named_parameters()), **dict(wg.named_buffers())}
     return LayerParts(
         layer.num_experts, layer.ep_size, layer.expert_group_name, own, params, router
     )
@@ -165,16 +166,19 @@ def biases(model: nn.Module) -> dict[str, torch.Tensor | None]:
     return found
 
 
-def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def routed(gate: Any, outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """``(loss, assignments to each expert, how many were dropped)`` of a gate's outputs.
 
     ``TopKGate`` returns (loss, capacity, experts, indices, locations, weights, counts), and -1 as
     the index of a dropped assignment (``sharded_moe.py``). Before DeepSpeed 0.19 it is (loss,
     weights, mask, counts), the mask True for what a capacity takes, [tokens, experts, capacity].
+    Without ``drop_tokens`` the capacity takes all, and nothing is counted: None.
     """
     loss, *rest, counts = outputs
-    taken = rest[2] >= 0 if len(outputs) == 7 else rest[1]
     counts = counts.to(loss.device)  # before 0.15 on the CPU
+    if not gate.drop_tokens:
+        return loss, counts, None
+    taken = rest[2] >= 0 if len(outputs) == 7 else rest[1]
     return loss, counts, counts.sum() - taken.sum()
 
 

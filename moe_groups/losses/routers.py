@@ -29,13 +29,13 @@ class Routed(NamedTuple):
         counts: assignments to each expert, of shape (E,).
         logits: of shape (tokens, experts); None if the router does not return them.
         loss: its load-balancing loss; None if it has none.
-        dropped: how many assignments exceeded a capacity.
+        dropped: how many assignments exceeded a capacity; None for none.
     """
 
     counts: torch.Tensor
     logits: torch.Tensor | None = None
     loss: torch.Tensor | None = None
-    dropped: torch.Tensor | int = 0
+    dropped: torch.Tensor | int | None = None
 
 
 Read: TypeAlias = Callable[[Any, Any], Routed]
@@ -97,7 +97,7 @@ def _of_deepspeed(node: ModuleNode) -> Router | None:
         return Router(*own, lambda _, outputs: Routed(outputs[2]), logits=logits)
 
     def read(inputs: Any, outputs: Any) -> Routed:
-        loss, counts, dropped = routed(outputs)
+        loss, counts, dropped = routed(module, outputs)
         return Routed(counts, gate_logits(module, inputs), loss, dropped)
 
     return Router(*own, read, has_loss=True)
@@ -161,7 +161,7 @@ def _count(chosen: torch.Tensor, experts: int) -> torch.Tensor:
 def summed_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The entropy of each token's softmax in nats, summed over the tokens, and their number."""
     tokens = logits.numel() // logits.shape[-1]
-    return torch.special.entr(logits.float().softmax(-1)).sum(), tokens
+    return torch.special.entr(logits.softmax(-1, dtype=torch.float32)).sum(), tokens
 
 
 class Passes:
