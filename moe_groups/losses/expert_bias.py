@@ -113,7 +113,7 @@ class ExpertBalancer:
         @torch.no_grad()
         def count(module: nn.Module, inputs: Any, outputs: Any) -> None:
             if self._passes.trains(module) and not recomputes():
-                counts = router.read(inputs, outputs).counts
+                counts = router.read(outputs).counts
                 row[: len(counts)].add_(counts)
 
         return count

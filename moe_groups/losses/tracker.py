@@ -105,10 +105,13 @@ class LossTracker:
 
     @torch.no_grad()
     def _record(self, router: Router, inputs: Any, outputs: Any) -> None:
-        # Read in a repetition too: selective checkpointing counts the products of matrices.
-        routed = router.read(inputs, outputs)
+        # In a repetition too: selective checkpointing counts the products of matrices.
+        logits = None if router.score is None else router.score(inputs)
         if not recomputes():
-            self._rows[router.label].add(routed)
+            row = self._rows[router.label]
+            row.add(router.read(outputs))
+            if logits is not None:
+                row.add_entropy(logits)
 
     @torch.no_grad()
     def record(

@@ -10,7 +10,7 @@ import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moe_groups import LossTracker, MoE, balance_experts
 from moe_groups._deepspeed.layers import GATE_BIAS, give_bias
@@ -128,7 +128,13 @@ def test_bias_of_zero_changes_nothing_and_another_only_the_choice(row: Row) -> N
 
 RATE = 0.25
 """A power of two, so that sums of it are exact."""
-WAYS: dict[str, Way] = {**CHECKPOINTED, "reentrant": partial(checkpoint, use_reentrant=True)}
+MATRICES = [torch.ops.aten.mm.default]
+KEPT = partial(create_selective_checkpoint_contexts, MATRICES)
+WAYS: dict[str, Way] = {
+    **CHECKPOINTED,
+    "reentrant": partial(checkpoint, use_reentrant=True),
+    "selective": partial(checkpoint, use_reentrant=False, context_fn=KEPT),
+}
 
 
 class ByHand:
@@ -212,7 +218,7 @@ def by_hand(wrapper: str, way: str) -> list[Any]:
     ("wrapper", "way"),
     [
         ("zero2", "ours"),
-        ("fp32", "plain"),
+        ("fp32", "selective"),
         ("bf16", "reentrant"),
         pytest.param("zero1", "torch", marks=pytest.mark.long),
         pytest.param("half", "plain", marks=pytest.mark.long),
