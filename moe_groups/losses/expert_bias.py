@@ -12,6 +12,7 @@ import torch
 from torch import distributed, nn
 
 from moe_groups._common.arguments import NotNegative, Positive, checked
+from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.engines import Engine, InitializedEngine, engine_data_parallel_group
 from moe_groups._deepspeed.layers import bias_problem, give_bias, is_autoep_layer
 from moe_groups._deepspeed.step.around_step import after_step
@@ -80,6 +81,7 @@ def balance_experts(
         problem = "found no router of DeepSpeed's MoE, AutoEP or transformers in the model."
     if problem is not None:
         raise InvalidArgumentError(f"balance_experts {problem}")
+    support_our_groups(moe=True)  # so that load_checkpoint knows the biases
     return ExpertBalancer(
         engine, routers, rate, zero_mean, range(first_step, (last_step or _NEVER) + 1)
     )

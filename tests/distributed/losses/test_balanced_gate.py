@@ -277,7 +277,7 @@ def with_and_without(folder: Path) -> list[Any]:
     balance_experts(engine, RATE).close()
     engine.load_checkpoint(str(folder), tag="with")
     biases = [bias for name, bias in engine.module.named_buffers() if name.endswith(GATE_BIAS)]
-    goes_on = [bool(bias.any()) for bias in biases]
+    goes_on = [bool(bias.any()) and bias.dtype == torch.float32 for bias in biases]
     copied: Any = copy.deepcopy(engine.module.blocks[0].moe)
     two_micro_batches(engine, 2)  # the balancer is closed
     assert torch.equal(getattr(copied.deepspeed_moe.gate.wg, GATE_BIAS), biases[0])
