@@ -36,7 +36,7 @@ class Way(NamedTuple):
 
 WAYS = {
     "nothing": Way(),
-    "loss, coefficient 0.01": Way(coefficient=0.01),
+    "auxiliary loss, coefficient 0.01": Way(coefficient=0.01),
     "bias, rate 0.001": Way(rate=1e-3),
     "bias, rate 0.01": Way(rate=1e-2),
     "bias, rate 0.1": Way(rate=1e-1),
@@ -108,11 +108,11 @@ def main() -> None:
     bands(
         "expert_balance",
         {
-            f"{way}: loss {ends[way]:.3f}": [run["imbalance"] for run in runs]
+            f"{way} (language-model loss {ends[way]:.3f})": [run["imbalance"] for run in runs]
             for way, runs in ways.items()
         },
-        "Imbalance of the demo's experts, three seeds",
-        ("optimizer step", f"busiest expert / mean load (mean of {WINDOW} steps)"),
+        "The demo's model: load of the busiest expert in the worse of two layers, three seeds",
+        ("optimizer step", f"load / mean load (mean of {WINDOW} steps)"),
         WINDOW,
     )
     shutil.copy(RESULTS / "expert_balance.png", ROOT / "docs" / "assets")

@@ -141,7 +141,8 @@ def bands(
         axis.plot(steps, [fmean(point) for point in points], label=label, **style)
         low, high = [*map(min, points)], [*map(max, points)]
         axis.fill_between(steps, low, high, color=COLOURS[number], alpha=0.18, lw=0)
-    axis.set_xlim(1, None)
+    axis.set_xlim(1, len(points))
+    axis.set_ylim(1, None)
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
     axis.set_title(title, loc="left", fontsize=11)

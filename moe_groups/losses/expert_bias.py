@@ -41,14 +41,21 @@ def balance_experts(
     gradients do not contain the bias. A step that DeepSpeed skips changes nothing, and neither
     repetitions by activation checkpointing nor evaluation count.
 
-    Works for AutoEP's layers, and for routers of ``transformers`` with an
-    ``e_score_correction_bias`` (DeepSeek-V3, GLM-4, dots1 and others), whose own bias goes on.
-    Biases are fp32 buffers of the model, so checkpoints have them. Call it on all ranks before
-    ``engine.load_checkpoint``, or after that if the checkpoint was made without it.
+    Works for DeepSpeed's ``MoE`` layers (ours too), for AutoEP's, and for routers of
+    ``transformers`` with an ``e_score_correction_bias`` (DeepSeek-V3, GLM-4, dots1 and others),
+    whose own bias goes on. DeepSpeed's gate gets the bias on its logits, which multiplies the
+    softmax's scores by ``exp(bias)``; the paper adds it to scores, as the others here do. On scores
+    the noise of ``top1gating`` and ``top2gating`` (``sharded_moe.py``), which draws experts by
+    adding Gumbel noise to logits, would no longer draw from a softmax; on logits it draws from the
+    biased one.
+
+    Biases are fp32 buffers of the model, so checkpoints have them; from one without them they
+    begin at 0. Call it on all ranks before ``engine.load_checkpoint``.
 
     Args:
         engine: from ``deepspeed.initialize``.
-        rate: how much a step changes each bias. Scores are between 0 and 1.
+        rate: how much a step changes each bias. Scores are between 0 and 1; logits of DeepSpeed's
+            gate may differ by several units, so begin with 0.1 there.
         zero_mean: subtract the mean bias of the layer after each change.
         first_step: the first optimizer step of the engine that changes biases, after a warm-up.
         last_step: the last one; None is never.
@@ -57,8 +64,8 @@ def balance_experts(
         The balancer: it has the biases by layer, and its ``close`` ends the changes.
 
     Raises:
-        InvalidArgumentError: there is no router, or one takes no bias (those of DeepSpeed's
-            ``MoE``, and those of ``transformers`` without AutoEP that have none), or the engine's
+        InvalidArgumentError: there is no router, or one takes no bias (those of ``transformers``
+            without AutoEP that have none, layers on Tutel, gates of another class), or the engine's
             experts are balanced already. Nothing has been changed then.
 
     Example:
