@@ -71,9 +71,10 @@ def run(layer: nn.Module, used: bool) -> dict[str, Any]:
     return {**outputs, **gradients(layer), "random": torch.get_rng_state()}
 
 
-def gate_outputs(layer: Any, x: torch.Tensor, tokens: torch.Tensor | None) -> Any:
+def gate_outputs(layer: Any, x: torch.Tensor, tokens: torch.Tensor | None, sparse: bool) -> Any:
+    """Of DeepSpeed's layer since 0.19, which is ``sparse``, or before."""
     torch.manual_seed(7)
-    return layer.deepspeed_moe.gate(x.flatten(0, 1), tokens, True)
+    return layer.deepspeed_moe.gate(x.flatten(0, 1), tokens, sparse)
 
 
 def extended(layer: Any, bias: torch.Tensor) -> Any:
@@ -93,12 +94,16 @@ def compared(row: Row) -> list[str]:
     x, tokens = batch(row["used"])
     with_one = torch.cat([x, torch.ones(3, 8, 1)], dim=-1).flatten(0, 1)
     gate = extended(layer, bias)
+    dense = gate_outputs(layer, x, tokens, sparse=False)
     module, name = give_bias(layer)
     changed = different(run(layer, row["used"]), expected)
+    assert all(map(torch.equal, gate_outputs(layer, x, tokens, sparse=False), dense))
     if row["noisy_gate_policy"] == "Jitter":
         return changed  # jitter of the one more input would be jitter of the bias
     module.get_buffer(name).copy_(bias)
-    loss, capacity, _, indices, locations, weights, counts = gate_outputs(layer, x, tokens)
+    loss, capacity, _, indices, locations, weights, counts = gate_outputs(
+        layer, x, tokens, sparse=True
+    )
     torch.manual_seed(7)
     other = gate(with_one, tokens, True)
     assert capacity == other[1]
