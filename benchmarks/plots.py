@@ -1,6 +1,7 @@
 """Plots of the benchmarks, into ``results/``."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from benchmarks.report import RESULTS
@@ -112,4 +113,38 @@ def curves(
         handles, names, ncols=5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.0)
     )
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    _save(pyplot, figure, name)
+
+
+def bands(
+    name: str,
+    runs: Mapping[str, Sequence[Sequence[float]]],
+    title: str,
+    labels: tuple[str, str],
+    window: int,
+) -> None:
+    """A line for each key, the mean of its runs, in a band from the lowest to the highest run.
+
+    Args:
+        runs: by the line's label, the numbers of each step of each run.
+        window: each point is the mean of so many steps up to it.
+    """
+    pyplot, figure, axis = _figure(8.6, 4.4)
+    for number, (label, every) in enumerate(runs.items()):
+        smooth = [
+            [fmean(run[max(0, step - window) : step]) for step in range(1, len(run) + 1)]
+            for run in every
+        ]
+        points = list(zip(*smooth, strict=True))
+        steps = range(1, len(points) + 1)
+        style: dict[str, Any] = {"color": COLOURS[number], "lw": 1.8}
+        axis.plot(steps, [fmean(point) for point in points], label=label, **style)
+        low, high = [*map(min, points)], [*map(max, points)]
+        axis.fill_between(steps, low, high, color=COLOURS[number], alpha=0.18, lw=0)
+    axis.set_xlim(1, len(points))
+    axis.set_ylim(1, None)
+    axis.set_xlabel(labels[0])
+    axis.set_ylabel(labels[1])
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.legend(frameon=False, fontsize=9, loc="upper right")
     _save(pyplot, figure, name)

@@ -35,5 +35,5 @@ train as before, bit for bit, unless clipping uses a norm that DeepSpeed compute
 
 What ``collectives.support_kept_collectives`` changes, only in ``checkpoint_activations``: in a
 recomputation the collectives of the MoE layers, AutoEP's too, return the results of the forward
-pass.
+pass. What ``balanced_gate`` changes, only in gates that were given a bias: they choose with it.
 """

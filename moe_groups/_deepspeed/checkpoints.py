@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from moe_groups._deepspeed.engines import (
     engine_data_parallel_group,
     stepped_groups,
     wrapper_name,
 )
-from moe_groups._deepspeed.layers import layer_parts
+from moe_groups._deepspeed.layers import biases, layer_parts
 from moe_groups._deepspeed.ports import PORTS
 from moe_groups._deepspeed.process_groups import expert_data_parallel_ranks
 from moe_groups._deepspeed.releases import need
@@ -189,7 +190,7 @@ def _check_release(engine: Any, given: Mapping[str, Any]) -> None:
 
 
 def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Load what is frozen now, and the frozen experts of this rank.
+    """Load what is frozen now, the frozen experts of this rank, and the biases of experts.
 
     Under ZeRO-2 DeepSpeed also saves the frozen parameters of rank 0, and loads them last: over
     the frozen experts of all ranks, and with a KeyError for what was not frozen yet.
@@ -203,9 +204,25 @@ def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:
             for name, param in self.module.named_parameters():
                 if name in own and (is_expert_parameter(param) or name not in fragments):
                     fragments[name] = own[name]
+        if isinstance(own, dict) and kwargs.get("strict", True):
+            _match_biases(self.module, own)
         return original(self, checkpoint, *args, **kwargs)
 
     return load_module_state_dict
+
+
+def _match_biases(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    """Biases of ``balance_experts`` begin at 0 where a checkpoint has none; none gets lost."""
+    for name, bias in biases(model).items():
+        if bias is not None and name not in saved:
+            saved[name] = torch.zeros_like(bias, device="cpu")
+        if bias is None and name in saved:
+            raise CheckpointError(
+                f"the checkpoint has {name}, the bias of experts of a run with balance_experts, "
+                "without which the router chooses others. Nothing was loaded. Call "
+                "balance_experts(engine) before load_checkpoint (and close() the balancer to train "
+                "on with biases that stay), or pass load_module_strict=False to drop them."
+            )
 
 
 def wrap_save_16bit(original: Callable[..., Any]) -> Callable[..., Any]:

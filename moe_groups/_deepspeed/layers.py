@@ -9,6 +9,10 @@ from torch import nn
 
 from moe_groups._deepspeed.parts import Part
 
+GATE_BIAS = "weight_bias"
+"""Buffer of a gate's ``wg``: the bias in its choice of experts."""
+_AUTOEP_BIAS = "expert_bias"
+
 
 def moe_layer_types() -> tuple[type, ...]:
     """``(deepspeed.moe.layer.MoE,)``; empty if it was not imported, because no module is one."""
@@ -76,7 +80,8 @@ def layer_parts(module: Any) -> LayerParts | None:
     if not isinstance(module, moe_layer_types()):
         return None
     own = [_wholes(expert) for expert in layer_experts(layer)]
-    router = _wholes(layer.deepspeed_moe.gate.wg)
+    wg = layer.deepspeed_moe.gate.wg
+    router = {**_wholes(wg), **{name: Part.whole(buffer) for name, buffer in wg.named_buffers()}}
     return LayerParts(layer.num_experts, layer.ep_size, layer.expert_group_name, own, router)
 
 
@@ -135,31 +140,67 @@ def layer_router(module: Any) -> LayerRouter | None:
     return None
 
 
-def give_autoep_bias(layer: Any) -> str:
-    """Give an ``AutoEPMoELayer`` the bias that its router adds in the choice; returns its name.
+def give_bias(layer: Any) -> tuple[nn.Module, str]:
+    """Give a layer's router a bias of 0 in its choice; returns its module, and its name there.
 
-    DeepSpeed refuses ``load_balance_coeff`` in its config, which would make the buffer, because
-    nothing would change it; but the layer passes on what it has.
+    DeepSpeed refuses ``load_balance_coeff`` in its config, which would make the buffer of an
+    ``AutoEPMoELayer``, because nothing would change it; but the layer passes on what it has.
     """
-    name = "expert_bias"
+    if not is_autoep_layer(layer):
+        from moe_groups._deepspeed.balanced_gate import give_gate_bias
+
+        give_gate_bias(layer)
+        return layer.deepspeed_moe.gate.wg, GATE_BIAS
     if layer.expert_bias is None:
         del layer.expert_bias
         device = layer.tokens_per_expert.device
         bias = torch.zeros(layer.num_experts, dtype=torch.float32, device=device)
-        layer.register_buffer(name, bias)
-    return name
+        layer.register_buffer(_AUTOEP_BIAS, bias)
+    return layer, _AUTOEP_BIAS
 
 
-def routed(outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def bias_problem(layer: Any) -> str | None:
+    """Why the gate of a DeepSpeed ``MoE`` cannot get a bias; None if it can."""
+    gate = layer.deepspeed_moe.gate
+    if layer.deepspeed_moe.use_tutel:
+        return "its layer runs on Tutel, which was not tried with a bias: set use_tutel=False"
+    if f"{type(gate).__module__}.{type(gate).__name__}" not in _GATES:
+        return f"its gate is a {type(gate).__name__} of your own: use DeepSpeed's TopKGate"
+    return None
+
+
+_GATES = (
+    "deepspeed.moe.sharded_moe.TopKGate",
+    "moe_groups._deepspeed.balanced_gate.BalancedGate",
+)
+
+
+def biases(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    """By name in the state dict, the biases that layers of DeepSpeed have or could be given."""
+    found: dict[str, torch.Tensor | None] = {}
+    for path, module in model.named_modules():
+        layer: Any = module
+        if is_autoep_layer(module):
+            found[f"{path}.{_AUTOEP_BIAS}".removeprefix(".")] = layer.expert_bias
+        elif isinstance(module, moe_layer_types()):
+            name = f"{path}.deepspeed_moe.gate.wg.{GATE_BIAS}".removeprefix(".")
+            found[name] = layer.deepspeed_moe.gate.wg._buffers.get(GATE_BIAS)
+    return found
+
+
+def routed(gate: Any, outputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """``(loss, assignments to each expert, how many were dropped)`` of a gate's outputs.
 
     ``TopKGate`` returns (loss, capacity, experts, indices, locations, weights, counts), and -1 as
     the index of a dropped assignment (``sharded_moe.py``). Before DeepSpeed 0.19 it is (loss,
     weights, mask, counts), the mask True for what a capacity takes, [tokens, experts, capacity].
+    Without ``drop_tokens`` the capacity takes all, and nothing is counted: None.
     """
     loss, *rest, counts = outputs
-    taken = rest[2] >= 0 if len(outputs) == 7 else rest[1]
     counts = counts.to(loss.device)  # before 0.15 on the CPU
+    if not gate.drop_tokens:
+        return loss, counts, None
+    taken = rest[2] >= 0 if len(outputs) == 7 else rest[1]
     return loss, counts, counts.sum() - taken.sum()
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import distributed, nn
 
 from moe_groups._common.arguments import NotNegative, Positive, checked
+from moe_groups._deepspeed.contract import support_our_groups
 from moe_groups._deepspeed.engines import Engine, InitializedEngine, engine_data_parallel_group
-from moe_groups._deepspeed.layers import give_autoep_bias, is_autoep_layer
+from moe_groups._deepspeed.layers import bias_problem, give_bias, is_autoep_layer
 from moe_groups._deepspeed.step.around_step import after_step
 from moe_groups.errors import InvalidArgumentError
 from moe_groups.losses.routers import Passes, Router, find_routers, recomputes
@@ -40,14 +41,21 @@ def balance_experts(
     gradients do not contain the bias. A step that DeepSpeed skips changes nothing, and neither
     repetitions by activation checkpointing nor evaluation count.
 
-    Works for AutoEP's layers, and for routers of ``transformers`` with an
-    ``e_score_correction_bias`` (DeepSeek-V3, GLM-4, dots1 and others), whose own bias goes on.
-    Biases are fp32 buffers of the model, so checkpoints have them. Call it on all ranks before
-    ``engine.load_checkpoint``, or after that if the checkpoint was made without it.
+    Works for DeepSpeed's ``MoE`` layers (ours too), for AutoEP's, and for routers of
+    ``transformers`` with an ``e_score_correction_bias`` (DeepSeek-V3, GLM-4, dots1 and others),
+    whose own bias goes on. DeepSpeed's gate gets the bias on its logits, which multiplies the
+    softmax's scores by ``exp(bias)``; the paper adds it to scores, as the others here do. On scores
+    the noise of ``top1gating`` and ``top2gating`` (``sharded_moe.py``), which draws experts by
+    adding Gumbel noise to logits, would no longer draw from a softmax; on logits it draws from the
+    biased one.
+
+    Biases are fp32 buffers of the model, so checkpoints have them; from one without them they
+    begin at 0. Call it on all ranks before ``engine.load_checkpoint``.
 
     Args:
         engine: from ``deepspeed.initialize``.
-        rate: how much a step changes each bias. Scores are between 0 and 1.
+        rate: how much a step changes each bias. Scores are between 0 and 1; logits of DeepSpeed's
+            gate may differ by several units, so begin with 0.1 there.
         zero_mean: subtract the mean bias of the layer after each change.
         first_step: the first optimizer step of the engine that changes biases, after a warm-up.
         last_step: the last one; None is never.
@@ -56,8 +64,8 @@ def balance_experts(
         The balancer: it has the biases by layer, and its ``close`` ends the changes.
 
     Raises:
-        InvalidArgumentError: there is no router, or one takes no bias (those of DeepSpeed's
-            ``MoE``, and those of ``transformers`` without AutoEP that have none), or the engine's
+        InvalidArgumentError: there is no router, or one takes no bias (those of ``transformers``
+            without AutoEP that have none, layers on Tutel, gates of another class), or the engine's
             experts are balanced already. Nothing has been changed then.
 
     Example:
@@ -77,9 +85,10 @@ def balance_experts(
     distributed.all_gather_object(everywhere, (len(routers), problem))  # stages may differ
     problem = next((text for _, text in everywhere if text), None)
     if not any(count for count, _ in everywhere):
-        problem = "found no router of AutoEP or transformers in the model."
+        problem = "found no router of DeepSpeed's MoE, AutoEP or transformers in the model."
     if problem is not None:
         raise InvalidArgumentError(f"balance_experts {problem}")
+    support_our_groups(moe=True)  # so that load_checkpoint knows the biases
     return ExpertBalancer(
         engine, routers, rate, zero_mean, range(first_step, (last_step or _NEVER) + 1)
     )
@@ -113,7 +122,7 @@ class ExpertBalancer:
         @torch.no_grad()
         def count(module: nn.Module, inputs: Any, outputs: Any) -> None:
             if self._passes.trains(module) and not recomputes():
-                counts = router.read(inputs, outputs).counts
+                counts = router.read(outputs).counts
                 row[: len(counts)].add_(counts)
 
         return count
@@ -142,14 +151,12 @@ def _problem(router: Router) -> str | None:
     """Why a router takes no bias; None if it does."""
     if is_autoep_layer(router.layer) and getattr(router.module, _CORRECTION, None) is None:
         return None
+    if router.has_loss:
+        problem = bias_problem(router.layer)
+        return None if problem is None else f"cannot balance {router.label!r}: {problem}."
     bias = router.module._buffers.get(_CORRECTION)
     if bias is not None and bias.shape == (router.experts,):
         return None
-    if router.has_loss:
-        return (
-            f"cannot balance {router.label!r}: DeepSpeed's MoE takes no bias in its choice of "
-            "experts. Use its load-balancing loss, or AutoEP."
-        )
     return (
         f"cannot balance {router.label!r}: {type(router.module).__name__} has no buffer "
         f"{_CORRECTION} of {router.experts} numbers, and does not run under AutoEP, which gives "
@@ -165,6 +172,6 @@ def _give_bias(router: Router) -> tuple[nn.Module, str]:
     """
     bias = router.module._buffers.get(_CORRECTION)
     if bias is None:
-        return router.layer, give_autoep_bias(router.layer)
+        return give_bias(router.layer)
     router.module._buffers[_CORRECTION] = bias.float()
     return router.module, _CORRECTION

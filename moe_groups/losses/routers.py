@@ -5,6 +5,7 @@ MoE blocks of ``transformers``, where a module ``gate`` or ``router`` beside ``e
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -29,17 +30,17 @@ class Routed(NamedTuple):
         counts: assignments to each expert, of shape (E,).
         logits: of shape (tokens, experts); None if the router does not return them.
         loss: its load-balancing loss; None if it has none.
-        dropped: how many assignments exceeded a capacity.
+        dropped: how many assignments exceeded a capacity; None for none.
     """
 
     counts: torch.Tensor
     logits: torch.Tensor | None = None
     loss: torch.Tensor | None = None
-    dropped: torch.Tensor | int = 0
+    dropped: torch.Tensor | int | None = None
 
 
-Read: TypeAlias = Callable[[Any, Any], Routed]
-"""Takes the inputs and the outputs of a router's forward pass."""
+Read: TypeAlias = Callable[[Any], Routed]
+"""Takes the outputs of a router's forward pass."""
 
 
 class Router(NamedTuple):
@@ -53,6 +54,7 @@ class Router(NamedTuple):
         read: what it chose in that.
         has_loss: it computes a load-balancing loss, and has a capacity.
         logits: module that returns the logits, if ``read`` does not have them.
+        score: computes the logits from the inputs of ``module``, if no module returns them.
     """
 
     label: str
@@ -62,6 +64,7 @@ class Router(NamedTuple):
     read: Read
     has_loss: bool = False
     logits: nn.Module | None = None
+    score: Callable[[Any], torch.Tensor] | None = None
 
 
 def find_routers(model: nn.Module, blocks: bool = True) -> list[Router]:
@@ -94,13 +97,13 @@ def _of_deepspeed(node: ModuleNode) -> Router | None:
     experts, module, logits = found
     own = _label(node), experts, node.module, module
     if is_autoep_layer(node.module):
-        return Router(*own, lambda _, outputs: Routed(outputs[2]), logits=logits)
+        return Router(*own, lambda outputs: Routed(outputs[2]), logits=logits)
 
-    def read(inputs: Any, outputs: Any) -> Routed:
-        loss, counts, dropped = routed(outputs)
-        return Routed(counts, gate_logits(module, inputs), loss, dropped)
+    def read(outputs: Any) -> Routed:
+        loss, counts, dropped = routed(module, outputs)
+        return Routed(counts, None, loss, dropped)
 
-    return Router(*own, read, has_loss=True)
+    return Router(*own, read, has_loss=True, score=partial(gate_logits, module))
 
 
 def _of_block(node: ModuleNode) -> Router | None:
@@ -127,7 +130,7 @@ def _reader(label: str, k: int, experts: int) -> Read:
     (scores, logits) of Llama 4, and the logits alone.
     """
 
-    def read(_: Any, outputs: Any) -> Routed:
+    def read(outputs: Any) -> Routed:
         given = outputs if isinstance(outputs, tuple) else (outputs,)
         tensors = [one for one in given if isinstance(one, torch.Tensor)]
         chosen = [one for one in tensors if not one.is_floating_point() and one.shape[-1] == k]
@@ -161,7 +164,7 @@ def _count(chosen: torch.Tensor, experts: int) -> torch.Tensor:
 def summed_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The entropy of each token's softmax in nats, summed over the tokens, and their number."""
     tokens = logits.numel() // logits.shape[-1]
-    return torch.special.entr(logits.float().softmax(-1)).sum(), tokens
+    return torch.special.entr(logits.softmax(-1, dtype=torch.float32)).sum(), tokens
 
 
 class Passes:

@@ -79,8 +79,11 @@ class LossTracker:
         width = _HEAD + max(layer.experts for layer in self._layers.values())
         rows = len(self._layers) + 1  # the first has the loss that is reported
         self._sums = torch.zeros(rows, width, device=engine.device)
-        self._total, *own_rows = map(_Row, self._sums)
-        self._rows = dict(zip(self._layers, own_rows, strict=True))
+        self._total = _Row(self._sums[0], 0)
+        self._rows = {
+            name: _Row(row, layer.experts)
+            for row, (name, layer) in zip(self._sums[1:], self._layers.items(), strict=True)
+        }
         self._reported = 0
         self._passes = Passes(engine.module)
         self._handles = [handle for router in found for handle in self._watch(router)]
@@ -92,7 +95,8 @@ class LossTracker:
 
         def scored(module: nn.Module, inputs: Any, logits: torch.Tensor) -> None:
             if self._passes.trains(module) and not recomputes():
-                self._rows[router.label].add_entropy(logits)
+                with torch.no_grad():
+                    self._rows[router.label].add_entropy(logits)
 
         handles = [router.module.register_forward_hook(chosen)]
         if router.logits is not None:
@@ -101,11 +105,15 @@ class LossTracker:
 
     @torch.no_grad()
     def _record(self, router: Router, inputs: Any, outputs: Any) -> None:
-        # Read in a repetition too: selective checkpointing counts the products of matrices.
-        routed = router.read(inputs, outputs)
+        # In a repetition too: selective checkpointing counts the products of matrices.
+        logits = None if router.score is None else router.score(inputs)
         if not recomputes():
-            self._rows[router.label].add(routed)
+            row = self._rows[router.label]
+            row.add(router.read(outputs))
+            if logits is not None:
+                row.add_entropy(logits)
 
+    @torch.no_grad()
     def record(
         self,
         name: str,
@@ -205,28 +213,28 @@ class _Layer(NamedTuple):
 class _Row:
     """The sums of one layer: numbers, and views of its row of the tensor, added to in place.
 
-    Nothing waits for the device, and a forward pass needs few operations on it.
+    Nothing waits for the device, and a forward pass needs few operations on it. Callers turn
+    gradients off.
     """
 
-    def __init__(self, row: torch.Tensor) -> None:
+    def __init__(self, row: torch.Tensor, experts: int) -> None:
         self.forwards = self.tokens = 0
         self.loss, self.dropped, self.entropy = row[_LOSS], row[_DROPPED], row[_ENTROPY]
-        self.counts = row[_HEAD:]
+        self.counts = row[_HEAD : _HEAD + experts]
 
-    @torch.no_grad()
     def add(self, routed: Routed) -> None:
         self.forwards += 1
-        self.counts[: len(routed.counts)].add_(routed.counts)
+        self.counts.add_(routed.counts)
         if routed.loss is not None:
-            self.loss += routed.loss
-            self.dropped += routed.dropped
+            self.loss.add_(routed.loss)
+        if routed.dropped is not None:
+            self.dropped.add_(routed.dropped)
         if routed.logits is not None:
             self.add_entropy(routed.logits)
 
-    @torch.no_grad()
     def add_entropy(self, logits: torch.Tensor) -> None:
         entropy, tokens = summed_entropy(logits)
-        self.entropy += entropy
+        self.entropy.add_(entropy)
         self.tokens += tokens
 
 

@@ -58,7 +58,7 @@ class MixtralSparseMoeBlock(Block):
 def test_forms(block: Block, has_logits: bool) -> None:
     (router,) = find_routers(nn.ModuleDict({"mlp": block}))
     assert (router.label, router.experts, router.has_loss) == ("mlp", 4, False)
-    found = router.read((), router.module(torch.ones(1)))
+    found = router.read(router.module(torch.ones(1)))
     assert found.counts.tolist() == [1, 1, 3, 1]
     assert (found.logits is LOGITS) == has_logits
 
@@ -66,13 +66,13 @@ def test_forms(block: Block, has_logits: bool) -> None:
 def test_numbers_that_mean_no_expert() -> None:
     chosen = torch.tensor([[0, 4], [-1, 3]])
     (router,) = find_routers(nn.ModuleDict({"mlp": Block((LOGITS[:2], WEIGHTS[:2], chosen))}))
-    assert router.read((), router.module(torch.ones(1))).counts.tolist() == [1, 0, 0, 1]
+    assert router.read(router.module(torch.ones(1))).counts.tolist() == [1, 0, 0, 1]
 
 
 def test_what_cannot_be_read_is_refused() -> None:
     (router,) = find_routers(nn.ModuleDict({"mlp": Block((LOGITS, WEIGHTS, LOGITS))}))
     with pytest.raises(InvalidArgumentError, match=r"router of 'mlp' returns .*\(3, 2\).* 2 exp"):
-        router.read((), router.module(torch.ones(1)))
+        router.read(router.module(torch.ones(1)))
 
 
 def test_other_blocks_are_not_found() -> None:

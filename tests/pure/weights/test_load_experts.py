@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from moe_groups._deepspeed.layers import GATE_BIAS, give_bias
 from moe_groups.errors import (
     CheckpointError,
     CheckpointWarning,
@@ -455,6 +456,23 @@ def test_round_trip(family: Any, fused: bool, tmp_path: Path) -> None:
     load_experts(again, tmp_path / "out")
     for own, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(own, other)
+
+
+def test_biases_of_balance_experts(mixtral: Path, tmp_path: Path) -> None:
+    """They come back beside the router's weight; a checkpoint without them is refused."""
+    model, again = decoder(), decoder()
+    load_experts(model, mixtral, strict=False)
+    for number, one in enumerate((model, again)):
+        block: Any
+        for block in one.blocks.values():
+            give_bias(block["moe"])[0].get_buffer(GATE_BIAS).fill_(1.5 - number)
+    save_experts(model, tmp_path / "out", family="mixtral")
+    load_experts(again, tmp_path / "out")
+    for name, bias in again.named_buffers():
+        assert name.endswith(GATE_BIAS)
+        assert bias.tolist() == [1.5] * len(bias)
+    save_experts(decoder(), tmp_path / "without", family="mixtral")
+    refused(again, tmp_path / "without", "router.weight_bias: the checkpoint has nothing for it")
 
 
 def test_a_changed_bit_is_refused(mixtral: Path, tmp_path: Path) -> None:
