@@ -21,8 +21,7 @@ ZERO3: dict[str, Any] = {
 }
 
 
-def start_zero3(model: nn.Module, **grouping: Any) -> Any:
-    groups = create_moe_param_groups(model, **grouping)
+def start_zero3(model: nn.Module, groups: list[dict[str, Any]]) -> Any:
     return initialize(model, torch.optim.AdamW(groups), ZERO3)
 
 
@@ -33,7 +32,8 @@ def answers() -> None:
     with partitioned:
         early = Dense()
     groups = create_moe_param_groups(early)  # no warning of costs either
-    engine = start_zero3(late := Dense())
+    late = Dense()
+    engine = start_zero3(late, create_moe_param_groups(late))
     for model in (early, late, engine):
         with refused:
             plan_param_groups(model)
@@ -44,10 +44,10 @@ def answers() -> None:
             estimate_step_memory(made)
 
     model = Dense()
-    plan = plan_param_groups(model)
-    for options in ({"plan": plan}, {"step_memory_budget": "auto"}):
+    planned = plan_param_groups(model).groups_of(model)
+    for groups in (planned, create_moe_param_groups(model, step_memory_budget="auto")):
         with pytest.raises(InvalidArgumentError, match=r"were planned.*ZeRO-3.*sub_group_size"):
-            start_zero3(model, **options)
+            start_zero3(model, groups)
 
     engine = start_dense("zero1")
     assert plan_param_groups(engine.module).step.zero_stage == 1
