@@ -69,15 +69,12 @@ def test_figures_in_the_readme(start: Callable[..., str]) -> None:
         assert "| {} | {} | {} | {} | ".format(name, *cells[:3]) in readme
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("args", "ranks"),
     [
         (["--bf16-optimizer", "--split-by", "expert"], 2),
-        pytest.param(
-            ["--zero-stage", "1", "--ep-size", "1", "--split-by", "parallel_group"],
-            4,
-            marks=pytest.mark.long,
-        ),
+        (["--zero-stage", "1", "--ep-size", "1", "--split-by", "parallel_group"], 4),
     ],
 )
 def test_flags(args: list[str], ranks: int, tmp_path: Path) -> None:
