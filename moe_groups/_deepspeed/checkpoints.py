@@ -3,7 +3,7 @@
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,9 +213,19 @@ def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _match_biases(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
     """Biases of ``balance_experts`` begin at 0 where a checkpoint has none; none gets lost."""
+    check_biases(model, saved)
     for name, bias in biases(model).items():
         if bias is not None and name not in saved:
             saved[name] = torch.zeros_like(bias, device="cpu")
+
+
+def check_biases(model: nn.Module, saved: Container[str]) -> None:
+    """Refuse biases that a checkpoint has and the layers of the model have not.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    for name, bias in biases(model).items():
         if bias is None and name in saved:
             raise CheckpointError(
                 f"the checkpoint has {name}, the bias of experts of a run with balance_experts, "

@@ -238,7 +238,12 @@ def guarded_load(engine: Engine, load: Callable[..., Any], given: dict[str, Any]
 
         names, folder = _names(engine), Path(given["load_dir"])
         with checked_universal(
-            engine, folder, given["tag"], optimizer=optimizer, scheduler=scheduler
+            engine,
+            folder,
+            given["tag"],
+            optimizer=optimizer,
+            scheduler=scheduler,
+            strict=given["load_module_strict"],
         ):
             result = load(**given)
         _restore_names(engine, names)
