@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_groups._deepspeed.engines import (
     engine_data_parallel_group,
+    is_pipeline,
     stepped_groups,
     wrapper_name,
 )
@@ -118,6 +119,12 @@ def model_states_file(engine: Any, load_dir: Path, tag: str) -> Path | None:
     files = engine._get_all_ckpt_names(str(load_dir), tag)
     index = checkpoint_rank(engine)[0] * len(files) // engine.mp_world_size
     return Path(files[index]) if files else None
+
+
+def stage_weights_file(engine: Any, load_dir: Path, tag: str) -> Path | None:
+    """The file with the weights of this rank's stage; None without a pipeline, or where none is."""
+    path = Path(engine._get_ckpt_name(str(load_dir), tag)) if is_pipeline(engine.module) else None
+    return path if path is not None and path.is_file() else None
 
 
 def separate_steps(engine: Any) -> None:

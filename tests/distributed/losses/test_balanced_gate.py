@@ -352,6 +352,30 @@ def test_pipeline(tmp_path: Path) -> None:
     assert last == ["block3", "block4", "block5"]
 
 
+def stage_without_experts(folder: Path) -> str:
+    """It does not load what the other stage refuses."""
+    run = Run(pp=2, ep=(0, 0, 1, 1), micro_batches=2)
+    engine = start_run(run)
+    balance_experts(engine, RATE)
+    train_run(engine, run, 1)
+    engine.save_checkpoint(str(folder))
+    forget_process_groups()
+    engine = start_run(run)
+    before = {name: param.clone() for name, param in engine.module.named_parameters()}
+    with pytest.raises(CheckpointError) as error:
+        engine.load_checkpoint(str(folder))
+    assert engine.global_steps == 0
+    now = dict(engine.module.named_parameters())
+    assert all(torch.equal(now[name], param) for name, param in before.items())
+    return str(error.value)
+
+
+def test_a_stage_without_experts_loads_nothing_that_another_refuses(tmp_path: Path) -> None:
+    first, last = run_on_ranks(2, stage_without_experts, tmp_path)
+    assert first == last
+    assert "wg.weight_bias, the bias of experts" in last
+
+
 class OwnGate(TopKGate):
     """A gate of a user."""
 
