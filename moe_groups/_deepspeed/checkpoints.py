@@ -3,7 +3,7 @@
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_groups._deepspeed.engines import (
     engine_data_parallel_group,
+    is_pipeline,
     stepped_groups,
     wrapper_name,
 )
@@ -120,6 +121,12 @@ def model_states_file(engine: Any, load_dir: Path, tag: str) -> Path | None:
     return Path(files[index]) if files else None
 
 
+def stage_weights_file(engine: Any, load_dir: Path, tag: str) -> Path | None:
+    """The file with the weights of this rank's stage; None without a pipeline, or where none is."""
+    path = Path(engine._get_ckpt_name(str(load_dir), tag)) if is_pipeline(engine.module) else None
+    return path if path is not None and path.is_file() else None
+
+
 def separate_steps(engine: Any) -> None:
     """Give each sub-group of ZeRO-3 a step count of its own.
 
@@ -213,9 +220,19 @@ def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _match_biases(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
     """Biases of ``balance_experts`` begin at 0 where a checkpoint has none; none gets lost."""
+    check_biases(model, saved)
     for name, bias in biases(model).items():
         if bias is not None and name not in saved:
             saved[name] = torch.zeros_like(bias, device="cpu")
+
+
+def check_biases(model: nn.Module, saved: Container[str]) -> None:
+    """Refuse biases that a checkpoint has and the layers of the model have not.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    for name, bias in biases(model).items():
         if bias is None and name in saved:
             raise CheckpointError(
                 f"the checkpoint has {name}, the bias of experts of a run with balance_experts, "

@@ -237,7 +237,8 @@ def plan_param_groups(
     Raises:
         PlanError: no plan fits; the message names the smallest budget, or the smallest number
             of groups, that works.
-        InvalidArgumentError: an argument is out of range, or the model or its engine is of ZeRO-3.
+        InvalidArgumentError: an argument is out of range, the model or its engine is of ZeRO-3, or
+            the cost of its engine's step is not known.
         MoEGroupsError: as :func:`create_moe_param_groups`.
 
     Example:

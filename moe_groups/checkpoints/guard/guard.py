@@ -14,8 +14,10 @@ from moe_groups._common.own_folder import is_plain
 from moe_groups._common.ranks import on_all_ranks
 from moe_groups._common.warn import warn
 from moe_groups._deepspeed.checkpoints import (
+    check_biases,
     checkpoint_tag,
     loads_weights_by_position,
+    stage_weights_file,
     weights_alone,
     writes_later,
 )
@@ -26,11 +28,12 @@ from moe_groups._deepspeed.engines import (
     refresh_master_weights,
     wrapper_name,
 )
-from moe_groups.checkpoints.files import check_tag, list_files, list_saved
+from moe_groups.checkpoints.files import check_tag, list_files, list_saved, read_latest
 from moe_groups.checkpoints.guard.engine_layout import describe_run, gather_layout, with_options_of
 from moe_groups.checkpoints.guard.saving import announce, mark_finished, mark_unfinished
 from moe_groups.checkpoints.layout import Layout
 from moe_groups.checkpoints.manifest import FILE_NAME, UNFINISHED, write_manifest
+from moe_groups.checkpoints.torch_file import read_torch_file
 from moe_groups.errors import CheckpointError, CheckpointWarning, MoEGroupsError
 from moe_groups.tags import LABELS
 
@@ -238,7 +241,12 @@ def guarded_load(engine: Engine, load: Callable[..., Any], given: dict[str, Any]
 
         names, folder = _names(engine), Path(given["load_dir"])
         with checked_universal(
-            engine, folder, given["tag"], optimizer=optimizer, scheduler=scheduler
+            engine,
+            folder,
+            given["tag"],
+            optimizer=optimizer,
+            scheduler=scheduler,
+            strict=given["load_module_strict"],
         ):
             result = load(**given)
         _restore_names(engine, names)
@@ -263,6 +271,8 @@ def guarded_load(engine: Engine, load: Callable[..., Any], given: dict[str, Any]
         scratch_dir=guard.scratch_dir,
     ) as directory:
         given["load_dir"] = str(directory)
+        if given["load_module_strict"]:
+            on_all_ranks(lambda: _check_stage_biases(engine, Path(directory), tag))
         path, client_state = load(**given)
     if optimizer:
         _restore_names(engine, names)
@@ -284,6 +294,15 @@ def _check_loads_weights(engine: Engine, given: Mapping[str, Any]) -> None:
             f"optimizer's partitions. Nothing was loaded: give {alone}, which loads the weights "
             "alone, into fresh optimizer state."
         )
+
+
+def _check_stage_biases(engine: Engine, load_dir: Path, tag: str | None) -> None:
+    """Refuse biases of experts before another stage of a pipeline, without experts, has loaded."""
+    tag = tag or read_latest(load_dir)
+    path = None if tag is None else stage_weights_file(engine, load_dir, tag)
+    if path is not None:
+        weights = read_torch_file(path, trust=True).get("module")
+        check_biases(engine.module, weights if isinstance(weights, dict) else {})
 
 
 def _loads_optimizer(engine: Engine, given: Mapping[str, Any]) -> bool:

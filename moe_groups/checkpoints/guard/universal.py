@@ -17,7 +17,7 @@ import torch
 
 from moe_groups._common.ranks import on_all_ranks, on_first_rank
 from moe_groups._common.warn import warn
-from moe_groups._deepspeed.checkpoints import model_states_file, separate_steps
+from moe_groups._deepspeed.checkpoints import check_biases, model_states_file, separate_steps
 from moe_groups._deepspeed.engines import Engine, wrapper_name
 from moe_groups.checkpoints.files import check_tag, no_such_tag, read_latest
 from moe_groups.checkpoints.torch_file import read_torch_file
@@ -48,7 +48,13 @@ class _Saved(NamedTuple):
 
 @contextlib.contextmanager
 def checked_universal(
-    engine: Engine, load_dir: Path, tag: object, *, optimizer: bool, scheduler: bool
+    engine: Engine,
+    load_dir: Path,
+    tag: object,
+    *,
+    optimizer: bool,
+    scheduler: bool,
+    strict: bool,
 ) -> Iterator[None]:
     """Load inside of it; all ranks enter together. The groups get their own saved options.
 
@@ -57,11 +63,13 @@ def checked_universal(
     Args:
         optimizer: the call loads optimizer state. Under ZeRO-1 and ZeRO-2 all calls do.
         scheduler: values of a scheduler are loaded by the position of groups.
+        strict: biases of experts that the model has not are refused.
 
     Raises:
         CheckpointMismatchError: groups would be left out, or get another one's schedule or step,
             or the checkpoint is one for another stage of ZeRO.
-        CheckpointError: the checkpoint is not there or cannot be read.
+        CheckpointError: the checkpoint is not there, cannot be read, or has biases of
+            ``balance_experts`` that the model has not.
     """
     saved = on_first_rank(lambda: _read(load_dir, tag), _OUTCOME)
     if saved is None:  # no checkpoint, which DeepSpeed says
@@ -78,7 +86,9 @@ def checked_universal(
             f"{load_dir} is a universal checkpoint that {said}. {_OUTCOME} {instead}.", [said]
         )
     buffers: dict[str, torch.Tensor] = {}
-    on_all_ranks(lambda: buffers.update(_read_buffers(engine, load_dir, saved.tag)), _OUTCOME)
+    on_all_ranks(
+        lambda: buffers.update(_read_buffers(engine, load_dir, saved.tag, strict)), _OUTCOME
+    )
     wanted = saved.groups if same and optimizer else list(map(_options, groups))
     yield
     _load_buffers(engine, buffers)
@@ -141,18 +151,22 @@ def _persistent_buffers(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
 
 
-def _read_buffers(engine: Engine, load_dir: Path, tag: str) -> Mapping[str, torch.Tensor]:
+def _read_buffers(
+    engine: Engine, load_dir: Path, tag: str, strict: bool
+) -> Mapping[str, torch.Tensor]:
     """Saved values of this rank's persistent buffers, such as a router's bias, by name.
 
     DeepSpeed loads no buffers of a universal checkpoint.
     """
     path = model_states_file(engine, load_dir, tag)
-    if path is None or not (live := _persistent_buffers(engine)):
+    if path is None:
         return {}
     weights = read_torch_file(path, trust=True).get("module") or {}  # a pipeline has others
+    if strict:
+        check_biases(engine.module, weights)
     return {
         name: weights[name]
-        for name, buffer in live.items()
+        for name, buffer in _persistent_buffers(engine).items()
         if torch.is_tensor(weights.get(name)) and weights[name].shape == buffer.shape
     }
 

@@ -23,6 +23,7 @@ from tests.support.checkpointed_models import (
     gradients,
     initialized,
 )
+from tests.support.checkpoints.guard_runs import to_universal
 from tests.support.models import FFN, HIDDEN
 from tests.support.pairwise import Row, few_now, pairwise
 from tests.support.ranks import forget_process_groups, run_on_ranks
@@ -176,10 +177,10 @@ class ByHand:
         return found
 
 
-def start_engine(wrapper: str, way: str) -> Any:
+def start_engine(wrapper: str, way: str, ep_size: int = 2, **changes: Any) -> Any:
     torch.manual_seed(0)
-    model = CheckpointedMoE(WAYS[way], num_experts=EXPERTS, ep_size=2, k=2)
-    return start(wrapper, groups_by("expert"), model, gradient_accumulation_steps=2)
+    model = CheckpointedMoE(WAYS[way], num_experts=EXPERTS, ep_size=ep_size, k=2)
+    return start(wrapper, groups_by("expert"), model, gradient_accumulation_steps=2, **changes)
 
 
 def two_micro_batches(engine: Any, step: int, hand: ByHand | None = None) -> list[float]:
@@ -298,6 +299,33 @@ def test_checkpoints_with_and_without_biases(tmp_path: Path) -> None:
     assert "Call balance_experts(engine) before load_checkpoint" in text
 
 
+def universal(folder: Path) -> str:
+    """A universal checkpoint with biases, loaded by a balanced run, and by another."""
+    engine = start_engine("zero1", "plain", ep_size=1)
+    balancer = balance_experts(engine, RATE)
+    two_micro_batches(engine, 0)
+    engine.save_checkpoint(str(folder / "saved"), tag="t")
+    saved = [bias.clone() for bias in balancer.biases.values()]
+    to_universal(folder)
+    forget_process_groups()
+    engine = start_engine("zero1", "plain", ep_size=1, checkpoint={"load_universal": True})
+    before = weights(engine)
+    with pytest.raises(CheckpointError) as error:
+        engine.load_checkpoint(str(folder / "universal"))
+    assert largest_difference(weights(engine), before) == 0.0
+    engine.load_checkpoint(str(folder / "universal"), load_module_strict=False)
+    balancer = balance_experts(engine, RATE)
+    engine.load_checkpoint(str(folder / "universal"))
+    assert all(map(torch.equal, balancer.biases.values(), saved))
+    assert any(bias.any() for bias in saved)
+    return str(error.value)
+
+
+def test_universal_checkpoints_keep_the_biases(tmp_path: Path) -> None:
+    for error in run_on_ranks(2, universal, tmp_path):
+        assert "blocks.0.moe.deepspeed_moe.gate.wg.weight_bias, the bias of experts" in error
+
+
 def pipeline(folder: Path) -> list[Any]:
     """Two stages with three layers each, and one data-parallel rank."""
     run = Run(pp=2, ep=(1,) * 6, micro_batches=2)
@@ -322,6 +350,30 @@ def test_pipeline(tmp_path: Path) -> None:
     first, last = run_on_ranks(2, pipeline, tmp_path)
     assert first == ["block0", "block1", "block2"]
     assert last == ["block3", "block4", "block5"]
+
+
+def stage_without_experts(folder: Path) -> str:
+    """It does not load what the other stage refuses."""
+    run = Run(pp=2, ep=(0, 0, 1, 1), micro_batches=2)
+    engine = start_run(run)
+    balance_experts(engine, RATE)
+    train_run(engine, run, 1)
+    engine.save_checkpoint(str(folder))
+    forget_process_groups()
+    engine = start_run(run)
+    before = {name: param.clone() for name, param in engine.module.named_parameters()}
+    with pytest.raises(CheckpointError) as error:
+        engine.load_checkpoint(str(folder))
+    assert engine.global_steps == 0
+    now = dict(engine.module.named_parameters())
+    assert all(torch.equal(now[name], param) for name, param in before.items())
+    return str(error.value)
+
+
+def test_a_stage_without_experts_loads_nothing_that_another_refuses(tmp_path: Path) -> None:
+    first, last = run_on_ranks(2, stage_without_experts, tmp_path)
+    assert first == last
+    assert "wg.weight_bias, the bias of experts" in last
 
 
 class OwnGate(TopKGate):
