@@ -115,8 +115,8 @@ def _state(source: RegroupSource, group: FlatGroup, rank: Rank) -> dict[str, Any
         raise CheckpointError(
             f"group {group.name!r} of the new groups would hold parameters that DeepSpeed's Muon "
             "steps, whose momentum is kept as whole matrices on each rank that has a part of them, "
-            "and cannot be laid out anew. Load with the groups of the checkpoint, or its weights "
-            "alone (load_module_only=True)."
+            "and cannot be laid out anew. Load with the groups and the ep_size of the checkpoint, "
+            "or its weights alone (load_module_only=True)."
         )
     olds = [shard.states(index) for shard, index in saved]
     kinds = sorted({str(sorted(states)) for states in olds})
