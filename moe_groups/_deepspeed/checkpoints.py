@@ -218,10 +218,10 @@ def _match_biases(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
             saved[name] = torch.zeros_like(bias, device="cpu")
         if bias is None and name in saved:
             raise CheckpointError(
-                f"the checkpoint has {name}, the bias of experts of a run with balance_experts, "
-                "without which the router chooses others. Nothing was loaded. Call "
-                "balance_experts(engine) before load_checkpoint (and close() the balancer to train "
-                "on with biases that stay), or pass load_module_strict=False to drop them."
+                f"the checkpoint has {name}, a bias of a run with balance_experts, and without it "
+                "the router chooses other experts. Nothing was loaded. Call "
+                "balance_experts(engine) before load_checkpoint (and close() the balancer to keep "
+                "the biases as they are), or pass load_module_strict=False to drop them."
             )
 
 

@@ -221,7 +221,7 @@ def check_refreshes(engine: Any) -> None:
     """
     if wrapper_name(engine) == "ZeRO-3" and (found := stepped_elsewhere(engine)):
         raise InvalidArgumentError(
-            f"load_experts cannot refresh all that ZeRO-3 steps with {found}: load before "
+            f"load_experts cannot refresh all master weights of ZeRO-3 with {found}: load before "
             'deepspeed.initialize, or take the setting out of "zero_optimization" in the config.'
         )
 

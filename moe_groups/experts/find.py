@@ -153,8 +153,8 @@ def tag_experts(
     if pattern is None:
         if ep_size is not None:
             raise InvalidArgumentError(
-                f"tag_experts: ep_size={ep_size!r} is for the modules that a pattern matches, and "
-                "there is none. Without a pattern the parameters say their group themselves."
+                f"tag_experts: ep_size={ep_size!r} needs a pattern. Without one, the group_name of "
+                "each parameter gives its expert-parallel size."
             )
         return _written(find_experts(model))
     ep_size = ep_size or 1

@@ -59,8 +59,8 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
     """
     if "weight_decay" in options:
         raise InvalidArgumentError(
-            "weight_decay cannot be given where an optimizer is grouped, which has one already: "
-            "give it to the optimizer."
+            "weight_decay cannot be given here, because the optimizer has one already: give it to "
+            "the optimizer."
         )
     _check_optimizer(optimizer)
     own = _own_groups(optimizer)

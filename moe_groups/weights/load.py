@@ -200,8 +200,8 @@ def _checked(prepare: Callable[[], _Prepared]) -> _Prepared:
     files, *_ = prepared[0]
     if total := sum(unstated):
         warn(
-            f"{total:,} tensors of {files.directory} state no CRC-32, as save_experts did not "
-            "write them: whether they changed cannot be told.",
+            f"{total:,} tensors of {files.directory} state no CRC-32, because save_experts did not "
+            "write them: they cannot be compared.",
             CheckpointWarning,
         )
     return prepared[0]

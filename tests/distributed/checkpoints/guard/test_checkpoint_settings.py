@@ -169,7 +169,7 @@ def test_fewer_experts_with_another_ep_size(tmp_path: Path) -> None:
         lost = f"the model has no blocks.0.{EXPERTS}.2.up.weight, the checkpoint has"
         assert lines[0] == OTHER_SIZES
         assert lost in lines
-        assert "the model or its parallel sizes are others" in text
+        assert "the model or its parallel sizes differ" in text
 
 
 def test_another_model(tmp_path: Path) -> None:

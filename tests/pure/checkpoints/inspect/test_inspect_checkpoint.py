@@ -433,7 +433,7 @@ def test_tags(sound: Path, tmp_path: Path) -> None:
     shutil.copytree(directory / TAG, directory / "older")
     for found in (inspect_checkpoint(directory, "older"), inspect_checkpoint(directory / "older")):
         assert (found.tag, found.problems) == ("older", ())
-        assert found.notes == (f"latest names {TAG!r}: that is loaded where no tag is given",)
+        assert found.notes == (f"latest names {TAG!r}, which is loaded if no tag is given",)
     (directory / "latest").unlink()
     assert "no file 'latest'" in inspect_checkpoint(directory, TAG).notes[0]
     with pytest.raises(CheckpointError, match="latest"):
