@@ -103,7 +103,7 @@ def weights_alone(wrapper: str) -> str:
 
 
 def loads_weights_by_position(engine: Any) -> bool:
-    """Does ``load_checkpoint`` take the weights from the groups' partitions, whatever it loads?
+    """Does ``load_checkpoint`` always take the weights from the groups' partitions?
 
     Under ZeRO-3 it does so in a model with AutoEP's layers (``runtime/engine.py``).
     """
@@ -212,7 +212,7 @@ def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _match_biases(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """Biases of ``balance_experts`` begin at 0 where a checkpoint has none; none gets lost."""
+    """Biases of ``balance_experts`` begin at 0 without saved ones; refuse to drop saved ones."""
     for name, bias in biases(model).items():
         if bias is not None and name not in saved:
             saved[name] = torch.zeros_like(bias, device="cpu")

@@ -54,7 +54,7 @@ class RankModel:
         held: number of elements on the rank.
         in_experts: number of elements of experts on the rank.
         ep_sizes: EP sizes, ascending.
-        notes: what is other than asked.
+        notes: where the result differs from the request.
     """
 
     model: nn.Module

@@ -321,9 +321,9 @@ class _Finder:
 
         Args:
             row: what is tagged.
-            flag: whose attributes say so.
+            flag: the parameter that has the attributes.
             path: of the layer.
-            by_hand: what a label that somebody gave belongs to.
+            by_hand: the path to which a label of the caller belongs.
         """
         param = self.found.params[flag]
         tag = get_expert_tag(param, self.found.names[row])

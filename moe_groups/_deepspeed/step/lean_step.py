@@ -191,7 +191,7 @@ class ZeroStep:
     ) -> None:
         optimizer = self.zero.optimizer
         master = self.zero.single_partition_of_fp32_groups[index]
-        # Tells hooks that there is a gradient, without the memory of one.
+        # Shows hooks that there is a gradient, without the memory of one.
         master.grad = master.new_zeros(()).expand(master.shape)
         try:
             with tiles.only(optimizer, [group]), tiles.around_hooks(optimizer):

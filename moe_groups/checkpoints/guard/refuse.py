@@ -196,7 +196,7 @@ def _parallel_groups(layout: Layout) -> set[str]:
 
 
 def _pairs(saved: Layout, running: Layout) -> Iterator[tuple[list[FlatGroup], list[FlatGroup]]]:
-    """Each rank with one that had its experts, alike ones once; without those nobody had."""
+    """Each rank with a saved one of the same experts, if there is one; equal pairs once."""
     common = _parallel_groups(saved) & _parallel_groups(running)
     had: dict[tuple[int, frozenset[Any]], Rank] = {}
     for rank in sorted(saved.order):
