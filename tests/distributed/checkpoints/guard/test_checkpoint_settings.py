@@ -232,7 +232,7 @@ def test_settings_that_move_parameters(
 
 
 def converted(before: dict[str, Any], after: dict[str, Any], folder: Path) -> list[bool]:
-    """Converted while loading, from DeepSpeed's own files: trains on, is saved and loaded alike."""
+    """Converted while loading, from DeepSpeed's own files: trains, is saved and is loaded."""
     old, new = (
         Case("zero2", split, 1, None, {"contiguous_gradients": True, **zero}, Odd)
         for split, zero in (("module", before), ("expert", after))
