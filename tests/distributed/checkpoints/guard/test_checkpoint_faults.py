@@ -144,7 +144,7 @@ def test_an_error_on_one_rank_while_other_groups_are_loaded(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("pages", [3, -3])
 def test_scratch_disk_too_small(pages: int, tmp_path: Path, disk: SmallDisk) -> None:
-    """The error comes before anything is written, or in the middle if the files are a bit larger."""
+    """The error comes before anything is written, or in the middle of it."""
     run_on_ranks(WORLD, loading_faults.save, tmp_path, "zero2")
     files = [*(tmp_path / "checkpoints/first").glob("*_states.pt")]
     needed = sum(path.stat().st_size for path in files if "expert" not in path.name)
