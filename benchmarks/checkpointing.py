@@ -28,7 +28,7 @@ LABELS = {"plain": "none", "torch": "torch's", "ours": "ours"}
 
 
 class Block(nn.Module):
-    """A norm, and a MoE layer whose experts have an inner width of 4 x hidden."""
+    """A norm, and an MoE layer whose experts have an inner width of 4 x hidden."""
 
     def __init__(self, hidden: int, k: int) -> None:
         super().__init__()

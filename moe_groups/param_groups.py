@@ -90,8 +90,8 @@ def create_moe_param_groups(
         PlanError: no groups fit the budget.
 
     Warns:
-        UnmarkedExpertsWarning: all parameters are grouped as dense, with ``split_by="expert"`` or
-            though names of parameters speak of experts.
+        UnmarkedExpertsWarning: all parameters are grouped as dense, although ``split_by`` is
+            "expert" or names of parameters contain "experts".
         CostlyGroupsWarning: the step over the groups peaks at more than 1.5 times what other
             groups with the same ``split_by`` need, if the number of ranks is known. It compares
             with simple groups only; :func:`plan_param_groups` searches.

@@ -17,7 +17,7 @@ from moe_groups._common.arguments import checked, shown
 from moe_groups.errors import TagError
 
 LABELS = ("expert_group_name", "expert_number")
-"""Keys of a MoE param group that say whose parameters it holds."""
+"""Keys of an MoE param group that say whose parameters it holds."""
 STEP_OPTIONS = "step_options"
 """Key of a param group for options that hold while it is stepped (``engine/step_options.py``)."""
 PARALLEL_GROUP = re.compile(r"ep_size_[1-9]\d*")
@@ -172,7 +172,7 @@ def check_parallel_group(value: object, owner: str) -> None:
 
 
 def parallel_group_of(name: str) -> str:
-    """``ep_size_<N>`` from the name of a MoE param group; any other name unchanged."""
+    """``ep_size_<N>`` from the name of an MoE param group; any other name unchanged."""
     match = _GROUP_NAME.fullmatch(name)
     return match[1] if match else name
 

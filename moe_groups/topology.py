@@ -181,7 +181,7 @@ class Topology:
         else:
             among = f"the {number} ranks of a stage ({cut}) over which whole experts"
         return (
-            f"ep_size={self.ep_size} does not divide {among} are shared out: use a divisor of "
+            f"ep_size={self.ep_size} does not divide {among} are distributed: use a divisor of "
             f"{number}."
         )
 

@@ -29,12 +29,12 @@ def main() -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         [metadata] = [name for name in archive.namelist() if name.endswith("/METADATA")]
-        told = message_from_bytes(archive.read(metadata))
+        package_info = message_from_bytes(archive.read(metadata))
     inside = {name for name in inside - MADE if not name.startswith("moe_groups.egg-info/")}
     problems = [
         *_differences(sdist, inside, tracked),
         *_differences(wheel, names, package),
-        *_links(str(told.get_payload()), inside),
+        *_links(str(package_info.get_payload()), inside),
     ]
     if not tracked:
         problems = ["git lists no files: run this in a checkout."]

@@ -1,4 +1,4 @@
-"""Train a MoE model with Lightning: groups by expert, and their learning rates in the logger.
+"""Train an MoE model with Lightning: groups by expert, and their learning rates in the logger.
 
 torchrun --nproc-per-node 2 docs/examples/lightning_moe.py
 """
@@ -18,7 +18,7 @@ from moe_groups.integrations.lightning import GroupLearningRateMonitor
 
 
 class Model(pl.LightningModule):
-    """A MoE layer that learns to return 1."""
+    """An MoE layer that learns to return 1."""
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()

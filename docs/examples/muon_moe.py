@@ -1,4 +1,4 @@
-"""Muon for the matrices of a MoE model, with groups by expert, and Adam for the rest.
+"""Muon for the matrices of an MoE model, with groups by expert, and Adam for the rest.
 
 torchrun --nproc-per-node 2 docs/examples/muon_moe.py
 """

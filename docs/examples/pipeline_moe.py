@@ -1,4 +1,4 @@
-"""Train a byte-level GPT with a MoE in every second block over pipeline, tensor, expert and data
+"""Train a byte-level GPT with an MoE in every second block over pipeline, tensor, expert and data
 parallel ranks, and print its load-balancing losses from all stages.
 
     torchrun --nproc-per-node 4 docs/examples/pipeline_moe.py --pp 2 --ep 2
@@ -91,7 +91,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network; in every second block a MoE, with its loss."""
+    """Attention and a feed-forward network; in every second block an MoE, with its loss."""
 
     def __init__(self, args: argparse.Namespace, grid: PipelineParallelGrid, number: int) -> None:
         super().__init__()

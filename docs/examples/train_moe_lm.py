@@ -36,7 +36,7 @@ from moe_groups import (
 from moe_groups.errors import UnsupportedDeepSpeedError
 
 VOCABULARY = 256  # bytes
-TILE = "256KiB"  # for a model as small as this; lean_step takes 64 MiB unless told otherwise
+TILE = "256KiB"  # for a model as small as this; the default of lean_step is 64 MiB
 
 
 class SwiGLU(nn.Module):

@@ -1,8 +1,8 @@
-"""The boundary: arguments of public functions are held against their annotations, in one place.
+"""The boundary: arguments of public functions are checked against their annotations, in one place.
 
-``@checked`` stands on every public function, and on every public class for its constructor and
-methods. A value that its annotation does not allow is refused before the function begins. What no
-type says is an :class:`Is` in the annotation, such as :data:`Positive`.
+``@checked`` is on every public function, and on every public class for its constructor and
+methods. A value that its annotation does not allow is refused before the function begins. A rule
+that no type expresses is an :class:`Is` in the annotation, such as :data:`Positive`.
 """
 
 import errno

@@ -41,7 +41,7 @@ def read_json(path: Path, error: type[MoEGroupsError], way_out: str = "") -> dic
 
 
 def _check_depth(content: Any) -> None:
-    """What is nested too deeply for whoever walks through it later."""
+    """Refuse content that is nested too deeply for functions that recurse into it."""
     level = [content]
     for _ in range(_DEEPEST):
         level = [

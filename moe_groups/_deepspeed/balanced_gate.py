@@ -1,4 +1,4 @@
-"""DeepSpeed's gate with a bias that is added to its logits where it chooses, and nowhere else.
+"""DeepSpeed's gate with a bias that is added to its logits for the choice of experts only.
 
 DeepSpeed's own functions choose from the logits plus the bias, so its noise, capacity, dropping and
 random token selection follow them. Only the loss and the weights of the chosen experts are
@@ -34,7 +34,7 @@ class BalancedGate(sharded_moe.TopKGate):
 
 
 def give_gate_bias(layer: Any) -> None:
-    """Give the gate of a ``MoE`` a bias of 0 in its choice; one that it has goes on, in fp32.
+    """Give the gate of a ``MoE`` a bias of 0 for its choice; a bias that it has is kept, in fp32.
 
     The bias is a buffer of ``wg``, because DeepSpeed leaves names with "expert" inside of a layer
     out of checkpoints (``_get_non_moe_state_dict``, ``runtime/engine.py``), also if the layer's own

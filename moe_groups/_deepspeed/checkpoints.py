@@ -104,7 +104,7 @@ def weights_alone(wrapper: str) -> str:
 
 
 def loads_weights_by_position(engine: Any) -> bool:
-    """Does ``load_checkpoint`` take the weights from the groups' partitions, whatever it loads?
+    """Does ``load_checkpoint`` always take the weights from the groups' partitions?
 
     Under ZeRO-3 it does so in a model with AutoEP's layers (``runtime/engine.py``).
     """
@@ -219,7 +219,7 @@ def wrap_load_module(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _match_biases(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """Biases of ``balance_experts`` begin at 0 where a checkpoint has none; none gets lost."""
+    """Biases of ``balance_experts`` begin at 0 without saved ones; refuse to drop saved ones."""
     check_biases(model, saved)
     for name, bias in biases(model).items():
         if bias is not None and name not in saved:
@@ -235,10 +235,10 @@ def check_biases(model: nn.Module, saved: Container[str]) -> None:
     for name, bias in biases(model).items():
         if bias is None and name in saved:
             raise CheckpointError(
-                f"the checkpoint has {name}, the bias of experts of a run with balance_experts, "
-                "without which the router chooses others. Nothing was loaded. Call "
-                "balance_experts(engine) before load_checkpoint (and close() the balancer to train "
-                "on with biases that stay), or pass load_module_strict=False to drop them."
+                f"the checkpoint has {name}, a bias of a run with balance_experts, and without it "
+                "the router chooses other experts. Nothing was loaded. Call "
+                "balance_experts(engine) before load_checkpoint (and close() the balancer to keep "
+                "the biases as they are), or pass load_module_strict=False to drop them."
             )
 
 

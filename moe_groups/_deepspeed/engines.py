@@ -130,7 +130,7 @@ def steps_parameters(engine: Any) -> bool:
 
 
 def needs_marks(engine: Any) -> bool:
-    """Does the wrapper (ZeRO, BF16_Optimizer) tell experts by the mark ``moe`` of a group?"""
+    """Does the wrapper (ZeRO, BF16_Optimizer) recognize experts by the mark ``moe`` of a group?"""
     return engine.zero_optimization() or hasattr(engine.optimizer, "real_dp_process_group")
 
 
@@ -221,7 +221,7 @@ def check_refreshes(engine: Any) -> None:
     """
     if wrapper_name(engine) == "ZeRO-3" and (found := stepped_elsewhere(engine)):
         raise InvalidArgumentError(
-            f"load_experts cannot refresh all that ZeRO-3 steps with {found}: load before "
+            f"load_experts cannot refresh all master weights of ZeRO-3 with {found}: load before "
             'deepspeed.initialize, or take the setting out of "zero_optimization" in the config.'
         )
 
@@ -249,7 +249,7 @@ def master_weights(engine: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that gives the fp32 values of a parameter or buffer of the model.
 
     All ranks that share the tensor call it together, in the same order: ZeRO and BF16_Optimizer
-    have a part of the master weights on each. What nobody steps in fp32 is cast.
+    have a part of the master weights on each. A tensor without master weights is cast.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 

@@ -98,7 +98,7 @@ def check_partitions(model: nn.Module) -> None:
         }
         if what := next((what for what, is_so in found.items() if is_so), None):
             raise InvalidArgumentError(
-                f"ZeRO-3 has {name} {what}, where load_experts does not write: load without this "
+                f"load_experts cannot write {name}, which ZeRO-3 has {what}: load without this "
                 "setting, or with from_pretrained before deepspeed.initialize."
             )
 

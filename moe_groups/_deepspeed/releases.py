@@ -93,7 +93,7 @@ FEATURES = {
     ),
     "top-k gating": Feature("sends a token to at most two experts", "0.15.0", _top_k),
     "remapped groups": Feature(
-        "does not put what AutoEP makes into groups that were made before",
+        "does not put AutoEP's parameters into groups that were made before",
         "0.19.7",
         _remapped_groups,
     ),

@@ -126,8 +126,8 @@ def _check_experts(engine: Any, optimizer: Any, wrapper: Any) -> None:
         raise ParameterInputError(problem)
     if wrapper is not None and isinstance(optimizer, FusedAdam):  # in the fp16 optimizer
         warn(
-            f"{problem} DeepSpeed's fp16 optimizer trains them, but a rank takes the norm with its "
-            "own experts only: ranks clip by different norms, and may skip different steps.",
+            f"{problem} DeepSpeed's fp16 optimizer trains them, but each rank's norm has its own "
+            "experts only: ranks clip by different norms, and may skip different steps.",
             UnmarkedExpertsWarning,
         )
 
@@ -177,8 +177,8 @@ def wrap_basic(original: Callable[..., Any]) -> Callable[..., Any]:
         if ours and self.optimizer_name() == "muon":
             raise InvalidArgumentError(
                 'the config\'s "optimizer": {"type": "Muon"} makes groups of its own, by the '
-                "shapes of the parameters, and drops the names and labels of those that it is "
-                "given. Take it out of the config and pass optimizer=MuonWithAuxAdam(groups) "
+                "shapes of the parameters, and drops the names and labels of your groups. "
+                "Take it out of the config and pass optimizer=MuonWithAuxAdam(groups) "
                 "(deepspeed.runtime.zero.muon.muon_optimizer), with the groups of split_for_muon."
             )
         return original(self, model_parameters)

@@ -1,7 +1,7 @@
 """Layer and expert number of expert parameters, from their qualified names alone.
 
 For a layout without a model. What :func:`moe_groups.tag_experts` reads off the tree of
-modules follows from names where an expert stands in a list whose name speaks of experts
+modules follows from names if an expert is in a list with "expert" in its name
 (``deepspeed/moe/experts.py`` calls it ``deepspeed_experts``), or where one tensor holds all
 experts of a layer (AutoEP has ``experts.w1``, ``w2`` and ``w3``).
 """
@@ -24,7 +24,7 @@ _PEFT = re.compile(
 
 
 class ExpertPlace(NamedTuple):
-    """What a name tells.
+    """What a name says about its expert.
 
     Attributes:
         layer: the layer's label, if it was given no other.

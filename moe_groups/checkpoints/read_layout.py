@@ -155,12 +155,12 @@ def check_states(files: CheckpointFiles) -> None:
     """Refuse a checkpoint whose optimizer states are not in files of ZeRO-1, ZeRO-2 or BF16.
 
     Raises:
-        CheckpointError: says what they are in.
+        CheckpointError: says where they are.
     """
     if (files.folder / _SWAPPED).is_dir():
         raise CheckpointError(
             f"{files.folder} holds optimizer states that were offloaded to NVMe ({_SWAPPED}): "
-            "files of DeepSpeed's swapper, in which no groups can be told apart."
+            "files of DeepSpeed's swapper, which do not say what groups they hold."
         )
     if not files.shards:
         raise CheckpointError(

@@ -39,7 +39,7 @@ DAMAGE = (
 code that looks for something that is not in it or is of another type."""
 
 _CHUNK = 1 << 20
-_OLD_FORMAT = b"\x80\x02"  # a pickle, of which nobody can tell whether it is whole
+_OLD_FORMAT = b"\x80\x02"  # a pickle, which does not show whether it is complete
 _NUMPY, _REBUILD = ("core", "_core"), ("_reconstruct", "scalar")
 
 
@@ -228,7 +228,7 @@ def stated_crcs(path: Path) -> set[int]:
 def digest_of(path: Path) -> str | None:
     """Of the names, sizes and CRC-32 of all records, as the file states them; reads no record.
 
-    So it tells files of two saves apart. None for a file in another format,
+    So files of two saves have different digests. None for a file in another format,
     or with a damaged list of records.
 
     Raises:

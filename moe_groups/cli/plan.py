@@ -54,7 +54,7 @@ class RankModel:
         held: number of elements on the rank.
         in_experts: number of elements of experts on the rank.
         ep_sizes: EP sizes, ascending.
-        notes: what is other than asked.
+        notes: where the result differs from the request.
     """
 
     model: nn.Module
@@ -109,7 +109,7 @@ def make_report(request: PlanRequest) -> PlanReport:
         request.step_memory_budget != "auto" or request.max_groups is not None
     ):
         raise InvalidArgumentError(
-            "with the optimizer on the host its step takes nothing on the device: leave out the "
+            "with the optimizer on the host its step needs no memory on the device: leave out the "
             "budget and the number of groups."
         )
     rank = _rank_model(request)
@@ -176,8 +176,8 @@ def _rank_model(request: PlanRequest) -> RankModel:
     assert best is not None
     if kept := undivided_layers(whole, request.ep_size or 1):
         best.notes.append(
-            f"experts are whole on every rank where --ep {request.ep_size} does not divide their "
-            f"number beside the decoder: in {len(kept)} layers, the first is {kept[0].path!r}"
+            f"every rank has all experts of {len(kept)} layers outside of the decoder, because "
+            f"--ep {request.ep_size} does not divide their number; the first is {kept[0].path!r}"
         )
     return best
 
@@ -199,7 +199,7 @@ def _check_fits(rank: RankModel, request: PlanRequest) -> None:
         if stage % size:
             raise InvalidArgumentError(
                 f"expert-parallel size {size} does not divide the {stage} ranks of a pipeline "
-                "stage (world size / pp), which share out the experts."
+                "stage (world size / pp), over which the experts are distributed."
             )
 
 

@@ -87,17 +87,17 @@ def _check_made_late(
 def _check_coverage(
     stepped: _Stepped, model: list[tuple[str, torch.Tensor]], names: dict[int, str]
 ) -> Iterator[str]:
-    homes: dict[int, list[str]] = {}
+    groups_of: dict[int, list[str]] = {}
     for group, params in stepped:
         for param in params:
-            homes.setdefault(id(param), []).append(_name(group))
+            groups_of.setdefault(id(param), []).append(_name(group))
             if id(param) not in names:
                 yield (
                     f"group {_name(group)!r} steps a tensor of shape {tuple(param.shape)} that is "
                     "not in the model: its module was replaced after the groups were made"
                 )
     for name, param in model:
-        groups = homes.get(id(param), [])
+        groups = groups_of.get(id(param), [])
         if len(groups) > 1:
             yield f"parameter {name} is stepped by {len(groups)} groups: {', '.join(groups)}"
         elif not groups and param.requires_grad and numel_of(param):
@@ -130,9 +130,9 @@ def _check_marks(stepped: _Stepped, names: dict[int, str], engine: Engine) -> It
         for param in params:
             name = names.get(id(param), str(tuple(param.shape)))
             if needed and is_expert_parameter(param) and not group.get("moe"):
-                home = getattr(param, "group_name", None)
+                key = getattr(param, "group_name", None)
                 yield (
-                    f"expert parameter {name} of {home!r} is in group {_name(group)!r}, which is "
+                    f"expert parameter {name} of {key!r} is in group {_name(group)!r}, which is "
                     "not marked moe: DeepSpeed would average it over different experts"
                 )
             elif group.get("moe") and getattr(param, "group_name", None) != base:
@@ -155,11 +155,11 @@ def _check_given(stepped: _Stepped, names: dict[int, str], engine: Engine) -> It
                 if actual != expected:
                     found = wrong.setdefault((key, expected, actual, record.name), [])
                     found.append(names.get(id(param), str(tuple(param.shape))))
-        for (key, expected, actual, home), members in wrong.items():
+        for (key, expected, actual, given_in), members in wrong.items():
             yield (
                 f"group {_name(group)!r} steps {members[0]}"
                 + (f" and {len(members) - 1} more" if len(members) > 1 else "")
-                + f" with {key}={actual!r}; given (in group {home!r}) was {key}={expected!r}"
+                + f" with {key}={actual!r}; given (in group {given_in!r}) was {key}={expected!r}"
             )
 
 
@@ -188,9 +188,9 @@ def _check_schedule(stepped: _Stepped, engine: Engine) -> Iterator[str]:
         record = next((given[id(param)] for param in params if id(param) in given), None)
         if record is not None and "lr" in record.options and "initial_lr" not in group:
             shared.setdefault(float(group["lr"]), {})[record.options["lr"]] = record.name
-    for rate, homes in shared.items():
-        if rate and len(homes) > 1:
-            rates = ", ".join(f"lr={lr:g} of group {name!r}" for lr, name in homes.items())
+    for rate, given_rates in shared.items():
+        if rate and len(given_rates) > 1:
+            rates = ", ".join(f"lr={lr:g} of group {name!r}" for lr, name in given_rates.items())
             yield (
                 f"{scheduler} replaced {rates} by one lr={rate:g}: give the scheduler a list with "
                 "a rate for each group, or use one of torch's, which scales each group's own rate"

@@ -88,7 +88,7 @@ def find_places(nodes: list[ModuleNode], flags: Mapping[int, int]) -> list[Place
     """The place of each row that is below a list of experts.
 
     An expert may itself be made of lists, and lists of layers hold lists of experts. The
-    innermost list whose name speaks of experts wins, then the innermost ModuleList or
+    innermost list with "expert" in its name wins, then the innermost ModuleList or
     ModuleDict whose children are all experts with the same tensors.
     """
     tagged = {row for row, flag in flags.items() if row == flag}

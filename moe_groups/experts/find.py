@@ -153,8 +153,8 @@ def tag_experts(
     if pattern is None:
         if ep_size is not None:
             raise InvalidArgumentError(
-                f"tag_experts: ep_size={ep_size!r} is for the modules that a pattern matches, and "
-                "there is none. Without a pattern the parameters say their group themselves."
+                f"tag_experts: ep_size={ep_size!r} needs a pattern. Without one, the group_name of "
+                "each parameter gives its expert-parallel size."
             )
         return _written(find_experts(model))
     ep_size = ep_size or 1
@@ -321,9 +321,9 @@ class _Finder:
 
         Args:
             row: what is tagged.
-            flag: whose attributes say so.
+            flag: the parameter that has the attributes.
             path: of the layer.
-            by_hand: what a label that somebody gave belongs to.
+            by_hand: the path to which a label of the caller belongs.
         """
         param = self.found.params[flag]
         tag = get_expert_tag(param, self.found.names[row])

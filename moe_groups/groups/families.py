@@ -182,7 +182,7 @@ def _check_trainable(given: GroupInput, families: Families) -> None:
     if not families:
         raise ParameterInputError(
             f"none of the {len(given.params)} parameters is trainable: set requires_grad on those "
-            "that the optimizer shall step."
+            "that the optimizer should step."
         )
 
 

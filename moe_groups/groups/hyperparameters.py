@@ -1,6 +1,6 @@
 """Hyperparameters of groups and overrides: keys that an optimizer reads, values that it can use.
 
-An optimizer reads its own keys from a group, and passes over all others without a word.
+An optimizer reads its own keys from a group, and ignores all other keys without a warning.
 """
 
 import difflib

@@ -185,9 +185,9 @@ def _each_once(given: GroupInput) -> GroupInput:
             kept.names.append(name)
             kept.sources.append(source)
         elif kept.sources[known] != source:
-            homes = [describe_source(i, given.groups[i]) for i in (kept.sources[known], source)]
+            both = [describe_source(i, given.groups[i]) for i in (kept.sources[known], source)]
             raise ParameterInputError(
                 f"parameter {kept.names[known] or name or f'of shape {tuple(param.shape)}'} is in "
-                f"two groups, {homes[0]} and {homes[1]}: leave it in one of them."
+                f"two groups, {both[0]} and {both[1]}: leave it in one of them."
             )
     return kept

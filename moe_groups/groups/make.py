@@ -52,11 +52,11 @@ def make_groups(
 
 
 def _warn_if_unmarked(given: GroupInput, split_by: SplitBy) -> None:
-    """Warn where experts are meant and none is marked: their groups would be dense in silence."""
+    """Warn if the model seems to have experts, but none is marked: all groups would be dense."""
     if any(map(is_expert_parameter, given.params)):
         return  # they are frozen
     stepped = zip(given.names, given.params, strict=True)
-    routed = (name for name, param in stepped if param.requires_grad and speaks_of_experts(name))
+    routed = (name for name, param in stepped if param.requires_grad and has_name_of_expert(name))
     named = next(routed, None)
     if named is None and split_by != "expert":
         return
@@ -67,7 +67,7 @@ def _warn_if_unmarked(given: GroupInput, split_by: SplitBy) -> None:
     )
 
 
-def speaks_of_experts(name: str) -> bool:
+def has_name_of_expert(name: str) -> bool:
     """Does the qualified name say that the parameter is a routed expert's?"""
     return _ROUTED.search(name) is not None
 

@@ -160,13 +160,13 @@ def follow_replacement(
         followed = True
         del _made[groups]
         lengths = [len(rows) for *_, rows in made.plan]
-        homes = chain.from_iterable([index] * length for index, length in enumerate(lengths))
-        home = dict(zip(made.params, homes, strict=True))
+        indices = chain.from_iterable([index] * length for index, length in enumerate(lengths))
+        group_of = dict(zip(made.params, indices, strict=True))
         rows: list[list[int]] = [[] for _ in made.plan]
         for row, param in enumerate(params):
             first = next(iter(sources.get(id(param), ())), param)
-            if id(first) in home:
-                rows[home[id(first)]].append(row)
+            if id(first) in group_of:
+                rows[group_of[id(first)]].append(row)
         plan: list[PlannedGroup] = [
             (*group[:3], own) for group, own in zip(made.plan, rows, strict=True)
         ]

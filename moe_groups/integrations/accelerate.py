@@ -12,7 +12,7 @@ from moe_groups._common.warn import warn
 from moe_groups.errors import InvalidArgumentError, ParameterInputError, UnmarkedExpertsWarning
 from moe_groups.experts.find import TaggedModel, find_experts, restored_on_error, tag_experts
 from moe_groups.groups.inputs import ParamGroup
-from moe_groups.groups.make import MARKS, speaks_of_experts
+from moe_groups.groups.make import MARKS, has_name_of_expert
 from moe_groups.integrations.autoep import autoep_enabled, autoep_experts_tagged
 from moe_groups.param_groups import create_moe_param_groups
 from moe_groups.tags import is_expert_parameter
@@ -59,8 +59,8 @@ def group_optimizer(optimizer: _Optimizer, model: nn.Module, **options: Any) -> 
     """
     if "weight_decay" in options:
         raise InvalidArgumentError(
-            "weight_decay cannot be given where an optimizer is grouped, which has one already: "
-            "give it to the optimizer."
+            "weight_decay cannot be given here, because the optimizer has one already: give it to "
+            "the optimizer."
         )
     _check_optimizer(optimizer)
     own = _own_groups(optimizer)
@@ -103,7 +103,7 @@ def _whole_experts_tagged(model: nn.Module) -> Iterator[None]:
     """
     found = find_experts(model)
     named = zip(found.names, found.params, strict=True)
-    trained = any(speaks_of_experts(name) and param.requires_grad for name, param in named)
+    trained = any(has_name_of_expert(name) and param.requires_grad for name, param in named)
     with restored_on_error(found.params):
         if trained and not any(found.experts):
             tag_experts(model, "*.experts")
@@ -112,7 +112,7 @@ def _whole_experts_tagged(model: nn.Module) -> Iterator[None]:
 
 def _warn_of_a_dense_model(found: TaggedModel) -> None:
     """Experts that are not marked, if their names say so, are warned of where groups are made."""
-    if not any(map(speaks_of_experts, found.names)):
+    if not any(map(has_name_of_expert, found.names)):
         warn(
             f"no MoE layer is found in the model, and all of it is grouped as dense. {MARKS}",
             UnmarkedExpertsWarning,

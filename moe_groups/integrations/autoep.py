@@ -81,10 +81,10 @@ def tag_autoep_experts(
 ) -> dict[str, ExpertTag]:
     """Tag the experts that AutoEP will distribute, before ``deepspeed.initialize``.
 
-    Afterwards :func:`create_moe_param_groups` groups them by layer, where somebody else calls
-    ``deepspeed.initialize`` (Lightning), or wants an optimizer before. DeepSpeed puts what AutoEP
-    makes of a layer's experts into the groups of these, and the groups are then those that
-    :func:`autoep_optimizer` makes. Caps and budgets count a rank's part of the experts.
+    Afterwards :func:`create_moe_param_groups` groups them by layer. Use it if another library
+    calls ``deepspeed.initialize`` (Lightning), or needs the optimizer before that call. DeepSpeed
+    puts AutoEP's new parameters into the groups of the old ones, so the groups equal those of
+    :func:`autoep_optimizer`. Caps and budgets count a rank's part of the experts.
     ``MoETrainer`` and ``group_optimizer`` call this themselves.
 
     The model of transformers may be inside of another module, as PEFT's or Lightning's. Also makes
@@ -305,7 +305,7 @@ def _is_blank(buffer: torch.Tensor) -> torch.Tensor:
 
 
 def support_new_transformers() -> None:
-    """Let AutoEP find the outputs that a ``transformers`` model records, whatever its version.
+    """Let AutoEP find the outputs that a ``transformers`` model records, in any version.
 
     AutoEP (deepspeed 0.19.8, ``module_inject/auto_ep_presets/base.py``) uses the registry of
     transformers as a dict of class names. Newer registries have a ``get`` that takes a model,

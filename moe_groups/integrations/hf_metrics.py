@@ -1,4 +1,4 @@
-"""Metrics of MoE layers in whatever Hugging Face's ``Trainer`` reports to."""
+"""Metrics of MoE layers in the logs of Hugging Face's ``Trainer``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +20,8 @@ class MoEMetricsCallback(LogsMoEValues, TrainerCallback):
     """Logs norms, loads and memory of MoE layers with Trainer's own logs, under DeepSpeed.
 
     The values are part of the dict that ``Trainer.log`` gets, so they reach everything in
-    ``report_to`` once, with the step's number, and ``state.log_history``. Every ``interval``
-    optimizer steps Trainer logs, whatever its own ``logging_steps`` are. By default there are
+    ``report_to`` once, with the step's number, and ``state.log_history``. Trainer logs every
+    ``interval`` optimizer steps, regardless of its own ``logging_steps``. By default there are
     ten values or fewer, over all MoE layers:
 
     * ``moe/lr``, ``moe/grad_norm``, ``moe/param_norm``, ``moe/update_ratio``: of all experts

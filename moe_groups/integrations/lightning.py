@@ -76,7 +76,7 @@ class GroupLearningRateMonitor(Callback):
         return place + halves.get(group.get("use_muon"), "")  # type: ignore[arg-type]
 
     def _set_apart(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Cut curves whose groups have several rates by now."""
+        """Cut curves whose groups no longer have one rate."""
         for name, members in list(self.curves.items()):
             by_rate: dict[float, list[int]] = {}
             for index in members:

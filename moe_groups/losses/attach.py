@@ -103,7 +103,7 @@ def _engine() -> Any:
         return found[0]
     many = f"{len(known)} engines" if known else "no engine"
     raise InvalidArgumentError(
-        f"attach_loss: {many} could be the one whose backward this is. Call "
-        "create_moe_param_groups before deepspeed.initialize, or say it: "
-        "scale=lambda: moe_groups.gradient_scale(engine), and scale=1.0 without an engine."
+        f"attach_loss: {many} could run this backward pass. Call create_moe_param_groups before "
+        "deepspeed.initialize, or pass the scale: scale=lambda: "
+        "moe_groups.gradient_scale(engine), or scale=1.0 without an engine."
     )

@@ -57,8 +57,8 @@ class CarryLoss(nn.Module):
         if len(inputs) == 2 and inputs[1].dtype == torch.float32 and inputs[1].numel() == 1:
             return inputs[0], inputs[1].reshape(())
         raise InvalidArgumentError(
-            f"CarryLoss around {type(self.block).__name__} was given {len(inputs)} values, and not "
-            "hidden states with a sum of losses (fp32, one element): wrap every layer of the "
+            f"CarryLoss around {type(self.block).__name__} got {len(inputs)} values, not "
+            "hidden states and a sum of losses (fp32, one element): wrap every layer of the "
             "pipeline; the first gets one tensor."
         )
 
@@ -70,8 +70,8 @@ class CarryLoss(nn.Module):
             return result[0], loss
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss)
         raise InvalidArgumentError(
-            f"CarryLoss: {type(self.block).__name__} returned as its second value no loss of one "
-            f"element, but {what}: return hidden states, or hidden states and the loss."
+            f"CarryLoss: the second value that {type(self.block).__name__} returned is no loss of "
+            f"one element, but {what}: return hidden states, or hidden states and the loss."
         )
 
 

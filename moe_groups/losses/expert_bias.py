@@ -43,7 +43,7 @@ def balance_experts(
 
     Works for DeepSpeed's ``MoE`` layers (ours too), for AutoEP's, and for routers of
     ``transformers`` with an ``e_score_correction_bias`` (DeepSeek-V3, GLM-4, dots1 and others),
-    whose own bias goes on. DeepSpeed's gate gets the bias on its logits, which multiplies the
+    which keep their own bias. DeepSpeed's gate gets the bias on its logits, which multiplies the
     softmax's scores by ``exp(bias)``; the paper adds it to scores, as the others here do. On scores
     the noise of ``top1gating`` and ``top2gating`` (``sharded_moe.py``), which draws experts by
     adding Gumbel noise to logits, would no longer draw from a softmax; on logits it draws from the

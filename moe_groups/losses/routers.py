@@ -168,10 +168,10 @@ def summed_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 class Passes:
-    """Tells the forward passes of training from evaluation.
+    """Distinguishes the forward passes of training from those of evaluation.
 
-    The first pass of a re-entrant checkpoint runs without gradients, as evaluation may; so it is
-    the beginning of the whole model's forward pass that says whether there are gradients.
+    The first pass of a re-entrant checkpoint runs without gradients, as evaluation may; so the
+    beginning of the whole model's forward pass decides whether there are gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -175,14 +175,14 @@ class LossTracker:
         return report
 
     def balance(self) -> dict[str, LayerBalance]:
-        """The layers of a report alone, for where nobody calls :meth:`step`; not to the monitor.
+        """Only the layers of a report, for use without :meth:`step`; the monitor gets nothing.
 
         Since the last report or balance, over all ranks; all ranks call it together.
         """
         return self._summed()[1]
 
     def _summed(self) -> tuple[list[float], dict[str, LayerBalance]]:
-        """The row of the loss, and the layers, over all ranks; counting begins anew."""
+        """The row of the loss, and the layers, over all ranks; resets all counts."""
         self._reported = self.engine.global_steps
         rows = [self._total, *self._rows.values()]
         passes = [[row.forwards, row.tokens] for row in rows]

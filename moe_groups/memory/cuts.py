@@ -27,7 +27,7 @@ _POSITIONS = 48
 
 
 @lru_cache(maxsize=1 << 12)
-def least_held(
+def cheapest_cuts(
     sizes: tuple[int, ...], ranks: int, limit: int, tile_prices: tuple[float, ...]
 ) -> tuple[Cut | None, ...]:
     """For each price of a tile, in elements, the cut whose tiles hold the fewest gradients.
@@ -163,7 +163,7 @@ def proposed_cuts(lines: Sequence[Line], settings: StepSettings) -> Iterator[tup
         yield tuple(_under_bound(line, bound) for line in lines)
         if settings.wrapper == "zero" and not settings.compact:
             prices = tuple(_tile_prices(lines))
-            yield from zip(*(_least_held(line, bound, prices) for line in lines), strict=True)
+            yield from zip(*(_cheapest_cuts(line, bound, prices) for line in lines), strict=True)
         if settings.wrapper == "zero" and settings.compact:
             yield _growing(lines, settings, bound)
 
@@ -226,10 +226,10 @@ def _under_bound(line: Line, bound: int) -> Cut:
     return tuple(pack(line.sizes, max(1, bound // 2 * 2 * line.ranks)))
 
 
-def _least_held(line: Line, bound: int, tile_prices: tuple[float, ...]) -> list[Cut]:
+def _cheapest_cuts(line: Line, bound: int, tile_prices: tuple[float, ...]) -> list[Cut]:
     """The cuts that hold the least gradients, where each tile costs one of the prices more."""
     limit = bound // 2 * 2 * line.ranks
-    cuts = least_held(line.sizes, line.ranks, limit, tile_prices)
+    cuts = cheapest_cuts(line.sizes, line.ranks, limit, tile_prices)
     return [cut or _under_bound(line, bound) for cut in cuts]
 
 

@@ -85,7 +85,7 @@ class CPURecorder:
             raise
 
     def _announce(self) -> None:
-        """Tell the allocator's table of the blocks that are there.
+        """Add the blocks that exist to the allocator's table.
 
         Blocks that are released meanwhile do not count as released in the first segment: garbage,
         and blocks of other threads.
@@ -159,8 +159,7 @@ class CUDARecorder:
     def stop(self) -> Recording:
         """What was found; to be called right after the last mark."""
         blocks = self._allocated_blocks()
-        # The address of a released block may have been given away again: then the storage
-        # that was there tells.
+        # Another block may have the address of a released one: then the old storage shows it.
         released = sum(
             size
             for address, size in self._blocks.items()
@@ -236,7 +235,7 @@ def live_storages(device: torch.device | str) -> list[torch.UntypedStorage]:
     device = torch.device(device)
     gc.unfreeze()
     found: dict[int, torch.UntypedStorage] = {}
-    with torch._C.DisableTorchFunctionSubclass():  # subclasses may answer as they like
+    with torch._C.DisableTorchFunctionSubclass():  # subclasses may return anything
         for thing in gc.get_objects():
             if issubclass(type(thing), torch.Tensor):  # isinstance would ask proxies
                 for tensor in _parts(thing):

@@ -105,7 +105,7 @@ def _keep_stage(model: nn.Module, pp_size: int, pp_rank: int) -> None:
     stack = _decoder_stack(nodes)
     if stack is None:
         raise ParameterInputError(
-            "the model has no nn.ModuleList of layers to share out to stages: use pp_size=1."
+            "the model has no nn.ModuleList of layers to cut into stages: use pp_size=1."
         )
     layers = [node for node in nodes[: nodes[stack].stop] if node.parent == stack]
     if pp_size > len(layers):

@@ -31,7 +31,7 @@ _FIRST_MAPPINGS = (  # whole models before their language parts, heads before ba
     "MODEL_MAPPING",
 )
 _ANY_MODEL = "A 'module:function' can build any model."
-_DEFAULTS = "The defaults of this model type may be no whole model: name a config.json."
+_DEFAULTS = "The defaults of this model type may be incomplete: name a config.json."
 _LONGEST_REASON = 300
 
 

@@ -59,8 +59,8 @@ def draw_expert_map(report: MetricsReport, metric: Metric) -> "Figure":
     known = [value for row in rows for value in row if not math.isnan(value)]
     if not known:
         raise InvalidArgumentError(
-            f"the report has no {metric} of any expert: the layers do not tell their experts "
-            "apart, or GroupMetrics was made with update_ratio=False."
+            f"the report has no {metric} of any expert: the layers do not separate their experts, "
+            "or GroupMetrics was made with update_ratio=False."
         )
     label = max(map(len, report.layers)) * 0.06
     width, height = max(len(rows[0]) * _CELL, 2.4), max(len(rows) * _CELL, 2.4)

@@ -98,8 +98,8 @@ def _refuse_unknown(path: str, source: SourceLayer, inside: Named) -> None:
     for name, tensor in inside.items():
         if name == "expert_bias" and tensor.any():
             warn(
-                f"{path}.expert_bias is left out, which the model of transformers has no place "
-                "for: without it the router chooses other experts (balance_experts).",
+                f"{path}.expert_bias is left out, because the model of transformers has no such "
+                "bias: without it the router chooses other experts (balance_experts).",
                 UserWarning,
             )
         elif name != "expert_bias" and id(tensor) not in known:

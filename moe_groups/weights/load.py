@@ -94,7 +94,7 @@ def load_experts(
         directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files.
         strict: refuse a checkpoint that lacks a parameter or saved buffer of the model, or has
             a tensor that the model lacks.
-        layers: path of a MoE layer in the model to the prefix of its names in the checkpoint,
+        layers: path of an MoE layer in the model to the prefix of its names in the checkpoint,
             where ``{}`` stands for a number: ``{"blocks.{}.moe": "model.layers.{}.mlp"}``.
             None: the layer of the same path, or with the same number.
         matrices: name of a parameter inside the model's expert to its name inside the
@@ -200,8 +200,8 @@ def _checked(prepare: Callable[[], _Prepared]) -> _Prepared:
     files, *_ = prepared[0]
     if total := sum(unstated):
         warn(
-            f"{total:,} tensors of {files.directory} state no CRC-32, as save_experts did not "
-            "write them: whether they changed cannot be told.",
+            f"{total:,} tensors of {files.directory} state no CRC-32, because save_experts did not "
+            "write them: they cannot be compared.",
             CheckpointWarning,
         )
     return prepared[0]

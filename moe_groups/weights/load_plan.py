@@ -107,7 +107,7 @@ class _Planner:
             for number, piece in enumerate(pieces):
                 name = f"{layer.path}, expert {number}, {matrix}"
                 if piece is None:
-                    lacks = f"{name}: the checkpoint's {stored.prefix} has none, but for others"
+                    lacks = f"{name}: the checkpoint's {stored.prefix} has it for others only"
                     self.plan.problems.append(lacks)
                 elif self._fits(name, like, piece) and number in layer.numbers:
                     own = layer.experts[number - layer.first][matrix]

@@ -125,8 +125,8 @@ def _place(
         if ep_size == 1:
             return 0, True, None
         raise InvalidArgumentError(
-            f"the experts of {path!r} are shared out to {ep_size} ranks (ep_size), and it is not "
-            "known which of them this is: call deepspeed.init_distributed() first."
+            f"the experts of {path!r} are distributed over {ep_size} ranks (ep_size), and the "
+            "number of this rank is not known: call deepspeed.init_distributed() first."
         )
     if topology is None:
         topology = Topology(world_size=world, ep_size=ep_size)

@@ -228,7 +228,7 @@ def names_of(family: str | Path) -> FamilyNames:
             matrices = _NUMBERED if words.issuperset(_NUMBERED) else _PROJECTIONS
             parts = ("{}" if part == number else part for part in prefix.split("."))
             return FamilyNames(".".join(parts), matrices)
-    raise CheckpointError(f"{family} has no experts whose names tell the number of their layer.")
+    raise CheckpointError(f"{family} has no experts with the number of a layer in their names.")
 
 
 def layer_prefixes(
@@ -247,8 +247,8 @@ def layer_prefixes(
     found |= expand(paths, layers or {})
     if without := [path for path in paths if path not in found]:
         raise InvalidArgumentError(
-            f"the path of the MoE layer {without[0]!r} does not tell its number: say with "
-            "layers={...} what it is called in the checkpoint."
+            f"the path of the MoE layer {without[0]!r} has no number: say with layers={{...}} what "
+            "it is called in the checkpoint."
         )
     if len(set(found.values())) < len(found):
         raise InvalidArgumentError(

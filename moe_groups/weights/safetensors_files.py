@@ -59,7 +59,7 @@ _CRC = "crc32"
 
 
 def stated_crcs(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """An entry of a file's metadata that tells whether its tensors were changed."""
+    """An entry of a file's metadata that shows whether its tensors were changed."""
     return {_CRC: json.dumps({name: crc_of(name, tensor) for name, tensor in tensors.items()})}
 
 

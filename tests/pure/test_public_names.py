@@ -65,8 +65,8 @@ def test_type_checkers_see_the_same_names(package: str) -> None:
         for alias in statement.names
     }
     assert sorted(map(str, seen)) == module.__all__
-    for name, home in seen.items():
-        assert getattr(import_module(str(home)), str(name)) is getattr(module, str(name))
+    for name, owner in seen.items():
+        assert getattr(import_module(str(owner)), str(name)) is getattr(module, str(name))
 
 
 def test_a_module_does_not_hide_a_function() -> None:

@@ -75,9 +75,9 @@ def _wrap_parser(original: Callable[[Any], list[Any]]) -> Callable[[Any], list[A
             return original(self)
         if made[0] != self.config:
             raise InvalidArgumentError(
-                "the experts of this model have been distributed by another expert_parallel than "
-                f"that of this config: {made[0]} then, {self.config} now. Give the same, or make "
-                "the model anew."
+                f"the experts of this model were distributed with {made[0]}, and expert_parallel "
+                f"of this config gives {self.config}. Use the same expert_parallel, or make the "
+                "model anew."
             )
         return []
 

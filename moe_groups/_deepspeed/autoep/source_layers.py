@@ -80,7 +80,7 @@ def source_layers(engine: Any) -> dict[str, SourceLayer]:
     config = copy.copy(engine._config.expert_parallel_config)  # AutoEP fills it in
     other = (
         "the class and the config of the model make other MoE layers than AutoEP has replaced, so "
-        "that the names of their weights are not known (model.config must be that of then): "
+        "the names of their weights are not known (was model.config changed after that?): "
     )
     try:
         parser = AutoEP(source, config)
@@ -108,7 +108,7 @@ def _source_of(module: nn.Module) -> nn.Module:
     if model is None:
         raise InvalidArgumentError(
             f"AutoEP has replaced layers of {type(module).__name__}, in which there is no "
-            "PreTrainedModel of transformers: the names that their weights had are not known."
+            "PreTrainedModel of transformers: the names of their weights are not known."
         )
     config: Any = copy.deepcopy(model.config)
     with torch.device("meta"):

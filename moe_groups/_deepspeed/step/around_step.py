@@ -40,14 +40,14 @@ def check_steps_partitions(engine: Any, what: str) -> None:
     """
     if not steps_parameters(engine) and wrapper_name(engine) not in _PARTITIONED:
         raise InvalidArgumentError(
-            f"{what} knows engines that step with {', '.join(_PARTITIONED)} or without a wrapper, "
+            f"{what} works with {', '.join(_PARTITIONED)} or without a wrapper, "
             f"not with {wrapper_name(engine)}: choose one of them in the config "
             '("zero_optimization": {"stage": 1, 2 or 3}).'
         )
     if found := stepped_elsewhere(engine):
         raise InvalidArgumentError(
-            f"{what} does not see all that ZeRO-3 steps with {found}: take the setting out of "
-            '"zero_optimization" in the config.'
+            f"{what} does not work under ZeRO-3 with {found}, where the torch optimizer does not "
+            'step all parameters: take the setting out of "zero_optimization" in the config.'
         )
 
 

@@ -52,7 +52,7 @@ class Bf16Step:
 
 
 class _Tiled:
-    """Stands for an optimizer during one step: all but ``step`` is the optimizer's own."""
+    """Takes the place of an optimizer for one step, and differs from it only in ``step``."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, most: int) -> None:
         self._optimizer, self._most = optimizer, most

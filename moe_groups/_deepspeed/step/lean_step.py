@@ -68,7 +68,7 @@ def _why_not_lean(wrapper: Any) -> str | None:
         )
     if {"step", "scaled_global_norm"} & vars(wrapper).keys():
         return (
-            "engine.optimizer.step has been replaced already, and that would be lost. Call "
+            "engine.optimizer.step was replaced, and lean_step would replace it again. Call "
             "lean_step first"
         )
     return None
@@ -168,7 +168,7 @@ class ZeroStep:
             self._warned = True
             warn(
                 "a hook of the optimizer's step may read gradients, so lean_step steps each group "
-                "whole. If it reads none, let it be a method of an object with "
+                "whole. If it reads none, make it a method of an object with "
                 "needs_gradients = False.",
                 CostlyGroupsWarning,
             )
@@ -191,7 +191,7 @@ class ZeroStep:
     ) -> None:
         optimizer = self.zero.optimizer
         master = self.zero.single_partition_of_fp32_groups[index]
-        # Tells hooks that there is a gradient, without the memory of one.
+        # Shows hooks that there is a gradient, without the memory of one.
         master.grad = master.new_zeros(()).expand(master.shape)
         try:
             with tiles.only(optimizer, [group]), tiles.around_hooks(optimizer):

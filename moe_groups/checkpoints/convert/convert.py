@@ -68,7 +68,7 @@ def regroup_checkpoint(
     trust: bool = False,
     progress: Progress | None = None,
 ) -> Regrouped:
-    """Write a checkpoint of ZeRO-1, ZeRO-2 or BF16_Optimizer anew, in other groups.
+    """Convert a checkpoint of ZeRO-1, ZeRO-2 or BF16_Optimizer to other groups.
 
     Needs no GPU and no process group. Master weights and optimizer state stay bit-equal for each
     parameter; hyperparameters, loss scaler, counters and the learning-rate schedule are kept. The
@@ -80,7 +80,7 @@ def regroup_checkpoint(
     Args:
         source: what ``load_checkpoint`` is given; it is only read.
         destination: a directory that does not exist yet. It appears when everything is written;
-            until then the work is in ``<destination>.incomplete``, where the same call goes on
+            until then the files are in ``<destination>.incomplete``, where the same call continues
             after it was stopped.
         to: the new groups: a file that a refused load wrote, a ``moe_groups.json``, a checkpoint
             that has one; or "stock" (DeepSpeed's split), "parallel_group", "module" or "expert"
@@ -88,7 +88,7 @@ def regroup_checkpoint(
             whose ``moe_groups.json`` says what its groups were made from (schema 2). None, with
             ``ep_size``: the groups as they are.
         max_group_size: cap in elements, for a name.
-        ep_size: of DeepSpeed's MoE layers in the run that goes on, for a name; None for that of
+        ep_size: of DeepSpeed's MoE layers in the new run, for a name; None for that of
             the checkpoint. Each expert keeps its state and hyperparameters on its new ranks.
         tag: of the checkpoint; None for the one in the file ``latest``.
         workers: threads; None for four. With fewer the conversion needs less memory.

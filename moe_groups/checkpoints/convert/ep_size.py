@@ -98,8 +98,8 @@ def _parts(source: Layout, ranks: Sequence[Rank]) -> _Parts:
             if part in seen or numbers != sorted(numbers):
                 raise CheckpointError(
                     f"create_moe_param_groups was given the parameters of {part[0]}* in another "
-                    "order than expert by expert, which does not say their order with another "
-                    f"ep_size. {_WAY_OUT}"
+                    "order than expert by expert, so their order with another ep_size is not "
+                    f"known. {_WAY_OUT}"
                 )
             seen.add(part)
             known = found.setdefault(part, {})

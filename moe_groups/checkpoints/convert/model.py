@@ -85,8 +85,8 @@ def regroup_lists(source: RegroupSource, target: Layout, model: int, content: An
     """Give each list one value for each new group, in place.
 
     Raises:
-        CheckpointError: groups with different values would become one, or nothing tells whether a
-            list is one for groups.
+        CheckpointError: groups with different values would become one, or it is not known whether
+            a list has a value for each group.
     """
     rank, layout = Rank(model, 0), source.layout
     # Groups of other ranks too, whose experts this one may have now: all ranks read this file.
@@ -112,9 +112,9 @@ def regroup_lists(source: RegroupSource, target: Layout, model: int, content: An
             if not found:
                 raise CheckpointError(
                     f"the parameters of group {name!r} were not trained, and the learning-rate "
-                    f"schedule ({where}) has nothing for a group with its hyperparameters. Load "
-                    "with those of another group (overrides with an empty dict keep it apart), and "
-                    "set its own afterwards."
+                    f"schedule ({where}) has no value for a group with its hyperparameters. Load "
+                    "with those of another group (overrides with an empty dict keep the groups "
+                    "separate), and set its own afterwards."
                 )
             if other := [entry for entry in found if entry != found[0]]:
                 raise CheckpointError(

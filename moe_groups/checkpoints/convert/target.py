@@ -164,8 +164,8 @@ def fresh_problem(source: RegroupSource, target: Layout) -> str | None:
         way = "[{'params': [the others]}, {'params': [these]}]"
     return (
         f"{_some([*shared], _SHOWN)} was not trained before, and in group {name!r} would share the "
-        f"step counter ({steps:g}) of what was: Adam would not correct the bias of its moments, "
-        "and step several times too far. Give it a group of its own with "
+        f"step counter ({steps:g}) of trained ones: Adam would not correct the bias of its "
+        "moments, and its steps would be several times too large. Give it a group of its own with "
         f"create_moe_param_groups({way}), and convert"
     )
 

@@ -31,8 +31,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         where = error.filename2 or error.filename or path  # of a copy the second one is written
         raise CheckpointError(
-            f"{where}: {error.strerror}. What is written already is kept: make "
-            "room, or put right what is wrong, and call again."
+            f"{where}: {error.strerror}. The files that are written already are kept: make room, "
+            "or solve the problem, and call again."
         ) from error
 
 

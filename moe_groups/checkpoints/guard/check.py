@@ -138,8 +138,8 @@ def checked(
         if name in WRAPPERS:
             why = "it has no optimizer states"
         warn(
-            f"{load_dir / tag} has no {FILE_NAME}, and {why}: it is loaded by position, right only "
-            "if the groups are the same.",
+            f"{load_dir / tag} has no {FILE_NAME}, and {why}: it is loaded by position, which is "
+            "right only if the groups are the same.",
             CheckpointWarning,
         )
     yield load_dir

@@ -74,9 +74,9 @@ def protect_checkpoints(
 ) -> None:
     """Choose what happens to the engine's checkpoints; all ranks make the same call.
 
-    Engines that are initialized after :func:`create_moe_param_groups` was called are protected
-    with "refuse" without a call, whoever saves and loads (HF Trainer, Lightning). Another
-    engine, over DeepSpeed's own split, becomes so with this call.
+    After a call of :func:`create_moe_param_groups` every engine that is initialized is protected
+    with "refuse", also under HF Trainer and Lightning. This call protects an engine with
+    DeepSpeed's own split too.
 
     A protected engine writes ``moe_groups.json`` beside DeepSpeed's files when it saves. When it
     loads, every rank compares what the checkpoint says about its groups with the groups that it
@@ -86,13 +86,13 @@ def protect_checkpoints(
         engine: what ``deepspeed.initialize`` returned first.
         regroup: what to do with a checkpoint of other groups: "refuse" raises; "auto" converts it
             first, each rank its own part, where all ranks reach the files, also to another number
-            of ranks or another ``ep_size`` of DeepSpeed's MoE layers; "off" leaves all to
-            DeepSpeed, which loads by position.
+            of ranks or another ``ep_size`` of DeepSpeed's MoE layers; "off" compares nothing, and
+            DeepSpeed loads by position.
         scratch_dir: for "auto": where the converted checkpoint is kept while it is loaded; all
             ranks must see it. None: beside the checkpoint.
         check_data: before a checkpoint is loaded, read all of its files once, each rank its share,
             and compare them with the CRC-32 that they state: one changed bit is refused. Without,
-            only what a file says of itself is read.
+            only the metadata of the files is read.
 
     Raises:
         InvalidArgumentError: not an engine with an optimizer, or no such ``regroup``.

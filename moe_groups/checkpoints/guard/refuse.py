@@ -106,7 +106,7 @@ def _refusal(
             "with AutoEP gather_model gathers them in a run with those groups, for load_autoep."
         )
     elif kind == "model":
-        way_out = f"Nothing was loaded. {why}: the model or its parallel sizes are others."
+        way_out = f"Nothing was loaded. {why}: the model or its parallel sizes differ."
     else:
         way_out = (
             f"Nothing was loaded. {why}; load_module_only=True loads the weights alone, into fresh "
@@ -149,7 +149,7 @@ def differences(saved: Layout, running: Layout, known: Known) -> tuple[list[str]
     if most[0] and not verdicts & {"model", "trained"}:
         lines.append(
             f"{most[0]} of {most[1]} parameters of a rank are in another place, and would get the "
-            "state of what was there"
+            "state of other parameters"
         )
     lines += told or dict.fromkeys(_other_ranks(saved, running))
     if "model" in verdicts:
@@ -196,7 +196,7 @@ def _parallel_groups(layout: Layout) -> set[str]:
 
 
 def _pairs(saved: Layout, running: Layout) -> Iterator[tuple[list[FlatGroup], list[FlatGroup]]]:
-    """Each rank with one that had its experts, alike ones once; without those nobody had."""
+    """Each rank with a saved one of the same experts, if there is one; equal pairs once."""
     common = _parallel_groups(saved) & _parallel_groups(running)
     had: dict[tuple[int, frozenset[Any]], Rank] = {}
     for rank in sorted(saved.order):

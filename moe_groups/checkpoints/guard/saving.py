@@ -31,8 +31,8 @@ def mark_unfinished(folder: Path) -> None:
         open(marker, "wb").close()  # room for the next manifest
     except OSError as error:
         raise CheckpointError(
-            f"{folder} cannot be written: {error.strerror}. Nothing was saved, and what was there "
-            "is as it was."
+            f"{folder} cannot be written: {error.strerror}. Nothing was saved, and no old file "
+            "was changed."
         ) from error
 
 
@@ -40,15 +40,15 @@ def mark_finished(folder: Path) -> None:
     """All files are written.
 
     Raises:
-        CheckpointError: that cannot be said.
+        CheckpointError: the mark of the unfinished save cannot be removed.
     """
     marker = folder / UNFINISHED
     try:
         marker.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"{folder} was saved, but {marker.name}, which says that it was not, cannot be removed "
-            f"from it ({error.strerror}): remove it."
+            f"{folder} was saved, but {marker.name}, the mark of an unfinished save, cannot be "
+            f"removed from it ({error.strerror}): remove it."
         ) from error
 
 

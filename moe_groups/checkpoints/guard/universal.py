@@ -133,7 +133,7 @@ def _problem(
     if misplaced:
         return (
             "is of other groups: the learning-rate schedule has values by the position of groups, "
-            "and they are others (load_lr_scheduler_states=False leaves it out)",
+            "and the groups differ (load_lr_scheduler_states=False does not load it)",
             into,
         )
     if len(saved.steps) > 1 and optimizer:
@@ -181,8 +181,8 @@ def _load_buffers(engine: Engine, saved: Mapping[str, torch.Tensor]) -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         warn(
-            f"the universal checkpoint has no values of the buffer {missing[0]}{more}, or of "
-            "another shape: what the model has stays.",
+            f"the universal checkpoint has no values of the buffer {missing[0]}{more}, or values "
+            "of another shape: the model keeps its own.",
             CheckpointWarning,
         )
 

@@ -257,4 +257,4 @@ def check_latest(files: CheckpointFiles) -> Iterator[Problem | str]:
         text = f"{LATEST} names the checkpoint {named!r}, which is not in its directory."
         yield Problem("latest", LATEST, text)
     elif named != files.tag:
-        yield f"{LATEST} names {named!r}: that is loaded where no tag is given"
+        yield f"{LATEST} names {named!r}, which is loaded if no tag is given"

@@ -50,7 +50,7 @@ def inspect_checkpoint(
         directory: as for ``load_checkpoint``, or the folder of a tag.
         tag: None for what the file ``latest`` says.
         data: read the tensors too, for norms, NaN and bits that changed. Without, only what the
-            files say of themselves is read: seconds, whatever their size.
+            files say of themselves is read: seconds, for any size.
         workers: threads that read; None for one for each processor, at most 8.
         trust: read objects of any class, as DeepSpeed does when it loads, which can run any code of
             the checkpoint's author. Without, a file with such objects is "unreadable".

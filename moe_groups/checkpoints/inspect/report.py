@@ -87,7 +87,7 @@ class SavedExpert:
     Attributes:
         layer: the MoE layer; None for dense parameters.
         expert: its number over all ranks; None for dense parameters, for experts that are one
-            tensor, and where the files do not tell.
+            tensor, and where the files do not say it.
         ep_rank: place of the ranks that have it in the expert-parallel group.
         model_rank: model-parallel rank.
         parameters: their number.

@@ -61,8 +61,8 @@ def norms_of_a_step(wrapper: str) -> tuple[float, float]:
 @pytest.mark.numeric
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_stepped_gradients_are_clipped_and_the_norm_is_from_before(wrapper: str) -> None:
-    for stepped, told in run_on_ranks(2, norms_of_a_step, wrapper):
-        assert told > 2 * CLIP, "nothing was clipped"
+    for stepped, seen_norm in run_on_ranks(2, norms_of_a_step, wrapper):
+        assert seen_norm > 2 * CLIP, "nothing was clipped"
         with known_before("0.19", WRONG_NORM):
             assert stepped == pytest.approx(CLIP, rel=1e-2)
 
@@ -136,14 +136,16 @@ def test_other_keys_of_a_group_are_kept_and_saved(wrapper: str, tmp_path: Path) 
 def refreshed(wrapper: str) -> tuple[bool, float, float]:
     """Is the engine's hook on its module; a weight's master before and after the refresh."""
     engine = start(wrapper, groups_by("stock"), model_options=EP2)
-    homes = {getattr(h, "__module__", "") for h in engine.module._forward_pre_hooks.values()}
+    modules_of_hooks = {
+        getattr(h, "__module__", "") for h in engine.module._forward_pre_hooks.values()
+    }
     name, param = next(iter(engine.module.named_parameters()))
     with torch.no_grad():
         param.fill_(3)
     before = weights(engine)[name]
     engine.optimizer.refresh_fp32_params()
     after = weights(engine)[name]
-    return "deepspeed.runtime.engine" in homes, float(before.min()), float(after.min())
+    return "deepspeed.runtime.engine" in modules_of_hooks, float(before.min()), float(after.min())
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -162,8 +162,8 @@ def tied_weights(run: Run) -> tuple[list[float], Any, list[int]]:
     forget_process_groups()
     engine = start_run(run)
     ((_, weight),) = [(n, p) for n, p in engine.module.named_parameters() if p.shape == (16, 16)]
-    homes = [sum(p is weight for p in group) for group in engine.optimizer.bf16_groups]
-    return train_run(engine, run, 4), weight.detach().float(), homes
+    copies_in_groups = [sum(p is weight for p in group) for group in engine.optimizer.bf16_groups]
+    return train_run(engine, run, 4), weight.detach().float(), copies_in_groups
 
 
 @pytest.mark.parametrize("carry", ["attach", "carry"])
@@ -171,8 +171,8 @@ def test_tied_layers_are_in_one_group_on_each_side_and_stay_equal(carry: str) ->
     run = Run(ep=TWO, tied=True, carry=carry, split="expert")
     reference = run_in_fresh_processes(WORLD, tied_weights, run._replace(plain=True))[0]
     ranks = run_in_fresh_processes(WORLD, tied_weights, run._replace(pp=2))
-    for history, weight, homes in ranks:
-        assert sorted(homes)[-2:] == [0, 1]
+    for history, weight, copies_in_groups in ranks:
+        assert sorted(copies_in_groups)[-2:] == [0, 1]
         assert torch.equal(weight, ranks[0][1])
         assert torch.allclose(weight, reference[1], atol=2e-3)
         if carry == "carry":

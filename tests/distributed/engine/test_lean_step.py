@@ -412,7 +412,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "Muon": (start_muon, {}, "Muon needs the whole gradient of each parameter"),
     "not elementwise": (start_adafactor, {}, "cannot step torch.optim.Adafactor in tiles"),
     "bf16 accumulation": (start_bf16_accumulation, {}, "copies all gradients to fp32 at once"),
-    "step replaced": (start_replaced, {}, "has been replaced already, and that would be lost"),
+    "step replaced": (start_replaced, {}, "was replaced, and lean_step would replace it again"),
     "no optimizer": (start_without_optimizer, {}, "it has no optimizer"),
     "no engine": (lambda: object(), {}, "engine=<object> must be an engine"),
     "no size": (lambda: Case().engine(), {"tile": "some"}, "tile='some' is not a size"),

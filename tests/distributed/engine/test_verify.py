@@ -1,4 +1,4 @@
-"""verify(engine): silent where all is well, names what is wrong on every rank alike."""
+"""verify(engine): silent if all is well; every rank names what is wrong."""
 
 from collections.abc import Callable
 from typing import Any

@@ -295,7 +295,7 @@ def test_checkpoints_with_and_without_biases(tmp_path: Path) -> None:
     assert begins_at_0
     assert unchanged == 0.0
     assert goes_on == [True, True]
-    assert "blocks.0.moe.deepspeed_moe.gate.wg.weight_bias, the bias of experts" in text
+    assert "blocks.0.moe.deepspeed_moe.gate.wg.weight_bias, a bias of a run" in text
     assert "Call balance_experts(engine) before load_checkpoint" in text
 
 

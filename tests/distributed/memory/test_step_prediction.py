@@ -194,7 +194,7 @@ def test_settings_without_effect_fused_adam_and_other_dtypes() -> None:
 
 
 def test_steps_are_told_apart() -> None:
-    """Cases whose predictions were all alike would prove nothing."""
+    """Cases whose predictions were all equal would prove nothing."""
     runs = run_as_rank(1, 4, run_all, FAST[:3], 1)
     assert len({run.expected for run in runs}) == 3
     swapped = [Run(runs[1].expected_first, runs[1].expected, *runs[0][2:])]

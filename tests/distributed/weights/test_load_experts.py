@@ -365,9 +365,11 @@ def test_four_ranks(data_first: bool, tmp_path: Path) -> None:
     assert all(torch.equal(back[name], wanted[name]) for name in back)
 
 
-def initialize_after(directory: Path, told: bool) -> str | None:
+def initialize_after(directory: Path, with_topology: bool) -> str | None:
     """What ``initialize`` says to a model that was loaded before, where data ranks come first."""
-    topology = Topology(world_size=4, use_data_before_expert_parallel=True) if told else None
+    topology = (
+        Topology(world_size=4, use_data_before_expert_parallel=True) if with_topology else None
+    )
     model = Decoder(ep_size=2)
     load_experts(model, directory, strict=False, topology=topology)
     optimizer = torch.optim.AdamW(create_moe_param_groups(model))
@@ -380,8 +382,8 @@ def initialize_after(directory: Path, told: bool) -> str | None:
 
 def test_experts_of_another_rank_are_refused(tmp_path: Path) -> None:
     directory = save(hf_model("mixtral"), tmp_path)
-    assert run_on_ranks(4, initialize_after, directory, told=True) == [None] * 4
-    messages = run_on_ranks(4, initialize_after, directory, told=False)
+    assert run_on_ranks(4, initialize_after, directory, with_topology=True) == [None] * 4
+    messages = run_on_ranks(4, initialize_after, directory, with_topology=False)
     assert messages[0] == messages[2], "one holds the right ones, and would wait for the other"
     assert "rank 2 experts 0 to 1 of 'blocks.0.moe'" in messages[0]
     assert "it has 2 to 3: say with load_experts(topology=" in messages[0]

@@ -55,7 +55,7 @@ def experts() -> nn.Module:
     return nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
 
 
-TOLD: dict[str, Callable[[], nn.Module]] = {
+NAMED: dict[str, Callable[[], nn.Module]] = {
     "DeepSpeed's layer": deepspeed,
     "ours": lambda: TinyMoE(MoE, num_experts=4, ep_size=2),
     "at the root": lambda: DeepSpeedMoE(16, nn.Linear(2, 2), 2),
@@ -72,12 +72,12 @@ TOLD: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("make", TOLD.values(), ids=TOLD)
+@pytest.mark.parametrize("make", NAMED.values(), ids=NAMED)
 def test_names_tell_the_place_of_an_expert(make: Callable[[], nn.Module]) -> None:
     found = places(make())
     assert found
-    for name, (told, tagged) in found.items():
-        assert told == tagged, name
+    for name, (by_name, tagged) in found.items():
+        assert by_name == tagged, name
 
 
 UNTOLD: dict[str, Callable[[], nn.Module]] = {
@@ -93,7 +93,7 @@ UNTOLD: dict[str, Callable[[], nn.Module]] = {
 def test_names_that_do_not_tell(make: Callable[[], nn.Module]) -> None:
     found = places(make())
     assert found
-    assert not any(told for told, _ in found.values())
+    assert not any(by_name for by_name, _ in found.values())
     assert all(None not in tagged for _, tagged in found.values())
 
 

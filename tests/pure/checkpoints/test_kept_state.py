@@ -53,15 +53,15 @@ def test_state_of_torch_optimizers(saved: str, running: str) -> None:
 @pytest.mark.parametrize("running", CASES)
 @pytest.mark.parametrize("saved", ["AdamW", "RAdam", "SGD"])
 def test_options_of_torch_optimizers(saved: str, running: str) -> None:
-    """Where neither class nor state is told, as without a manifest before the first step."""
+    """Where neither class nor state is known, as without a manifest before the first step."""
     one, other = (made(CASES[name][0], **CASES[name][1]) for name in (saved, running))
-    alike = {
+    interchangeable = {
         "AdamW": SAME | {"amsgrad"},
         "RAdam": {"RAdam", "Adamax"},  # after a step their state tells
         "SGD": {"SGD", "momentum"},
     }
-    told = other_options(None, one.param_groups[0].keys(), other)
-    assert (told is None) is (running in alike[saved]), told
+    answer = other_options(None, one.param_groups[0].keys(), other)
+    assert (answer is None) is (running in interchangeable[saved]), answer
 
 
 class Own(optim.AdamW):

@@ -76,14 +76,14 @@ def test_every_move_is_told(saved: Groups, running: Groups) -> None:
     before, after = first_places(saved), first_places(running)
     moved = {name for name in after if before[name] != after[name]}
     assert moved_parameters(saved, running) == (len(moved), len(after))
-    told = set()
+    mentioned = set()
     for line in compare_groups(saved, running).lines if moved else ():
         start = line.split()[0]
         if start == "group":
-            told |= {param.name for param in running[int(line.split()[1])].params}
+            mentioned |= {param.name for param in running[int(line.split()[1])].params}
         else:
-            told.add(start.rstrip(":"))
-    assert told == moved
+            mentioned.add(start.rstrip(":"))
+    assert mentioned == moved
 
 
 # ---- in words -------------------------------------------------------------------------

@@ -257,7 +257,7 @@ def test_a_pattern_is_a_string_and_goes_with_ep_size(arguments: dict[str, Any]) 
 
 @pytest.mark.parametrize("split_by", ["module", "expert"])
 def test_unmarked_experts_are_warned_of(split_by: Any) -> None:
-    """As in a model of transformers; tagged, it is grouped in silence."""
+    """As in a model of transformers; tagged, it is grouped without a warning."""
     model = Tree(ffn=Tree(gate=nn.Linear(8, 4), experts=Fused()))
     for given in (model, model.named_parameters(), [{"params": model.named_parameters()}]):
         with pytest.warns(UnmarkedExpertsWarning, match=r"'ffn\.experts\..*tag_experts") as caught:

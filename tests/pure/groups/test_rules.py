@@ -18,7 +18,7 @@ from moe_groups import (
 from moe_groups.errors import InvalidArgumentError, OverrideError
 from tests.support.models import HIDDEN, MoEBlock
 
-EXPERTS = 11  # so that expert 1 and expert 10 can be told apart
+EXPERTS = 11  # so that expert 1 and expert 10 are distinguished
 
 
 class Labelled(nn.Module):

@@ -101,5 +101,5 @@ def test_a_loss_that_is_no_number() -> None:
 
 def test_without_an_engine_the_scale_must_be_said() -> None:
     weight = torch.ones(3, requires_grad=True)
-    with pytest.raises(InvalidArgumentError, match="no engine could be the one"):
+    with pytest.raises(InvalidArgumentError, match="no engine could run this backward pass"):
         attach_loss(torch.ones(3), weight.sum()).sum().backward()

@@ -266,7 +266,7 @@ def _count(tensors: dict[str, torch.Tensor]) -> None:
 CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
     "a matrix": (
         lambda tensors: _drop(tensors, EXPERT),
-        rf"blocks.1.moe, expert 2, gate_proj.weight: the checkpoint's {LAYER} has none",
+        rf"blocks.1.moe, expert 2, gate_proj.weight: the checkpoint's {LAYER} has it for others",
     ),
     "a matrix of all experts": (
         lambda tensors: _drop(tensors, rf"{LAYER}.experts.\d.w1"),
@@ -420,7 +420,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_ranks_are_not_known(mixtral: Path) -> None:
-    message = r"'blocks.0.moe' are shared out to 2 ranks.*call deepspeed.init_distributed"
+    message = r"'blocks.0.moe' are distributed over 2 ranks.*call deepspeed.init_distributed"
     refused(Decoder(ep_size=2), mixtral, message)
     with pytest.raises(InvalidArgumentError, match=r"deepspeed.init_distributed\(\) first"):
         save_experts(Decoder(ep_size=2), mixtral / "out", family="mixtral")
@@ -476,7 +476,7 @@ def test_biases_of_balance_experts(mixtral: Path, tmp_path: Path) -> None:
 
 
 def test_a_changed_bit_is_refused(mixtral: Path, tmp_path: Path) -> None:
-    """In any tensor; in the files of others a warning says that it cannot be told."""
+    """In any tensor; for files of other programs a warning says that they cannot be compared."""
     model = decoder()
     with pytest.warns(CheckpointWarning, match="26 tensors of .* state no CRC-32"):
         load_experts(model, mixtral, strict=False, check_data=True)
@@ -530,7 +530,7 @@ def test_saves_that_are_refused(mixtral: Path, tmp_path: Path) -> None:
     pair = nn.ModuleDict({"a": decoder(), "b": decoder()})
     with pytest.raises(InvalidArgumentError, match=r"'a.blocks.0.moe': .* Say with layers"):
         save_experts(pair, out, family="mixtral")
-    with pytest.raises(InvalidArgumentError, match="MoE layer 'moe' does not tell its number"):
+    with pytest.raises(InvalidArgumentError, match="MoE layer 'moe' has no number"):
         save_experts(decoder().blocks["0"], out, family="mixtral")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file cannot be written"):

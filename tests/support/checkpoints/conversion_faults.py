@@ -246,14 +246,14 @@ def _judge_two(
     tally: Tally, conversion: Conversion, destination: Path, ends: list[Any], where: str
 ) -> None:
     done = [end for end in ends if end.kind == "done"]
-    told = [
+    error_lines = [
         end
         for end in ends
         if end.value == "CheckpointError"
         and str(destination) in end.text
         and ("another process" in end.text or "exists" in end.text)
     ]
-    if len(done) != 1 or len(told) != 1:
+    if len(done) != 1 or len(error_lines) != 1:
         tally.wrong(f"{where}: {ends}")
     else:
         _judge(tally, conversion, destination, conversion.problem(destination), where)

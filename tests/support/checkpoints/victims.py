@@ -60,8 +60,8 @@ class Victim:
         context.set_forkserver_preload([*PRELOAD, "moe_groups.checkpoints.convert.convert"])
         self.pipe, theirs = context.Pipe()
         name = job.__module__, job.__qualname__
-        told = theirs, name, args, str(watched), at, how
-        self.process = context.Process(target=_live, args=told, daemon=True)
+        arguments = theirs, name, args, str(watched), at, how
+        self.process = context.Process(target=_live, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
         assert self.pipe.recv() == "ready"

@@ -47,7 +47,7 @@ def schedule_into_other_groups(wrapper: str, folder: Path, states: bool) -> list
         split = groups("parallel_group", ("inp.*", {}), ROUTER)
         return start(wrapper, split, lr_scheduler=scheduler)
 
-    told: list[Any] = []
+    outcomes: list[Any] = []
     first, without = other(), other(None)  # whose caller steps the one in the client state
     before = weights(first)
     own = {"load_lr_scheduler_states": False}
@@ -56,22 +56,22 @@ def schedule_into_other_groups(wrapper: str, folder: Path, states: bool) -> list
             engine.load_checkpoint(
                 str(folder), tag="saved", load_optimizer_states=states, **options
             )
-            told.append("loaded")
+            outcomes.append("loaded")
         except CheckpointMismatchError:
-            told.append("refused")
+            outcomes.append("refused")
             assert largest_difference(weights(engine), before) == 0
     engine = other()
     protect_checkpoints(engine, regroup="auto")
     try:
         engine.load_checkpoint(str(folder), tag="saved", load_optimizer_states=states)
-        told.append(engine.lr_scheduler.last_epoch == 3)
+        outcomes.append(engine.lr_scheduler.last_epoch == 3)
         # Without optimizer states the groups get their rates in the next step.
         assert not states or rates(engine) == expected
         train(engine, 1)
-        told.append(rates(engine) == {name: lr / 2 for name, lr in expected.items()})
+        outcomes.append(rates(engine) == {name: lr / 2 for name, lr in expected.items()})
     except CheckpointMismatchError as error:  # without ZeRO
-        told.append(str(error).splitlines()[-1].partition(";")[0])
-    return told
+        outcomes.append(str(error).splitlines()[-1].partition(";")[0])
+    return outcomes
 
 
 @pytest.mark.parametrize("states", [False, True])
@@ -127,11 +127,11 @@ def absent_tags(folder: Path) -> list[str]:
     engine = start("zero1", groups("module"))
     engine.save_checkpoint(str(folder), tag="step1")
     engine.save_checkpoint(str(folder), tag="step2")
-    told = []
+    outcomes = []
     for options in ({"tag": "step3"}, {"tag": "step3", "load_module_only": True}):
         with pytest.raises(CheckpointError) as caught:
             engine.load_checkpoint(str(folder), **options)
-        told.append(str(caught.value))
+        outcomes.append(str(caught.value))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         (folder / "latest").write_text("gone")
@@ -144,11 +144,11 @@ def absent_tags(folder: Path) -> list[str]:
     assert [text.split(":")[0] for text, _ in warned] == [
         f"{folder}/empty has no file latest"
     ] * first
-    return [*told, str(caught.value)]
+    return [*outcomes, str(caught.value)]
 
 
 def test_a_tag_that_is_not_there(tmp_path: Path) -> None:
     for *given, latest in run_on_ranks(2, absent_tags, tmp_path):
-        for told in given:
-            assert "no checkpoint 'step3': its checkpoints are 'step2', 'step1'." in told
+        for outcomes in given:
+            assert "no checkpoint 'step3': its checkpoints are 'step2', 'step1'." in outcomes
         assert "no checkpoint 'gone'" in latest

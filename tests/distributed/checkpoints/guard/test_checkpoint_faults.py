@@ -114,7 +114,7 @@ def test_no_room_for_the_manifest(disk: SmallDisk) -> None:
 
 def test_no_room_for_latest(disk: SmallDisk) -> None:
     for end in saved_on_full_disk(disk, "second", "manifest"):
-        assert end is not None  # both were told
+        assert end is not None  # both got the error
         assert end.error.startswith("CheckpointError: ")
         assert "second was saved, but" in end.error
         assert "latest cannot be written (No space left on device): give the tag" in end.error
@@ -144,7 +144,7 @@ def test_an_error_on_one_rank_while_other_groups_are_loaded(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("pages", [3, -3])
 def test_scratch_disk_too_small(pages: int, tmp_path: Path, disk: SmallDisk) -> None:
-    """Told before anything is written, or in the middle of it: what is made is a bit larger."""
+    """The error comes before anything is written, or in the middle of it."""
     run_on_ranks(WORLD, loading_faults.save, tmp_path, "zero2")
     files = [*(tmp_path / "checkpoints/first").glob("*_states.pt")]
     needed = sum(path.stat().st_size for path in files if "expert" not in path.name)

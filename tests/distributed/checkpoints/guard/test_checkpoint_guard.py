@@ -474,7 +474,7 @@ def stock_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 @pytest.mark.long
 def test_stock_split_under_other_hash_seeds(tmp_path: Path) -> None:
-    """A restarted run may have its groups in another order, and is told so."""
+    """A restarted run may have its groups in another order, and the error says so."""
     seeds = two_hash_seeds(["ep_size_1", "ep_size_2"])
     first, again, other = (
         run_in_fresh_processes(2, stock_mixed, "bf16", tmp_path, save, env={"PYTHONHASHSEED": seed})

@@ -80,7 +80,7 @@ def same_layout(one: Layout, other: Layout) -> bool:
 def compare(engine: Any, groups: list[Any]) -> None:
     optimizer, named = engine.optimizer, dict(engine.module.named_parameters())
     shared = optimizer.real_dp_process_group
-    told: list[str] = []
+    listed_names: list[str] = []
     for index, (group, flat, parts) in enumerate(
         zip(groups, *flat_buffers(optimizer), strict=True)
     ):
@@ -101,8 +101,8 @@ def compare(engine: Any, groups: list[Any]) -> None:
             local = re.search(rf"{EXPERTS}\.(\d+)\.", param.name)
             experts = 4 // int((group.parallel_group or "ep_size_1").split("_")[2])
             assert param.expert == (local and int(local[1]) + group.ep_rank * experts)
-            told.append(param.name)
-    assert sorted(told) == sorted(named)
+            listed_names.append(param.name)
+    assert sorted(listed_names) == sorted(named)
 
 
 ZEROS: dict[str, dict[str, Any]] = {

@@ -169,7 +169,7 @@ def test_fewer_experts_with_another_ep_size(tmp_path: Path) -> None:
         lost = f"the model has no blocks.0.{EXPERTS}.2.up.weight, the checkpoint has"
         assert lines[0] == OTHER_SIZES
         assert lost in lines
-        assert "the model or its parallel sizes are others" in text
+        assert "the model or its parallel sizes differ" in text
 
 
 def test_another_model(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_settings_that_move_parameters(
 
 
 def converted(before: dict[str, Any], after: dict[str, Any], folder: Path) -> list[bool]:
-    """Converted while loading, from DeepSpeed's own files: trains on, is saved and loaded alike."""
+    """Converted while loading, from DeepSpeed's own files: trains, is saved and is loaded."""
     old, new = (
         Case("zero2", split, 1, None, {"contiguous_gradients": True, **zero}, Odd)
         for split, zero in (("module", before), ("expert", after))

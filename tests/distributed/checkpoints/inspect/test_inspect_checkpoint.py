@@ -97,8 +97,8 @@ def home_of(name: str, ep_rank: int) -> tuple[str | None, int | None]:
 def check_norms(report: CheckpointReport, state: str, expected: Norms) -> None:
     found = {(row.layer, row.expert): row.norms[state] for row in report.experts}
     assert found.keys() == expected.keys()
-    for home, squares in expected.items():
-        assert found[home] == pytest.approx(math.sqrt(squares[state]), rel=1e-9), (home, state)
+    for place, squares in expected.items():
+        assert found[place] == pytest.approx(math.sqrt(squares[state]), rel=1e-9), (place, state)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -26,7 +26,7 @@ def test_buckets_cover_each_element_once(
 
 
 def test_a_bucket_takes_what_its_own_groups_have_released() -> None:
-    """Ranks that share these groups may differ in others, and must cut alike."""
+    """Ranks that share these groups may differ in others, but must make the same cuts."""
     assert bucket_bytes(100, 0, [(0, 1000)]) == 100
     assert bucket_bytes(100, 2, [(0, 20), (3, 10)]) == 100
     assert bucket_bytes(100, 2, [(0, 70), (3, 30)]) == 200

@@ -48,7 +48,7 @@ def grouped(
     experts_first: bool = False,
     names: str = "",
 ) -> Layout:
-    """The layout of groups of ``(name, elements)``; every rank's experts are called alike."""
+    """The layout of groups of ``(name, elements)``; every rank's experts have the same names."""
     columns = []
     for rank in range(world):
         own = [_group(f"{names}dense.{i}", tuple(range(world)), g) for i, g in enumerate(dense)]
@@ -496,7 +496,9 @@ def test_what_only_one_run_trains_is_dropped_or_starts_afresh(
     groups = [replace(group, options={"moe": bool(group.parallel_group)}) for group in apart.groups]
     apart = replace(apart, groups=tuple(groups))
     other = [replace(group, options={"lr": index}) for index, group in enumerate(apart.groups)]
-    words = r"'dense.1' were not trained, and the .* schedule \(lr_scheduler.base_lrs\) has nothing"
+    words = (
+        r"'dense.1' were not trained, and the .* schedule \(lr_scheduler.base_lrs\) has no value"
+    )
     refused(place / "part", place, replace(apart, groups=tuple(other)), words)
     done = regroup_checkpoint(place / "part", place / "apart", apart)
     assert done.since == ((), ("d.1",))

@@ -170,8 +170,10 @@ def test_shards_of_two_saves(manifest: bool, tmp_path: Path) -> None:
     for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
         state["step"] += 1
     torch.save(content, path)
-    told = "and moe_groups.json are of different saves" if manifest else "was saved after 8 steps"
-    with pytest.raises(CheckpointError, match=f"{path.name} {told}"):
+    problem_text = (
+        "and moe_groups.json are of different saves" if manifest else "was saved after 8 steps"
+    )
+    with pytest.raises(CheckpointError, match=f"{path.name} {problem_text}"):
         faults.convert(conversion.source, tmp_path / "b", conversion.second)
     assert not (tmp_path / "b").exists()
 

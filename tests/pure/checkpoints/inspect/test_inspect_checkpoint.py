@@ -156,13 +156,13 @@ def test_norms_by_expert_with_and_without_a_manifest(
         make_checkpoint(Path(place), layout, values, kind)
         bare = inspect_checkpoint(place)
         add_manifest(Path(place), layout, "ZeRO-2" if kind == "zero" else "BF16_Optimizer")
-        told = inspect_checkpoint(place, workers=3)
-    assert bare.problems == told.problems == ()
-    assert (bare.manifest, told.manifest) == (False, True)
-    assert bare.experts == told.experts
-    assert bare.wrapper == told.wrapper
-    assert len(told.experts) == len(expected)
-    for row in told.experts:
+        full = inspect_checkpoint(place, workers=3)
+    assert bare.problems == full.problems == ()
+    assert (bare.manifest, full.manifest) == (False, True)
+    assert bare.experts == full.experts
+    assert bare.wrapper == full.wrapper
+    assert len(full.experts) == len(expected)
+    for row in full.experts:
         squares = {state: norm**2 for state, norm in row.norms.items()}
         assert squares == pytest.approx(dict(expected[row.layer, row.expert]), rel=1e-12)
 
@@ -433,7 +433,7 @@ def test_tags(sound: Path, tmp_path: Path) -> None:
     shutil.copytree(directory / TAG, directory / "older")
     for found in (inspect_checkpoint(directory, "older"), inspect_checkpoint(directory / "older")):
         assert (found.tag, found.problems) == ("older", ())
-        assert found.notes == (f"latest names {TAG!r}: that is loaded where no tag is given",)
+        assert found.notes == (f"latest names {TAG!r}, which is loaded if no tag is given",)
     (directory / "latest").unlink()
     assert "no file 'latest'" in inspect_checkpoint(directory, TAG).notes[0]
     with pytest.raises(CheckpointError, match="latest"):
@@ -505,11 +505,11 @@ def test_memory_does_not_grow_with_the_shards(sound: Path, tmp_path: Path) -> No
 
 
 def test_progress_ends_at_all_bytes(sound: Path) -> None:
-    told: list[tuple[int, int]] = []
-    inspect_checkpoint(sound, progress=lambda done, total: told.append((done, total)))
-    done = [now for now, _ in told]
+    calls: list[tuple[int, int]] = []
+    inspect_checkpoint(sound, progress=lambda done, total: calls.append((done, total)))
+    done = [now for now, _ in calls]
     assert done == sorted(done)
-    (total,) = {total for _, total in told}
+    (total,) = {total for _, total in calls}
     files = [path for path in (sound / TAG).iterdir() if path.suffix == ".pt"]
     assert total == sum(path.stat().st_size for path in files)
     assert done[-1] == total
