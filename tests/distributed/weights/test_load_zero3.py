@@ -178,11 +178,11 @@ def refused(folder: Path) -> None:
     before = gather_model(engine)
     partition: Any = next(engine.module.parameters()).ds_tensor
     partition.ds_quant_scale = torch.ones(1)
-    with pytest.raises(InvalidArgumentError, match=r"embed_tokens.weight quantized \("):
+    with pytest.raises(InvalidArgumentError, match=r"embed_tokens.weight, .* quantized \("):
         load_experts(engine, folder / "in")
     del partition.ds_quant_scale
     partition.final_location = "nvme"
-    with pytest.raises(InvalidArgumentError, match=r"embed_tokens.weight on NVMe \("):
+    with pytest.raises(InvalidArgumentError, match=r"embed_tokens.weight, .* on NVMe \("):
         load_experts(engine, folder / "in")
     partition.final_location = None
     engine.optimizer.zenflow = True
