@@ -8,7 +8,7 @@ must be the same where it is loaded.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -206,6 +206,11 @@ class Layout:
         return fingerprint(
             (rank, [places[index] for index in self.order[rank]]) for rank in sorted(self.order)
         ).hex()
+
+
+def params_by_name(groups: Iterable[FlatGroup]) -> dict[str, tuple[FlatGroup, FlatParam]]:
+    """Each parameter of a rank's groups, with its group."""
+    return {param.name: (group, param) for group in groups for param in group.params}
 
 
 Columns: TypeAlias = Sequence[tuple[Rank, Sequence[FlatGroup]]]

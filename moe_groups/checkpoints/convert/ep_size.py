@@ -12,6 +12,7 @@ from moe_groups.checkpoints.layout import (
     Rank,
     merge_ranks,
     of_any_expert,
+    params_by_name,
 )
 from moe_groups.checkpoints.layout_diff import unnumbered_problem
 from moe_groups.errors import CheckpointError
@@ -88,7 +89,7 @@ def _parts(source: Layout, ranks: Sequence[Rank]) -> _Parts:
     """The expert parameters of all ranks with one model-parallel rank, by their numbers."""
     found: dict[_Part, dict[str, _Member]] = {}
     for rank in {source.order[rank]: rank for rank in reversed(ranks)}.values():
-        place = {param.name: (group, param) for group in source.of(rank) for param in group.params}
+        place = params_by_name(source.of(rank))
         seen: set[_Part] = set()
         for part, rows in _runs(source.origins[rank]):
             if part is None:

@@ -6,7 +6,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from moe_groups._common.arguments import SplitBy, check_one_of
 from moe_groups.checkpoints.convert.ep_size import with_ep_size
-from moe_groups.checkpoints.layout import FlatGroup, Layout, Rank, lay_out, merge_ranks
+from moe_groups.checkpoints.layout import (
+    FlatGroup,
+    Layout,
+    Rank,
+    lay_out,
+    merge_ranks,
+    params_by_name,
+)
 from moe_groups.errors import CheckpointError
 from moe_groups.groups.grouping import (
     DEEPSPEED_MAX_GROUP_SIZE,
@@ -109,7 +116,7 @@ def _regroup(
     groups: list[FlatGroup], origin: Origin, to: TargetName, cap: Caps
 ) -> Iterator[FlatGroup]:
     """One rank's new groups."""
-    homes = {param.name: (group, param) for group in groups for param in group.params}
+    homes = params_by_name(groups)
     names = [row.name for row in origin.rows]
     table = origin.table(
         "parallel_group" if to == "stock" else to,
