@@ -146,6 +146,13 @@ def test_no_page_has_marks_of_a_merge() -> None:
         assert found is None, f"{page}: {found}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_a_paragraph_in_a_list_is_indented_as_the_site_needs_it(page: str) -> None:
+    """By 4 spaces; with fewer the list ends there, and the items behind are no list any more."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    assert re.findall(r"\n\n {1,3}\S.*", text) == []
+
+
 def test_error_page_has_every_kind() -> None:
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
     headings = re.findall(r"^## `(\w+)`", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
